@@ -1,0 +1,121 @@
+"""Teach a base to read documents chunk by chunk, and draw the curve on documents it was not trained on.
+
+    python examples/adapt_to_documents.py --model MODEL_ID_OR_FOLDER --data FOLDER_OF_TXT --held-out NAME.txt
+
+Trains an explicit prefix adapter on all documents but the held-out ones, and a static state of the same size that
+reads nothing, then writes the curve as a table, PNG and JSON. A few minutes for a small base on 2 cores.
+"""
+
+from pathlib import Path
+
+import torch
+import typer
+from datasets import Dataset
+from peft import PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+
+from hf_iai import IAIConfig, IAITrainer, IAITrainingArguments, episodes_from_documents
+from hf_iai.evaluation import Curve, evaluate_curve
+
+
+def train_reader(
+    base: str,
+    tokenizer,
+    episodes: Dataset,
+    output: Path,
+    *,
+    chunk_size: int,
+    max_chunks: int,
+    slots: int,
+    steps: int,
+    batch_size: int = 8,
+    lr: float = 2e-3,
+    seed: int = 0,
+    state_type: str = "prefix",
+    regime: str = "explicit",
+) -> PeftModel:
+    """Train one adapter and save it; `max_chunks=0` trains a static state. Goes on from a checkpoint if there is one."""
+    set_seed(seed)
+    config = IAIConfig(
+        task_type="CAUSAL_LM",
+        regime=regime,
+        state_type=state_type,
+        num_state_tokens=slots,
+        r=16,
+        lora_alpha=32,
+        target_modules="all-linear",
+    )
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    args = IAITrainingArguments(
+        output_dir=str(output / "trainer"),
+        chunk_size=chunk_size,
+        max_chunks=max_chunks,
+        max_steps=steps,
+        per_device_train_batch_size=batch_size,
+        learning_rate=lr,
+        lr_scheduler_type="cosine",
+        warmup_steps=min(50, steps // 10),
+        bf16=True,
+        logging_steps=25,
+        save_steps=200,
+        save_total_limit=1,
+        seed=seed,
+        report_to=[],
+    )
+    trainer = IAITrainer(model, args, train_dataset=episodes, processing_class=tokenizer)
+    has_checkpoint = any((output / "trainer").glob("checkpoint-*"))
+    trainer.train(resume_from_checkpoint=has_checkpoint)
+    model.save_pretrained(output / "adapter")
+    return model.eval()
+
+
+def report(curve: Curve, output: Path, **recipe) -> None:
+    for from_token in (0, 32):
+        print(f"\nquery tokens from {from_token} on, nats per token")
+        curve.print(from_token=from_token)
+        curve.plot(output / f"curve_from_{from_token}.png", from_token=from_token)
+        for step in curve.steps(from_token=from_token):
+            print(step)
+    curve.to_json(output / "curve.json", recipe=recipe, torch=torch.__version__)
+
+
+def main(
+    model: str,
+    data: Path,
+    held_out: str,
+    output: Path = Path("work/documents"),
+    chunk_size: int = 64,
+    max_chunks: int = 8,
+    slots: int = 16,
+    steps: int = 400,
+    seed: int = 0,
+    num_eval: int = 200,
+) -> None:
+    texts = {path.name: path.read_text(encoding="utf-8") for path in sorted(data.glob("*.txt"))}
+    if held_out not in texts:
+        raise typer.BadParameter(f"--held-out {held_out!r} is not in {data}: it holds {sorted(texts)}")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    documents = [{"text": text, "path": name} for name, text in texts.items()]
+    build = lambda docs, n: episodes_from_documents(  # noqa: E731
+        docs, tokenizer, chunk_size=chunk_size, num_chunks=n, seed=seed
+    )
+    train = build([d for d in documents if d["path"] != held_out], max_chunks).shuffle(seed)
+    counts = [n for n in (0, 1, 2, 4, 8, 16) if n <= 2 * max_chunks]
+    test = build([d for d in documents if d["path"] == held_out], counts[-1])
+    # One book is one document: its windows, hundreds of tokens apart, are the clusters of the intervals.
+    test = test.remove_columns("group").add_column("group", [str(i) for i in range(len(test))])
+    test = test.shuffle(seed).select(range(min(num_eval, len(test))))
+
+    recipe = {"chunk_size": chunk_size, "slots": slots, "steps": steps, "seed": seed}
+    readers = {
+        n: train_reader(model, tokenizer, train, output / f"chunks-{n}", max_chunks=n, **recipe)
+        for n in (max_chunks, 0)
+    }
+    curve = evaluate_curve(
+        readers[max_chunks], test, counts, tokenizer=tokenizer, chunk_size=chunk_size, seed=seed, static_model=readers[0]
+    )
+    report(curve, output, **recipe, held_out=held_out, windows=len(test))
+
+
+if __name__ == "__main__":
+    typer.run(main)

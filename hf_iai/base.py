@@ -1,0 +1,95 @@
+"""The pretrained transformer as the rest of the package sees it: passes over text that stands behind a state.
+
+Axes: B rows, T tokens, m slots, L layers, H key/value heads, D head width, d hidden width, V vocabulary.
+"""
+
+from contextlib import AbstractContextManager
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from .compat import PrefixCache, key_value_shape, lora_enabled, prepare_checkpointing
+
+KeysValues = list[tuple[Tensor, Tensor]]  # per layer (B, H, m, D) each
+
+
+class Base:
+    """Runs a decoder behind a key/value prefix at positions 0..m-1, with LoRA on or off.
+
+    Not a module: it owns no parameters and is made anew for each use.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.config = model, model.config
+        self.num_layers, self.num_heads, self.head_width = key_value_shape(model.config)
+
+    @property
+    def window(self) -> int:
+        """The most positions a pass can have."""
+        return self.config.max_position_embeddings
+
+    @property
+    def vocab_size(self) -> int:
+        return self.model.get_input_embeddings().num_embeddings
+
+    def lora(self, enabled: bool) -> AbstractContextManager[None]:
+        return lora_enabled([m for m in self.model.modules() if isinstance(m, LoraLayer)], enabled)
+
+    def embed(self, ids: Tensor) -> Tensor:  # (B, T) -> (B, T, d)
+        return self.model.get_input_embeddings()(ids)
+
+    def no_prefix(self, rows: int) -> KeysValues:
+        empty = self.model.get_input_embeddings().weight.new_zeros(rows, self.num_heads, 0, self.head_width)
+        return [(empty, empty)] * self.num_layers
+
+    def read(
+        self,
+        prefix: KeysValues,
+        embeddings: Tensor,  # (B, T, d)
+        mask: Tensor,  # (B, T)
+        positions: Tensor,  # (B, T)
+        record: int,
+    ) -> tuple[Tensor, KeysValues]:
+        """Last hidden states (B, record, d) and keys/values of the last `record` positions."""
+        cache = PrefixCache(self.config, _match_rows(prefix, len(embeddings)), record=record)
+        prepare_checkpointing(self.model)
+        hidden = self.model.base_model(
+            inputs_embeds=embeddings.to(self.model.get_input_embeddings().weight.dtype),
+            attention_mask=_behind_prefix(mask, cache),
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=False,
+        ).last_hidden_state
+        return hidden[:, -record:], cache.recorded()
+
+    def answer(self, prefix: KeysValues, ids: Tensor, mask: Tensor, labels: Tensor | None = None, **kwargs):
+        """transformers' own output for the T tokens of a query (B, T) behind the prefix."""
+        cache = PrefixCache(self.config, _match_rows(prefix, len(ids)))
+        prepare_checkpointing(self.model)
+        return self.model(
+            input_ids=ids,
+            attention_mask=_behind_prefix(mask, cache),
+            position_ids=positions_of(mask) + cache.get_seq_length(),
+            past_key_values=cache,
+            use_cache=False,
+            labels=labels,
+            **kwargs,
+        )
+
+
+def positions_of(mask: Tensor) -> Tensor:  # (B, T) -> (B, T)
+    """Positions that count real tokens only, so that padding on either side moves nothing."""
+    return (mask.cumsum(1) - 1).clamp_min(0)
+
+
+def _behind_prefix(mask: Tensor, cache: PrefixCache) -> Tensor:  # (B, T) -> (B, m + T)
+    return torch.cat([mask.new_ones(len(mask), cache.get_seq_length()), mask], 1)
+
+
+def _match_rows(prefix: KeysValues, rows: int) -> KeysValues:
+    """A prefix of one row serves all rows; one of B rows serves rows/B consecutive queries each."""
+    repeats = rows // len(prefix[0][0])
+    if repeats == 1:
+        return prefix
+    return [(k.repeat_interleave(repeats, 0), v.repeat_interleave(repeats, 0)) for k, v in prefix]

@@ -1,0 +1,126 @@
+"""The `hf-iai` command: `demo`, `train`, `adapt`."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+# The commands import what they need inside, so that `hf-iai --help` does not wait for torch.
+
+
+@app.callback()
+def main() -> None:
+    """A pretrained model reads chunks, carries a task state, and gets better."""
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder for the plot, the trained adapter and the saved state.")] = Path(
+        "demo_output"
+    ),
+) -> None:
+    """Train a small adapter, let the published one read a package, and measure what it gained."""
+    from .demo import run
+
+    run(output)
+
+
+@app.command()
+def train(
+    data: Annotated[Path, typer.Option(exists=True, help='Folder of text files, or JSON lines with "text".')],
+    output: Annotated[Path, typer.Option(help="Folder for the adapter.")],
+    model: Annotated[str, typer.Option(help="Hub id or folder of the base.")] = "hf_iai:embedded",
+    num_state_tokens: Annotated[int, typer.Option(min=1, help="Size of the state, in tokens.")] = 16,
+    chunk_size: Annotated[int, typer.Option(min=1, help="Tokens per chunk.")] = 128,
+    max_chunks: Annotated[int, typer.Option(min=1, help="Most chunks read in a training step.")] = 4,
+    max_steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 1000,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
+    batch_size: Annotated[int, typer.Option(min=1, help="Episodes per training step.")] = 8,
+    seed: int = 0,
+) -> None:
+    """Train an adapter to read the documents in DATA."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from . import IAIConfig, IAITrainer, IAITrainingArguments
+    from .data import episodes_from_documents
+
+    folder = _base_folder(model)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    arguments = IAITrainingArguments(
+        output_dir=str(output),
+        max_steps=max_steps,
+        max_chunks=max_chunks,
+        chunk_size=chunk_size,
+        learning_rate=learning_rate,
+        per_device_train_batch_size=batch_size,
+        save_strategy="no",
+        seed=seed,
+    )
+    trainer = IAITrainer(
+        model=AutoModelForCausalLM.from_pretrained(folder),
+        peft_config=IAIConfig(
+            task_type="CAUSAL_LM", num_state_tokens=num_state_tokens, r=16, target_modules="all-linear"
+        ),
+        args=arguments,
+        train_dataset=episodes_from_documents(
+            _documents(data), tokenizer, chunk_size=chunk_size, num_chunks=max_chunks, seed=seed
+        ),
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    trainer.model.save_pretrained(output)
+    typer.echo(f"adapter written to {output}")
+
+
+@app.command()
+def adapt(
+    adapter: Annotated[str, typer.Option(help="Hub id or folder of a trained adapter.")],
+    data: Annotated[
+        Path, typer.Option(exists=True, dir_okay=False, help="A text file, or JSON lines with one example each.")
+    ],
+    output: Annotated[Path, typer.Option(help="Folder for the task state.")],
+    chunk_size: Annotated[int | None, typer.Option(min=1, help="Tokens per chunk; by default what fits.")] = None,
+) -> None:
+    """Let an adapter read DATA and save the task state."""
+    from peft import AutoPeftModelForCausalLM
+    from transformers import AutoTokenizer
+
+    from . import chunk_examples, chunk_text
+
+    model = AutoPeftModelForCausalLM.from_pretrained(adapter)
+    tokenizer = AutoTokenizer.from_pretrained(model.active_peft_config.base_model_name_or_path)
+    cut, source = (
+        (chunk_examples, _json_lines(data)) if data.suffix == ".jsonl" else (chunk_text, data.read_text("utf-8"))
+    )
+    state = model.adapt(cut(source, tokenizer, chunk_size=chunk_size, model=model), show_progress=True)
+    state.save_pretrained(output)
+    typer.echo(f"read {int(state.num_tokens)} tokens in {int(state.step)} chunks; state written to {output}")
+
+
+def _base_folder(model: str) -> str:
+    from .embedded import EMBEDDED_NAME, embedded_base
+
+    return embedded_base() if model == EMBEDDED_NAME else model
+
+
+def _documents(path: Path) -> Iterator[dict]:
+    """`{"text", "path"}` of every text file in a folder, or of every line of a JSON-lines file."""
+    if path.is_file():
+        yield from ({"path": f"{path.name}:{number}", **row} for number, row in enumerate(_json_lines(path)))
+        return
+    for file in sorted(p for p in path.rglob("*") if p.is_file()):
+        try:
+            text = file.read_text("utf-8")
+        except UnicodeDecodeError:
+            typer.echo(f"left out {file}: not UTF-8 text", err=True)
+            continue
+        yield {"text": text, "path": file.relative_to(path).as_posix()}
+
+
+def _json_lines(path: Path) -> Iterator[dict]:
+    with path.open(encoding="utf-8") as lines:
+        yield from (json.loads(line) for line in lines if line.strip())

@@ -1,0 +1,127 @@
+"""Every touch of a private or fragile API of PEFT and transformers; tests/test_compat.py has a canary for each."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+
+class PrefixLayer(CacheLayerMixin):
+    """A read-only key/value prefix: `update` returns prefix + new and keeps nothing but the last `record` new ones.
+
+    Reading changes nothing, so one prefix serves many passes in one graph and the recomputation of checkpointing.
+    """
+
+    is_croppable = False
+
+    def __init__(self, keys: Tensor, values: Tensor, record: int, sliding: bool) -> None:  # (B, H, m, D) each
+        super().__init__()
+        self.keys, self.values, self.is_sliding = keys, values, sliding
+        self.is_initialized = True
+        self.record, self.recorded = record, None
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to do: the prefix is there from the start."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        if self.record:
+            self.recorded = key_states[..., -self.record :, :], value_states[..., -self.record :, :]
+        return (
+            torch.cat([self.keys.to(key_states.dtype), key_states], -2),
+            torch.cat([self.values.to(value_states.dtype), value_states], -2),
+        )
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.keys.shape[-2] + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.keys.shape[-2]
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+class PrefixCache(Cache):
+    """One `PrefixLayer` per layer.
+
+    Args:
+        config: the base model's configuration.
+        keys_values: per layer keys and values, (B, H, m, D) each; m may be 0.
+        record: how many of the last new positions to keep for `recorded`.
+    """
+
+    def __init__(self, config, keys_values: list[tuple[Tensor, Tensor]], record: int = 0) -> None:
+        kinds = getattr(config, "layer_types", None) or ["full_attention"] * len(keys_values)
+        layers = [
+            PrefixLayer(k, v, record, kind == "sliding_attention")
+            for (k, v), kind in zip(keys_values, kinds, strict=True)
+        ]
+        super().__init__(layers=layers)
+
+    def recorded(self) -> list[tuple[Tensor, Tensor]]:
+        """Per layer the keys and values (B, H, record, D) of the last pass's last positions."""
+        return [layer.recorded for layer in self.layers]
+
+
+def key_value_shape(config) -> tuple[int, int, int]:
+    """(number of layers, key/value heads, head width) of a decoder, alike in all its layers.
+
+    Raises:
+        ValueError: for a base whose layers are not all attention: it has no key/value prefix.
+    """
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if not kinds <= {"full_attention", "sliding_attention"} or not hasattr(config, "num_attention_heads"):
+        raise ValueError(f"a task state needs attention in every layer, {config.model_type!r} has {sorted(kinds)}")
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return config.num_hidden_layers, heads, width
+
+
+@contextmanager
+def lora_enabled(modules: list[LoraLayer], enabled: bool) -> Iterator[None]:
+    """LoRA on or off for the passes inside. PEFT's own switch would also flip `requires_grad`."""
+    before = [module._disable_adapters for module in modules]
+    for module in modules:
+        module._disable_adapters = not enabled
+    try:
+        yield
+    finally:
+        for module, value in zip(modules, before, strict=True):
+            module._disable_adapters = value
+
+
+def prepare_checkpointing(model: nn.Module) -> None:
+    """Make gradient checkpointing keep our cache, and recompute each layer with LoRA as it was in the forward pass.
+
+    Raises:
+        ValueError: for reentrant checkpointing, which would cut the read-outs out of the graph.
+    """
+    for layer in model.modules():
+        if not (isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing):
+            continue
+        layer._can_checkpoint_with_cache = True
+        function = layer._gradient_checkpointing_func
+        if not isinstance(function, _CheckpointWithLora):
+            if getattr(function, "keywords", {}).get("use_reentrant"):
+                raise ValueError("gradient checkpointing with use_reentrant=True: pass use_reentrant=False")
+            layer._gradient_checkpointing_func = _CheckpointWithLora(function, layer)
+
+
+class _CheckpointWithLora:
+    def __init__(self, checkpoint: Callable, layer: nn.Module) -> None:
+        self.checkpoint = checkpoint
+        self.lora = [module for module in layer.modules() if isinstance(module, LoraLayer)]
+
+    def __call__(self, forward: Callable, *args):
+        enabled = bool(self.lora) and not self.lora[0]._disable_adapters
+
+        def forward_as_now(*args):
+            with lora_enabled(self.lora, enabled):
+                return forward(*args)
+
+        return self.checkpoint(forward_as_now, *args)

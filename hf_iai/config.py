@@ -1,0 +1,98 @@
+"""IAIConfig: everything that is saved in `adapter_config.json`."""
+
+import os
+from dataclasses import dataclass, field
+
+from peft import LoraConfig
+
+from .embedded import EMBEDDED_NAME, embedded_base
+from .registration import IAIType
+
+# What exists, and what the design names but this version does not have yet.
+AVAILABLE = {
+    "regime": (("parametric", "explicit"), ("implicit",)),
+    "state_type": (("prefix", "prompt"), ("lora", "linear")),
+    "signal": (("observations",), ("gradients", "both")),
+    "accumulation": (("average", "recent"), ()),
+    "task_type": (("CAUSAL_LM",), ("SEQ_CLS", "TOKEN_CLS", "FEATURE_EXTRACTION", "SEQ_2_SEQ_LM")),
+}
+
+
+@dataclass
+class IAIConfig(LoraConfig):
+    """Configuration of iterative amortized inference: `theta(i+1) = h_phi(theta(i), chunk(i))`.
+
+    The LoRA fields (`r`, `lora_alpha`, `target_modules`, ...) describe the reader: it is active while a chunk is read,
+    and, in regime `"explicit"`, while a query is answered.
+
+    Args:
+        regime: `"parametric"` (queries are answered by the bare base) or `"explicit"` (by base + LoRA).
+        state_type: `"prefix"` (keys and values of every layer) or `"prompt"` (input embeddings).
+        signal: `"observations"`: the chunk's tokens, no gradients.
+        num_state_tokens: m, the number of slots; at least 1.
+        accumulation: `"average"`, the running average of the read-outs, or `"recent"`, exactly the last m tokens.
+        correction: whether learned precisions and the learned correction exist (`"average"` only).
+        pin_bos: keep a begin-of-sequence token in slot 0, for bases that need an attention sink (`"recent"` only).
+
+    Raises:
+        ValueError: for an unknown value, one that is not available yet, or a combination that cannot work.
+
+    Example:
+        >>> from hf_iai import IAIConfig
+        >>> IAIConfig(task_type="CAUSAL_LM", num_state_tokens=8).state_type
+        'prefix'
+
+    Source: Mittal et al., Iterative Amortized Inference, arXiv 2510.11471, section 3.
+    """
+
+    regime: str = field(default="explicit", metadata={"help": "who answers a query: parametric or explicit"})
+    state_type: str = field(default="prefix", metadata={"help": "what the task state is: prefix or prompt"})
+    signal: str = field(default="observations", metadata={"help": "what is learned from a chunk: observations"})
+    num_state_tokens: int = field(default=16, metadata={"help": "m, the number of slots of the state"})
+    accumulation: str = field(default="average", metadata={"help": "backbone of the state: average or recent"})
+    correction: bool = field(default=True, metadata={"help": "learned precisions and correction of the average"})
+    pin_bos: bool = field(default=False, metadata={"help": "keep a BOS token in slot 0 (recent only)"})
+
+    def __post_init__(self) -> None:
+        if self.uses_reader:
+            super().__post_init__()
+        else:  # nothing reads with LoRA, so none is created: data-parallel training finds no unused parameter
+            self.target_modules = "dummy-target-modules"
+            super().__post_init__()
+        self.peft_type = IAIType.IAI
+        for name, (now, later) in AVAILABLE.items():
+            _check_choice(name, getattr(self, name), now, later)
+        if self.num_state_tokens < 1:
+            raise ValueError(f"num_state_tokens must be at least 1, got {self.num_state_tokens}")
+        if self.pin_bos and self.accumulation != "recent":
+            raise ValueError(f"pin_bos=True needs accumulation='recent', got accumulation={self.accumulation!r}")
+        for name in ("use_dora", "alora_invocation_tokens"):
+            if getattr(self, name):
+                raise ValueError(f"{name}={getattr(self, name)!r} cannot be combined with IAI: leave it unset")
+        if self.base_model_name_or_path == EMBEDDED_NAME:
+            self.base_model_name_or_path = embedded_base()
+
+    @property
+    def uses_reader(self) -> bool:
+        """Whether any pass runs with LoRA: all but `"recent"` reading for a bare base."""
+        return not (self.accumulation == "recent" and self.regime == "parametric")
+
+    def to_dict(self) -> dict:
+        """As saved: an adapter of the embedded base names it, not the folder that holds it on this machine."""
+        values = super().to_dict()
+        if is_embedded_base(values.get("base_model_name_or_path")):
+            values["base_model_name_or_path"] = EMBEDDED_NAME
+        return values
+
+
+def is_embedded_base(path: str | None) -> bool:
+    return bool(path) and os.path.realpath(path) == os.path.realpath(embedded_base())
+
+
+def _check_choice(name: str, value: str | None, now: tuple[str, ...], later: tuple[str, ...]) -> None:
+    value = getattr(value, "value", value)
+    if value in now:
+        return
+    if value in later:
+        raise ValueError(f"{name}={value!r} is not available yet in this version; use one of {list(now)}")
+    raise ValueError(f"{name} must be one of {list(now)}, got {value!r}")

@@ -1,0 +1,114 @@
+"""IAICore: all that an adapter learns besides LoRA, and one refinement step h_phi."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from .base import Base, KeysValues
+from .config import IAIConfig
+from .heads import Correction, RunningAverage, push_tokens
+from .heads.average import include
+from .signals import read_observations
+from .state import Identity, TaskState
+from .states import STATE_TYPES
+
+
+class IAICore(nn.Module):
+    """theta(0), the read-out slots, the precisions and the correction of one adapter.
+
+    Args:
+        base: the transformer; its embeddings give theta(0) and the slots their first values.
+        config: the adapter's configuration.
+    """
+
+    def __init__(self, base: Base, config: IAIConfig) -> None:
+        super().__init__()
+        self.config = config
+        token_ids = torch.randint(base.vocab_size, (config.num_state_tokens,))
+        device = base.model.get_input_embeddings().weight.device
+        reads = config.accumulation == "average"
+        self.state = STATE_TYPES[config.state_type](base, token_ids.to(device), reads=reads)
+        if not reads:
+            self.bos_token_id = _bos_token_id(base) if config.pin_bos else None
+        elif config.correction:
+            _, _, num_layers, num_heads, width = self.state.pack(self._start(1)).shape
+            self.average = RunningAverage(num_layers, num_heads, base.config.hidden_size)
+            self.correction = Correction(num_layers, num_heads, width)
+        self.to(device)
+
+    def _start(self, batch_size: int) -> dict[str, Tensor]:
+        return {name: t.expand(batch_size, *t.shape) for name, t in self.state.start.items()}
+
+    def initial_state(self, base: Base, batch_size: int, identity: Identity) -> TaskState:
+        """theta(0) for `batch_size` tasks."""
+        tensors = self._start(batch_size)
+        device = next(iter(tensors.values())).device
+        if self.config.accumulation == "recent":
+            size = self.config.num_state_tokens - self.config.pin_bos
+            tensors["recent_ids"] = torch.zeros(batch_size, size, dtype=torch.long, device=device)
+            if self.config.pin_bos:
+                tensors |= self._recent_slots(base, tensors["recent_ids"], tensors["recent_ids"].bool())
+        else:
+            first = next(iter(tensors.values()))  # (B, L, H, m, D)
+            tensors["precision"] = first.new_zeros(first.shape[:-1])
+        zero = torch.zeros(batch_size, dtype=torch.long, device=device)
+        return TaskState(tensors, zero, zero.clone(), identity, self.config.accumulation)
+
+    def read(self, base: Base, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:  # (B, C) each
+        """Evidence of a chunk: a state of one chunk, or for `"recent"` just its tokens."""
+        if self.config.accumulation == "recent":
+            return {"ids": ids, "mask": mask}
+        with base.lora(True):
+            evidence, hidden = read_observations(base, self.state, ids, mask)
+        if self.config.correction:
+            precision = self.average.precision(hidden, mask.sum(1))
+        else:
+            precision = torch.ones_like(next(iter(evidence.values()))[..., 0])
+        return evidence | {"precision": precision, "mask": mask}
+
+    def step(self, base: Base, state: TaskState, evidence: dict[str, Tensor]) -> TaskState:
+        """theta(i+1) = h(theta(i), evidence). Rows that read no token keep their state bitwise."""
+        num_tokens = evidence["mask"].sum(1)  # (B,)
+        if self.config.accumulation == "recent":
+            tensors = self._step_recent(base, state, evidence)
+        else:
+            readout = {name: t for name, t in evidence.items() if name != "mask"}
+            tensors = include(state.tensors, readout, state.step)
+        read = num_tokens > 0
+        kept = {
+            name: torch.where(read.view(-1, *[1] * (t.dim() - 1)), t, state.tensors[name]) for name, t in tensors.items()
+        }
+        return replace(state, tensors=kept, step=state.step + read, num_tokens=state.num_tokens + num_tokens)
+
+    def slots(self, base: Base, state: TaskState) -> KeysValues:
+        """What a query attends to: the state, corrected, as keys and values."""
+        tensors = state.tensors
+        if self.config.accumulation == "average" and self.config.correction:
+            packed = self.state.pack(tensors)
+            corrected = self.correction(packed, tensors["precision"], state.step, state.num_tokens)
+            tensors = self.state.unpack(corrected)
+        return self.state.keys_values(base, tensors)
+
+    def _step_recent(self, base: Base, state: TaskState, chunk: dict[str, Tensor]) -> dict[str, Tensor]:
+        size = state.tensors["recent_ids"].shape[1]
+        count = state.num_tokens.clamp_max(size)
+        ids, count = push_tokens(state.tensors["recent_ids"], count, chunk["ids"], chunk["mask"])
+        real = torch.arange(size, device=ids.device) < count[:, None]
+        return self._recent_slots(base, ids, real) | {"recent_ids": ids}
+
+    def _recent_slots(self, base: Base, ids: Tensor, real: Tensor) -> dict[str, Tensor]:  # (B, m) each
+        """The bare base's slots for the real tokens, read alone at positions 0..m-1; theta(0) in the others."""
+        if self.config.pin_bos:
+            ids = torch.cat([ids.new_full((len(ids), 1), self.bos_token_id), ids], 1)
+            real = torch.cat([real.new_ones(len(real), 1), real], 1)
+        slots = self.state.of_tokens(base, ids, real.long())
+        start, keep = self._start(len(ids)), real[:, None, None, :, None]
+        return {name: torch.where(keep, slots[name].float(), start[name]) for name in start}
+
+
+def _bos_token_id(base: Base) -> int:
+    bos = base.config.bos_token_id
+    if bos is None:
+        raise ValueError(f"pin_bos=True, but {base.config.model_type!r} has no bos_token_id: set pin_bos=False")
+    return bos

@@ -1,0 +1,18 @@
+"""From raw text to what a model reads: examples -> chunks, and examples -> episodes -> batches."""
+
+from .chunks import batch_chunks, chunk_examples, chunk_text
+from .collator import EpisodeCollator
+from .episodes import check_disjoint, episodes_from_documents, episodes_from_labels
+from .examples import Example, tokenize_example
+
+__all__ = [
+    "EpisodeCollator",
+    "Example",
+    "batch_chunks",
+    "check_disjoint",
+    "chunk_examples",
+    "chunk_text",
+    "episodes_from_documents",
+    "episodes_from_labels",
+    "tokenize_example",
+]

@@ -1,0 +1,265 @@
+"""Episodes, the tasks a model is trained and evaluated on: `{"support": [example...], "query": [example...]}`.
+
+`group` names the document or task an episode comes from, for intervals over whole groups.
+"""
+
+import math
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any
+
+from datasets import ClassLabel, Dataset, Features, IterableDataset, List, Value, concatenate_datasets
+from transformers import PreTrainedTokenizerBase
+
+from .chunks import check_at_least, check_iterable
+from .examples import Tokens, text_ids, tokenize_example
+
+Episode = Mapping[str, Any]
+
+_ROWS_AT_ONCE = 256  # python objects held before they are written to Arrow, which is ten times smaller
+
+
+def episodes_from_documents(
+    documents: Iterable[str | Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    chunk_size: int,
+    num_chunks: int,
+    query_length: int | None = None,
+    stride: int | None = None,
+    max_per_document: int | None = None,
+    seed: int = 0,
+) -> Dataset:
+    """Cut documents into windows: `num_chunks` chunks to read, and the tokens right after them to predict.
+
+    A window is `num_chunks * chunk_size + query_length` tokens long. Documents that are shorter are left out, and so
+    is a window whose query repeats one of its chunks word for word.
+
+    Args:
+        documents: strings, or mappings with `"text"` and, to name the document, `"path"`.
+        tokenizer: adds no special tokens.
+        chunk_size: tokens per chunk.
+        num_chunks: chunks per episode; every support example is one of them.
+        query_length: tokens of the query, `chunk_size` by default.
+        stride: tokens between the starts of two windows; a whole window by default, so that no two overlap.
+        max_per_document: at most so many windows of a document, drawn at random; all by default.
+        seed: of that draw.
+
+    Returns:
+        A dataset with columns `support` (`num_chunks` examples `{"input_ids"}`), `query` (one) and `group`, the
+        document's path or, without one, its running number.
+
+    Raises:
+        ValueError: a number is below 1, a document has no text, or no window is left.
+
+    Example:
+        >>> from transformers import ByT5Tokenizer
+        >>> from hf_iai.data import episodes_from_documents
+        >>> episodes = episodes_from_documents(["abcdefg"], ByT5Tokenizer(), chunk_size=2, num_chunks=2)
+        >>> episodes[0]["support"], episodes[0]["query"], episodes[0]["group"]
+        ([{'input_ids': [100, 101]}, {'input_ids': [102, 103]}], [{'input_ids': [104, 105]}], '0')
+    """
+    check_iterable("documents", documents)
+    query_length = chunk_size if query_length is None else query_length
+    check_at_least(1, chunk_size=chunk_size, num_chunks=num_chunks, query_length=query_length)
+    support_length = num_chunks * chunk_size
+    window = support_length + query_length
+    stride = window if stride is None else stride
+    limit = math.inf if max_per_document is None else max_per_document
+    check_at_least(1, stride=stride, max_per_document=limit)
+    longest = 0
+
+    def parts(ids: list[int], start: int) -> tuple[list[list[int]], list[int]]:
+        end = start + support_length
+        return [ids[i : i + chunk_size] for i in range(start, end, chunk_size)], ids[end : start + window]
+
+    def rows() -> Iterator[Episode]:
+        nonlocal longest
+        for number, document in enumerate(documents):
+            ids, group = text_ids(_text_of(document), tokenizer), _group_of(document, number)
+            longest = max(longest, len(ids))
+            windows = ((start, *parts(ids, start)) for start in range(0, len(ids) - window + 1, stride))
+            starts = [start for start, chunks, query in windows if query not in chunks]
+            drawn = random.Random(f"{seed} {number}").sample(starts, min(limit, len(starts)))
+            for start in sorted(drawn):
+                chunks, query = parts(ids, start)
+                support = [{"input_ids": chunk} for chunk in chunks]
+                yield {"support": support, "query": [{"input_ids": query}], "group": group}
+
+    episodes = _dataset(rows(), {"input_ids": List(Value("int32"))})
+    if episodes is None:
+        raise ValueError(
+            f"no document has a window of {window} tokens ({num_chunks} chunks of {chunk_size} and a query of "
+            f"{query_length} that repeats none of them); the longest document has {longest} tokens. "
+            "Give longer documents, or fewer or shorter chunks"
+        )
+    return episodes
+
+
+def episodes_from_labels(
+    rows: Iterable[Mapping[str, Any]],
+    *,
+    text_column: str = "text",
+    label_column: str = "label",
+    num_classes: int,
+    num_support: int,
+    num_queries: int,
+    num_episodes: int,
+    seed: int = 0,
+    label_names: Sequence[str] | Mapping[Any, str] | None = None,
+    template: str = "Input: {text}\nLabel:",
+) -> Dataset:
+    """Draw few-shot classification tasks from a labelled set.
+
+    Each episode draws `num_classes` labels and, as evenly over them as the numbers allow and in random order, its
+    support and its queries. No row is in both, and rows whose text is the same up to case and white space count as
+    one: the first is kept.
+
+    Args:
+        rows: mappings with a text and a label; a finite iterable, `datasets` included.
+        text_column: key of the text.
+        label_column: key of the label.
+        num_classes: labels per episode.
+        num_support: support examples per episode, over all classes.
+        num_queries: queries per episode, over all classes.
+        num_episodes: rows of the result.
+        seed: of every draw.
+        label_names: what is written for each label; by default the names of a `ClassLabel` column, else `str(label)`.
+        template: the prompt, with `{text}` in it. The completion is a space and the label's name.
+
+    Returns:
+        A dataset with columns `support` and `query` (examples `{"prompt", "completion"}`) and `group`, the episode's
+        number.
+
+    Raises:
+        ValueError: a number is below 1, a column or the name of a label is missing, the template has no `{text}`, or
+            fewer than `num_classes` labels have enough different texts.
+
+    Example:
+        >>> from hf_iai.data import episodes_from_labels
+        >>> rows = [{"text": f"{kind} {i}", "label": kind} for kind in ("cat", "dog") for i in range(9)]
+        >>> episodes = episodes_from_labels(rows, num_classes=2, num_support=6, num_queries=2, num_episodes=3)
+        >>> sorted(example["completion"] for example in episodes[0]["support"])
+        [' cat', ' cat', ' cat', ' dog', ' dog', ' dog']
+    """
+    check_iterable("rows", rows)
+    check_at_least(1, num_classes=num_classes, num_support=num_support)
+    check_at_least(1, num_queries=num_queries, num_episodes=num_episodes)
+    if "{text}" not in template:
+        raise ValueError(f"template must contain {{text}}, got {template!r}")
+    names = _class_names(rows, label_column) if label_names is None else label_names
+    texts = _texts_by_name(rows, text_column, label_column, names)
+    needed = math.ceil(num_support / num_classes) + math.ceil(num_queries / num_classes)
+    rich = {name: pool for name, pool in sorted(texts.items()) if len(pool) >= needed}
+    if len(rich) < num_classes:
+        raise ValueError(
+            f"num_classes={num_classes} labels with at least {needed} different texts each are needed; "
+            f"{len(rich)} of the {len(texts)} labels have them ({sorted(rich)[:20]})"
+        )
+
+    def rows_of_examples() -> Iterator[Episode]:
+        rng = random.Random(seed)
+        for number in range(num_episodes):
+            drawn = rng.sample(list(rich), num_classes)
+            support, query = _evenly(rng, drawn, num_support), _evenly(rng, drawn, num_queries)
+            pools = {name: iter(rng.sample(rich[name], (support + query).count(name))) for name in drawn}
+            support, query = (
+                [{"prompt": template.replace("{text}", next(pools[name])), "completion": f" {name}"} for name in part]
+                for part in (support, query)
+            )
+            yield {"support": support, "query": query, "group": str(number)}
+
+    return _dataset(rows_of_examples(), {"prompt": Value("string"), "completion": Value("string")})
+
+
+def check_disjoint(episode: Episode, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Make sure that no example of the query is in the support, token for token.
+
+    Args:
+        episode: a mapping with `support` and `query`, lists of examples.
+        tokenizer: decides what is the same: two spellings with the same tokens are one content.
+
+    Raises:
+        ValueError: an example is in both; the message shows its text.
+
+    Example:
+        >>> from transformers import ByT5Tokenizer
+        >>> from hf_iai.data import check_disjoint
+        >>> episode = {"support": [{"text": "2"}], "query": [{"prompt": "", "completion": "2"}]}
+        >>> check_disjoint(episode, ByT5Tokenizer())
+        Traceback (most recent call last):
+        ValueError: '2' is in the support and in the query of an episode; ...
+    """
+    support, query = ([tokenize_example(e, tokenizer) for e in episode[part]] for part in ("support", "query"))
+    check_disjoint_tokens(support, query, tokenizer)
+
+
+def check_disjoint_tokens(support: list[Tokens], query: list[Tokens], tokenizer: PreTrainedTokenizerBase) -> None:
+    """`check_disjoint` for examples that are tokenised already."""
+    read = {tuple(tokens["input_ids"]) for tokens in support}
+    for tokens in query:
+        if tokens["input_ids"] and tuple(tokens["input_ids"]) in read:
+            raise ValueError(
+                f"{tokenizer.decode(tokens['input_ids'])!r:.120} is in the support and in the query of an episode; "
+                "leave it out of one of them, or the model is scored on what it has just read"
+            )
+
+
+def _text_of(document: str | Mapping[str, Any]) -> str:
+    if isinstance(document, str):
+        return document
+    if not isinstance(document, Mapping) or "text" not in document:
+        raise ValueError(f"a document must be a string or a mapping with 'text', got {document!r:.120}")
+    return document["text"]
+
+
+def _group_of(document: str | Mapping[str, Any], number: int) -> str:
+    return str(number if isinstance(document, str) else document.get("path", number))
+
+
+def _class_names(rows: Iterable, label_column: str) -> list[str] | None:
+    features = rows.features if isinstance(rows, Dataset | IterableDataset) else None
+    feature = (features or {}).get(label_column)
+    return feature.names if isinstance(feature, ClassLabel) else None
+
+
+def _texts_by_name(
+    rows: Iterable[Mapping[str, Any]],
+    text_column: str,
+    label_column: str,
+    names: Sequence[str] | Mapping[Any, str] | None,
+) -> dict[str, list[str]]:
+    # A sequence would answer label -1, which stands for "unlabelled" in many sets, with its last name.
+    names = dict(enumerate(names)) if isinstance(names, Sequence) else names
+    texts: dict[str, list[str]] = {}
+    seen = set()
+    for number, row in enumerate(rows):
+        for column in (text_column, label_column):
+            if row.get(column) is None:
+                raise ValueError(f"row {number} has no {column!r}; its columns are {sorted(row)}")
+        text, label = row[text_column], row[label_column]
+        if not isinstance(text, str):
+            raise ValueError(f"{text_column!r} of row {number} must be a string, got {text!r:.80}")
+        if names is not None and label not in names:
+            raise ValueError(f"label {label!r} of row {number} has no name in label_names {list(names)[:20]}")
+        content = " ".join(text.split()).casefold()
+        if content not in seen:
+            seen.add(content)
+            texts.setdefault(str(label) if names is None else names[label], []).append(text)
+    return texts
+
+
+def _evenly(rng: random.Random, labels: list[str], count: int) -> list[str]:
+    # Which labels get one more than the others is drawn anew for support and query.
+    order = rng.sample(labels, len(labels))
+    drawn = [order[i % len(order)] for i in range(count)]
+    rng.shuffle(drawn)
+    return drawn
+
+
+def _dataset(rows: Iterator[Episode], example: dict[str, Any]) -> Dataset | None:
+    features = Features({"support": List(example), "query": List(example), "group": Value("string")})
+    batches = iter(lambda: list(islice(rows, _ROWS_AT_ONCE)), [])
+    parts = [Dataset.from_list(batch, features=features) for batch in batches]
+    return concatenate_datasets(parts) if parts else None

@@ -1,0 +1,58 @@
+"""The bootstrap over whole groups: tokens of one document are no independent draws."""
+
+import numpy as np
+
+
+def bootstrap_mean(
+    values: np.ndarray,  # (E, T)
+    groups: np.ndarray,  # (E,)
+    *,
+    num_resamples: int = 1000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> tuple[float, float, float]:
+    """Mean over all tokens and its percentile interval, with whole groups drawn anew.
+
+    With sum_g and count_g over the tokens of group g, and G groups drawn with replacement in each resample,
+
+        mean = sum_g sum_g / sum_g count_g
+
+    Args:
+        values: (E, T), one row per episode; NaN marks a token that is not counted.
+        groups: (E,), the document or task of each episode.
+        num_resamples: how many resamples the interval is read from.
+        confidence: share of the resamples inside the interval.
+        seed: of the resampling; the same groups and seed draw the same resamples.
+
+    Returns:
+        mean, low, high. With a single group the spread is unknown and low and high are NaN.
+
+    Raises:
+        ValueError: when the lengths differ, or no token is counted.
+
+    Example:
+        >>> import numpy as np
+        >>> from hf_iai.evaluation import bootstrap_mean
+        >>> mean, low, high = bootstrap_mean(np.array([[1.0, 1.0], [2.0, 2.0], [3.0, 3.0]]), np.array(["a", "b", "c"]))
+        >>> mean, 1.0 <= low < mean < high <= 3.0
+        (2.0, True)
+
+    Source: Davison and Hinkley, Bootstrap Methods and their Application (1997), section 3.8.
+    """
+    if len(values) != len(groups):
+        raise ValueError(f"{len(values)} rows of values but {len(groups)} groups: pass one group per row")
+    counted = ~np.isnan(values)
+    _, index = np.unique(groups, return_inverse=True)
+    sums = np.bincount(index, weights=np.where(counted, values, 0.0).sum(1))  # (G,)
+    counts = np.bincount(index, weights=counted.sum(1))  # (G,)
+    sums, counts = sums[counts > 0], counts[counts > 0]
+    if not len(counts):
+        raise ValueError(f"none of the {values.size} tokens is counted: give tokens with a loss")
+    mean = float(sums.sum() / counts.sum())
+    if len(counts) == 1:
+        return mean, float("nan"), float("nan")
+    num_groups = len(counts)
+    times = np.random.default_rng(seed).multinomial(num_groups, np.full(num_groups, 1 / num_groups), num_resamples)
+    means = (times @ sums) / (times @ counts)  # (num_resamples,)
+    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return mean, float(low), float(high)

@@ -1,0 +1,46 @@
+"""What is learned on top of the average: a correction that sees the whole state and starts at zero."""
+
+import torch
+from torch import Tensor, nn
+
+
+class Correction(nn.Module):
+    """theta_hat = theta + rms(theta) * g(theta, counts), g one transformer block over the slots with a zero last layer.
+
+    It is applied where the state is read, not where it is kept: the state stays a plain average, so that chunks may
+    come in any order, in parallel and be merged, and errors of the correction cannot accumulate. The counts (log
+    precision, log chunks, log tokens) tell it how sure the average is.
+
+    Args:
+        num_layers, num_heads, width: of a packed slot, (B, m, L, H, W).
+        hidden: width of the block.
+    """
+
+    def __init__(self, num_layers: int, num_heads: int, width: int, hidden: int = 128) -> None:
+        super().__init__()
+        groups = num_layers * num_heads
+        self.read = nn.Linear(groups * (width + 1) + 2, hidden)
+        self.attention_norm, self.mlp_norm = nn.RMSNorm(hidden), nn.RMSNorm(hidden)
+        self.attention = nn.MultiheadAttention(hidden, 4, batch_first=True)
+        self.mlp = nn.Sequential(nn.Linear(hidden, 2 * hidden), nn.GELU(), nn.Linear(2 * hidden, hidden))
+        self.write = nn.Linear(hidden, groups * width)
+        nn.init.zeros_(self.write.weight)
+        nn.init.zeros_(self.write.bias)
+
+    def forward(
+        self,
+        slots: Tensor,  # (B, m, L, H, W)
+        precision: Tensor,  # (B, L, H, m)
+        step: Tensor,  # (B,)
+        num_tokens: Tensor,  # (B,)
+    ) -> Tensor:  # (B, m, L, H, W)
+        rms = slots.square().mean(-1, keepdim=True).add(1e-6).sqrt()  # (B, m, L, H, 1)
+        counts = torch.stack([step, num_tokens], 1).float().log1p()[:, None].expand(-1, slots.shape[1], -1)
+        log_precision = precision.clamp_min(1e-6).log().permute(0, 3, 1, 2)  # (B, m, L, H)
+        x = self.read(torch.cat([(slots / rms).flatten(2), log_precision.flatten(2), counts], -1))
+        normed = self.attention_norm(x)
+        x = x + self.attention(normed, normed, normed, need_weights=False)[0]
+        x = x + self.mlp(self.mlp_norm(x))
+        # theta(0) is learned itself: nothing corrects it.
+        read = (step > 0).view(-1, 1, 1, 1, 1)
+        return slots + rms * self.write(x).view(slots.shape) * read

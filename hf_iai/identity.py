@@ -1,0 +1,53 @@
+"""The fingerprint that ties a state to the base and adapter that made it."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from .config import IAIConfig, is_embedded_base
+from .embedded import EMBEDDED_NAME
+from .state import Identity
+
+SAMPLED_TENSORS, SAMPLED_VALUES = 16, 64
+# What decides a state's meaning; paths, names and training switches do not.
+CONFIG_FIELDS = (
+    "regime state_type signal num_state_tokens accumulation correction pin_bos r lora_alpha use_rslora "
+    "rank_pattern alpha_pattern layers_to_transform fan_in_fan_out bias"
+).split()
+
+
+def fingerprint(base_model: nn.Module, config: IAIConfig, adapter: Iterable[tuple[str, Tensor]]) -> Identity:
+    """Hash of the base's architecture, a sample of its weights, and the adapter's weights and configuration."""
+    digest = hashlib.sha256()
+    described = {name: getattr(config, name) for name in CONFIG_FIELDS} | _architecture(base_model)
+    digest.update(json.dumps(described, sort_keys=True, default=str).encode())
+    weights = sorted((n.replace(".base_layer.", "."), p) for n, p in base_model.named_parameters() if "lora_" not in n)
+    for name, tensor in weights[:: max(1, len(weights) // SAMPLED_TENSORS)]:
+        flat = tensor.detach().flatten()
+        sample = flat[:: max(1, len(flat) // SAMPLED_VALUES)][:SAMPLED_VALUES]
+        # In bfloat16 a checkpoint is the same base whether it was loaded in that type or in float32.
+        _update(digest, name, sample.to(torch.bfloat16) if sample.is_floating_point() else sample)
+    for name, tensor in sorted(adapter):
+        _update(digest, name, tensor.detach())
+    return Identity(digest.hexdigest(), _display_name(base_model, config, digest.hexdigest()))
+
+
+def _architecture(base_model: nn.Module) -> dict:
+    config = base_model.config
+    shape = (config.hidden_size, config.num_hidden_layers, config.num_attention_heads, config.vocab_size)
+    return {"class": type(base_model).__name__, "model_type": config.model_type, "shape": shape}
+
+
+def _display_name(base_model: nn.Module, config: IAIConfig, digest: str) -> str:
+    path = base_model.config._name_or_path
+    base = EMBEDDED_NAME if is_embedded_base(path) else os.path.basename(path.rstrip("/")) or type(base_model).__name__
+    return f"{base} + {config.regime} {config.state_type}-{config.num_state_tokens} ({digest[:8]})"
+
+
+def _update(digest, name: str, tensor: Tensor) -> None:
+    digest.update(name.encode())
+    digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())

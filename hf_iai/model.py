@@ -1,0 +1,391 @@
+"""IAIModel: the PEFT tuner. Reads chunks into a task state, answers queries under it."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import islice
+
+import torch
+from peft.tuners.lora import LoraModel
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import DynamicCache
+
+from .base import Base
+from .config import IAIConfig
+from .core import IAICore
+from .identity import fingerprint
+from .objectives import Objective, episode_loss
+from .state import Identity, TaskState
+
+Chunk = Mapping[str, Tensor]
+
+
+class IAIModel(LoraModel):
+    """f_gamma(x, theta) and theta(i+1) = h_phi(theta(i), chunk(i)), on one pretrained decoder.
+
+    Made by `get_peft_model(base, IAIConfig(...))`, or `AutoPeftModelForCausalLM.from_pretrained(folder)`; everything
+    below is reached through the PeftModel that these return.
+
+    Example:
+        >>> from peft import get_peft_model
+        >>> from transformers import AutoModelForCausalLM, AutoTokenizer
+        >>> from hf_iai import IAIConfig, chunk_text, embedded_base
+        >>> tokenizer = AutoTokenizer.from_pretrained(embedded_base())
+        >>> base = AutoModelForCausalLM.from_pretrained(embedded_base())
+        >>> model = get_peft_model(base, IAIConfig(task_type="CAUSAL_LM", target_modules="all-linear"))
+        >>> state = model.adapt(chunk_text("def read(path):\\n    return open(path).read()", tokenizer, chunk_size=8))
+        >>> query = tokenizer("def write", return_tensors="pt")
+        >>> model(**query, task_state=state).logits.shape[-1]
+        1024
+
+    Source: Mittal et al., arXiv 2510.11471, equations 2-4; the averaging form is ours.
+    """
+
+    prefix = "lora_"
+    uses_shared_state = True  # transformers' own load_adapter then refuses it with a clear message
+
+    # ---------------------------------------------------------------- what PEFT calls
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, **kwargs) -> None:
+        if "iai" not in self._modules:  # the first adapter
+            self.iai = nn.ModuleDict()
+            self.objective = Objective()
+            self._disabled, self._using, self._identities = False, [], {}
+        super().inject_adapter(model, adapter_name, **kwargs)
+        config = self.peft_config[adapter_name]
+        self.iai[adapter_name] = IAICore(Base(model), config).requires_grad_(not config.inference_mode)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+        for name, core in self.iai.items():
+            core.requires_grad_(name in self.active_adapters and not inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        del self.iai[adapter_name]
+
+    def disable_adapter_layers(self) -> None:
+        super().disable_adapter_layers()
+        self._disabled = True
+
+    def enable_adapter_layers(self) -> None:
+        super().enable_adapter_layers()
+        self._disabled = False
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        head, found, tail = key.partition(f"base_model.iai.{adapter_name}.")
+        return f"base_model.iai.{tail}" if found else super()._remove_adapter_name_from_key(key, adapter_name)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args, **kwargs) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError("adapter_names mixes adapters in one batch, which IAI cannot: call set_adapter() instead")
+        with super()._enable_peft_forward_hooks(*args, **kwargs):
+            yield
+
+    def merge_adapter(self, *args, **kwargs) -> None:
+        raise ValueError("an IAI adapter cannot be merged into the base: its state depends on the task")
+
+    def merge_and_unload(self, *args, **kwargs) -> nn.Module:
+        self.merge_adapter()
+
+    def add_weighted_adapter(self, *args, **kwargs) -> None:
+        raise ValueError("IAI adapters cannot be added to each other: train one on the union of their tasks")
+
+    # ---------------------------------------------------------------- properties
+
+    @property
+    def core(self) -> IAICore:
+        return self.iai[self.active_adapters[0]]
+
+    @property
+    def _config(self) -> IAIConfig:
+        return self.peft_config[self.active_adapters[0]]
+
+    @property
+    def _base(self) -> Base:
+        return Base(self.model)
+
+    @property
+    def window(self) -> int:
+        """Positions the base has."""
+        return self._base.window
+
+    @property
+    def num_slots(self) -> int:
+        """m, the slots of the state."""
+        return self._config.num_state_tokens
+
+    @property
+    def max_chunk_size(self) -> int:
+        """window - 2m: a chunk is read between theta(0) and the read-out slots."""
+        return self.window - 2 * self.num_slots
+
+    @property
+    def identity(self) -> Identity:
+        """Recomputed only after a weight has changed."""
+        name = self.active_adapters[0]
+        adapter = list(self.core.named_parameters())
+        adapter += [(n.replace(f".{name}", ""), p) for n, p in self.model.named_parameters() if f".{name}." in n]
+        versions = tuple((p.data_ptr(), p._version) for _, p in adapter)
+        if self._identities.get(name, (None,))[0] != versions:
+            self._identities[name] = versions, fingerprint(self.model, self._config, adapter)
+        return self._identities[name][1]
+
+    # ---------------------------------------------------------------- reading
+
+    def initial_state(self, batch_size: int = 1) -> TaskState:
+        """theta(0) for `batch_size` tasks: the learned state before anything was read."""
+        return self.core.initial_state(self._base, batch_size, self.identity)
+
+    def adapt(
+        self,
+        chunks: Iterable[Chunk],
+        *,
+        state: TaskState | None = None,
+        show_progress: bool = False,
+        on_step: Callable[[TaskState], None] | None = None,
+        parallel: int = 1,
+    ) -> TaskState:
+        """Read chunks and return the state after the last one.
+
+        Args:
+            chunks: a finite iterable of mappings with `input_ids` (B, C) and optionally `attention_mask` (B, C).
+            state: where to go on; theta(0) by default.
+            show_progress: a progress bar, one tick per chunk.
+            on_step: called with the state after every chunk.
+            parallel: how many chunks the base reads in one batch; the result is the same up to rounding.
+
+        Raises:
+            ValueError: for no chunk, one longer than `max_chunk_size`, ids beyond the vocabulary, a batch that
+                differs from the state's, or a state of another base or adapter.
+        """
+        last = None
+        for last in tqdm(self.adapt_steps(chunks, state, parallel=parallel), disable=not show_progress, unit="chunk"):
+            if on_step is not None:
+                on_step(last)
+        if last is None:
+            raise ValueError("adapt got no chunk: pass at least one, or use initial_state() for the state before any")
+        return last
+
+    def adapt_steps(
+        self, chunks: Iterable[Chunk], state: TaskState | None = None, *, parallel: int = 1
+    ) -> Iterator[TaskState]:
+        """The state after each chunk of a stream that may never end; see `adapt`."""
+        self._refuse_when_disabled("adapt")
+        if parallel < 1:
+            raise ValueError(f"parallel must be at least 1, got {parallel}")
+        if state is not None:
+            self._check_identity(state)
+        chunks = iter(chunks)
+        while group := [self._checked(chunk) for chunk in islice(chunks, parallel)]:
+            with torch.no_grad(), self._eval_mode():
+                states = self._read_group(group, state)
+            state = states[-1]
+            yield from states
+
+    def _read_group(self, group: list[tuple[Tensor, Tensor]], state: TaskState | None) -> list[TaskState]:
+        batch = len(group[0][0])
+        state = self.initial_state(batch).clone() if state is None else state
+        ids, mask = _batched(group)
+        if any(len(i) != state.batch_size for i, _ in group):
+            raise ValueError(f"a state of {state.batch_size} tasks cannot read a chunk of {batch} rows")
+        evidence = self.core.read(self._base, ids, mask)
+        states = []
+        for rows in range(0, len(ids), batch):
+            part = {name: t[rows : rows + batch] for name, t in evidence.items()}
+            states.append(state := self.core.step(self._base, state, part))
+        return states
+
+    def _checked(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
+        """ids and mask (B, C) of a chunk that fits, on our device, without columns that are padding in every row."""
+        ids = chunk["input_ids"].to(self.model.device)
+        if ids.dim() != 2:
+            raise ValueError(f"a chunk's input_ids must be (batch, chunk), got shape {tuple(ids.shape)}")
+        mask = chunk.get("attention_mask")
+        mask = torch.ones_like(ids) if mask is None else mask.to(ids.device, torch.long)
+        columns = mask.any(0).nonzero().flatten()
+        if len(columns):
+            ids, mask = (t[:, columns[0] : columns[-1] + 1] for t in (ids, mask))
+        self._check_ids(ids)
+        if ids.shape[1] > self.max_chunk_size:
+            raise ValueError(
+                f"a chunk of {ids.shape[1]} tokens does not fit: window {self.window} - 2 x {self.num_slots} slots "
+                f"= {self.max_chunk_size}; pass chunk_size <= {self.max_chunk_size}"
+            )
+        return ids, mask
+
+    # ---------------------------------------------------------------- answering
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        task_state: TaskState | None = None,
+        chunk_input_ids: Tensor | None = None,
+        chunk_attention_mask: Tensor | None = None,
+        chunk_labels: Tensor | None = None,
+        **kwargs,
+    ):
+        """Answer queries under a state, or go through a whole episode.
+
+        Args:
+            input_ids, attention_mask, labels: queries (B, T); in an episode (B, Q, T).
+            task_state: of B tasks, or of one for all queries. None: the predictor with no slots at all.
+            chunk_input_ids, chunk_attention_mask: the episode's chunks (B, K, C); the objective decides, in training,
+                which states the loss is taken under. `chunk_labels` belongs to signals that use it.
+
+        Returns:
+            transformers' output, `logits` (B, T, V) (episode: (B, Q, T, V)), `loss` over `labels[:, 1:]`.
+        """
+        if chunk_input_ids is not None:
+            return self._episode(input_ids, attention_mask, labels, chunk_input_ids, chunk_attention_mask)
+        state = task_state if task_state is not None else (self._using[-1] if self._using else None)
+        if state is None:
+            with self._predictor_lora():
+                kwargs |= {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+                return self.model(**kwargs)
+        self._check_query(state, input_ids)
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        return self._answer(state, input_ids, mask, labels, **kwargs)
+
+    def _answer(self, state: TaskState, ids: Tensor, mask: Tensor, labels: Tensor | None, **kwargs):
+        with self._predictor_lora():
+            slots = self.core.slots(self._base, state)
+            return self._base.answer(slots, ids, mask, labels, **kwargs)
+
+    def _episode(self, ids, mask, labels, chunk_ids, chunk_mask):  # (B, Q, T) and (B, K, C)
+        self._refuse_when_disabled("an episode")
+        queries = ids.shape
+        ids = ids.flatten(0, 1)  # (B * Q, T)
+        mask = torch.ones_like(ids) if mask is None else mask.flatten(0, 1)
+        chunk_mask = torch.ones_like(chunk_ids) if chunk_mask is None else chunk_mask
+        self._check_ids(ids)
+        self._check_ids(chunk_ids)
+        outputs = episode_loss(
+            self, self.objective, ids, mask, None if labels is None else labels.flatten(0, 1), chunk_ids, chunk_mask
+        )
+        outputs.logits = outputs.logits.unflatten(0, queries[:2])
+        return outputs
+
+    def generate(self, input_ids: Tensor | None = None, task_state: TaskState | None = None, **kwargs) -> Tensor:
+        """`generate` of transformers, under a state; returns prompt and new ids, (B, T + new)."""
+        state = task_state if task_state is not None else (self._using[-1] if self._using else None)
+        if state is None:
+            with self._predictor_lora():
+                return self.model.generate(input_ids, **kwargs)
+        self._check_query(state, input_ids)
+        mask = kwargs.pop("attention_mask", None)
+        mask = torch.ones_like(input_ids) if mask is None else mask
+        with torch.no_grad(), self._predictor_lora():
+            slots = self.core.slots(self._base, state)
+            kwargs["past_key_values"] = self._cache_for(slots, len(input_ids), kwargs)
+            kwargs["attention_mask"] = torch.cat([mask.new_ones(len(mask), self.num_slots), mask], 1)
+            return self.model.generate(input_ids, **kwargs)
+
+    def _cache_for(self, slots, rows: int, kwargs: dict) -> DynamicCache:
+        """A cache that generate may write to, with the rows it will have after its own repetition for beams."""
+        settings = kwargs.get("generation_config") or self.model.generation_config
+        given = [kwargs.get(n) or getattr(settings, n, None) or 1 for n in ("num_beams", "num_return_sequences")]
+        cache = DynamicCache(config=self.model.config)
+        for layer, (keys, values) in enumerate(slots):
+            repeats = rows * max(given) // len(keys)
+            dtype = self.model.dtype
+            cache.update(
+                keys.repeat_interleave(repeats, 0).to(dtype), values.repeat_interleave(repeats, 0).to(dtype), layer
+            )
+        return cache
+
+    @contextmanager
+    def using(self, state: TaskState) -> Iterator[None]:
+        """Every call inside answers under `state`, for code that cannot pass `task_state`; nests.
+
+        Example:
+            >>> with model.using(state):  # doctest: +SKIP
+            ...     pipeline("text-generation", model=model, tokenizer=tokenizer)("def read(")
+        """
+        self._check_identity(state)
+        self._using.append(state)
+        try:
+            yield
+        finally:
+            self._using.pop()
+
+    @torch.no_grad()
+    def state_effect(self, state: TaskState, query: Chunk) -> dict[str, float]:
+        """Is the state used at all? Compares answers with and without it.
+
+        Args:
+            state: of one task, or as many as the query has rows.
+            query: `input_ids` (B, T), optionally `attention_mask` and `labels` (default: the ids).
+
+        Returns:
+            `kl`: mean over predicted tokens of KL(with state || without), nats; `loss_with`, `loss_without` and
+            their difference `loss_difference` (negative: the state helps), nats per token.
+        """
+        ids = query["input_ids"]
+        mask = query.get("attention_mask", torch.ones_like(ids))
+        labels = query.get("labels", ids.masked_fill(mask == 0, -100))
+        with self._eval_mode():
+            with_state = self.forward(ids, mask, labels, task_state=state)
+            without = self.forward(ids, mask, labels)
+        scored = labels[:, 1:] != -100
+        p, q = (out.logits[:, :-1][scored].float().log_softmax(-1) for out in (with_state, without))
+        result = {"kl": (p.exp() * (p - q)).sum(-1).mean().item()}
+        result |= {"loss_with": with_state.loss.item(), "loss_without": without.loss.item()}
+        return result | {"loss_difference": result["loss_with"] - result["loss_without"]}
+
+    # ---------------------------------------------------------------- switches and checks
+
+    def _predictor_lora(self):
+        """Explicit: base + LoRA answers. Parametric, and inside `disable_adapter()`: the bare base."""
+        return self._base.lora(self._config.regime == "explicit" and not self._disabled)
+
+    @contextmanager
+    def _eval_mode(self) -> Iterator[None]:
+        training = [module for module in self.modules() if module.training]
+        self.eval()
+        try:
+            yield
+        finally:
+            for module in training:
+                module.training = True
+
+    def _refuse_when_disabled(self, what: str) -> None:
+        if self._disabled:
+            raise ValueError(f"{what} needs the adapter, but it is disabled: leave disable_adapter() first")
+
+    def _check_identity(self, state: TaskState) -> None:
+        self._refuse_when_disabled("a task state")
+        if state.identity != self.identity:
+            raise ValueError(
+                f"this state belongs to {state.identity.name!r}, the model is {self.identity.name!r}: "
+                "read the chunks again with this model, or load the adapter that made the state"
+            )
+
+    def _check_query(self, state: TaskState, ids: Tensor) -> None:
+        self._check_identity(state)
+        self._check_ids(ids)
+        if state.batch_size not in (1, len(ids)):
+            raise ValueError(f"a state of {state.batch_size} tasks with {len(ids)} queries: pass 1 or {len(ids)} tasks")
+        if ids.shape[1] > self.window - self.num_slots:
+            raise ValueError(
+                f"a query of {ids.shape[1]} tokens does not fit: window {self.window} - {self.num_slots} slots "
+                f"= {self.window - self.num_slots}"
+            )
+
+    def _check_ids(self, ids: Tensor) -> None:
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self._base.vocab_size:
+            raise ValueError(
+                f"token ids {int(ids.min())}..{int(ids.max())} do not fit a vocabulary of {self._base.vocab_size}: "
+                "use the base model's own tokenizer"
+            )
+
+
+def _batched(group: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Chunks of B rows each as one batch, one chunk after the other, padded on the right to the longest."""
+    length = max(ids.shape[1] for ids, _ in group)
+    padded = [[nn.functional.pad(t, (0, length - t.shape[1])) for t in pair] for pair in group]
+    return tuple(torch.cat(tensors) for tensors in zip(*padded, strict=True))

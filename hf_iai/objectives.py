@@ -1,0 +1,129 @@
+"""Which states of an episode the outer loss is taken under, and what gets gradient.
+
+Axes: B tasks, K chunks of C tokens, Q queries of T tokens each, S states that are scored.
+"""
+
+import random
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn.functional import kl_div
+
+from .base import positions_of
+from .state import Identity, TaskState
+
+KINDS = ("unrolled", "truncated", "greedy")
+
+
+@dataclass
+class Objective:
+    """How an episode of K chunks becomes a loss; theta(0) is always scored too.
+
+    Args:
+        kind: `"unrolled"`: gradient to every chunk, loss after 1, 2, 4, ..., K chunks. `"truncated"`: one window of
+            `window` chunks, drawn, gets gradient, loss after it. `"greedy"`: a window of one, the paper's objective;
+            memory does not grow with K in the last two.
+        window: chunks with gradient, `"truncated"` only.
+        kl_weight: weight of KL(teacher || student) under the last state; the teacher is the bare base that sees as
+            much of the real context as its window holds.
+        draw: source of randomness; the trainer sets it from (seed, step), equal on all ranks.
+    """
+
+    kind: str = "unrolled"
+    window: int = 4
+    kl_weight: float = 0.0
+    draw: random.Random = field(default_factory=lambda: random.Random(0))
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"objective must be one of {list(KINDS)}, got {self.kind!r}")
+        if self.window < 1:
+            raise ValueError(f"window must be at least 1, got {self.window}")
+
+
+def episode_loss(
+    model,
+    objective: Objective,
+    ids: Tensor,  # (B * Q, T)
+    mask: Tensor,
+    labels: Tensor | None,
+    chunk_ids: Tensor,  # (B, K, C)
+    chunk_mask: Tensor,
+):
+    """transformers' output of the queries under the last state; its `loss` is the objective's."""
+    states = _states(model, objective, chunk_ids, chunk_mask)
+    scored = len(states)
+    outputs = model._answer(
+        TaskState.stack(states),
+        ids.repeat(scored, 1),
+        mask.repeat(scored, 1),
+        None if labels is None else labels.repeat(scored, 1),
+    )
+    outputs.logits = outputs.logits[-len(ids) :]
+    if model.training and objective.kl_weight and labels is not None and chunk_ids.shape[1]:
+        loss = _teacher_loss(model, outputs.logits, ids, mask, labels, chunk_ids, chunk_mask)
+        outputs.loss = outputs.loss + objective.kl_weight * loss
+    return outputs
+
+
+def _states(model, objective: Objective, chunk_ids: Tensor, chunk_mask: Tensor) -> list[TaskState]:
+    """The states to score, the last one last."""
+    base, core = model._base, model.core
+    num_chunks = chunk_ids.shape[1]
+    start = core.initial_state(base, len(chunk_ids), Identity("", "in training"))
+    if not model.training:
+        return [_read_on(core, base, start, chunk_ids, chunk_mask)]
+    if num_chunks == 0:
+        return [start]
+    if objective.kind == "unrolled":
+        return [start, *_unrolled(core, base, start, chunk_ids, chunk_mask)]
+    last = objective.draw.randint(1, num_chunks)
+    first = max(0, last - (objective.window if objective.kind == "truncated" else 1))
+    # The chunks that lie right before the query: the state is then as old as it will be in use.
+    chunk_ids, chunk_mask = chunk_ids[:, num_chunks - last :], chunk_mask[:, num_chunks - last :]
+    with torch.no_grad():
+        earlier = _read_on(core, base, start, chunk_ids[:, :first], chunk_mask[:, :first]) if first else start
+    return [start, _read_on(core, base, earlier, chunk_ids[:, first:], chunk_mask[:, first:])]
+
+
+def _read_on(core, base, state: TaskState, chunk_ids: Tensor, chunk_mask: Tensor) -> TaskState:
+    for ids, mask in zip(chunk_ids.unbind(1), chunk_mask.unbind(1), strict=True):
+        state = core.step(base, state, core.read(base, ids, mask))
+    return state
+
+
+def _unrolled(core, base, state: TaskState, chunk_ids: Tensor, chunk_mask: Tensor) -> list[TaskState]:
+    """States of the last 1, 2, 4, ..., K chunks; the base reads all chunks in one batch."""
+    batch, num_chunks = chunk_ids.shape[:2]
+    evidence = core.read(base, chunk_ids.flatten(0, 1), chunk_mask.flatten(0, 1))  # (B * K, ...)
+    evidence = {name: t.unflatten(0, (batch, num_chunks)) for name, t in evidence.items()}
+    # An average does not depend on order: taken from the query backwards, each partial one is of the nearest chunks.
+    backwards = state.accumulation == "average"
+    wanted = {2**i for i in range(num_chunks.bit_length())} | {num_chunks}
+    states = []
+    for n in range(1, num_chunks + 1):
+        index = num_chunks - n if backwards else n - 1
+        state = core.step(base, state, {name: t[:, index] for name, t in evidence.items()})
+        if n in wanted:
+            states.append(state)
+    return states
+
+
+def _teacher_loss(model, logits, ids, mask, labels, chunk_ids, chunk_mask) -> Tensor:
+    """KL(teacher || student) over the predicted query tokens, nats per token."""
+    queries = len(ids) // len(chunk_ids)
+    room = model.window - ids.shape[1]
+    context = chunk_ids.flatten(1)[:, -room:].repeat_interleave(queries, 0)  # (B * Q, R)
+    context_mask = chunk_mask.flatten(1)[:, -room:].repeat_interleave(queries, 0)
+    full_mask = torch.cat([context_mask, mask], 1)
+    with torch.no_grad(), model._eval_mode(), model._base.lora(False):
+        teacher = model.model(
+            input_ids=torch.cat([context, ids], 1),
+            attention_mask=full_mask,
+            position_ids=positions_of(full_mask),
+            use_cache=False,
+        ).logits[:, -ids.shape[1] :]
+    scored = labels[:, 1:] != -100
+    student, teacher = (x[:, :-1][scored].float().log_softmax(-1) for x in (logits, teacher))
+    return kl_div(student, teacher, reduction="batchmean", log_target=True)

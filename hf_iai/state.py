@@ -1,0 +1,210 @@
+"""TaskState: what has been learned about a batch of tasks, as a value."""
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+FORMAT = "hf_iai.task_state.v1"
+WEIGHTS, CONFIG = "task_state.safetensors", "config.json"
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Which base and adapter a state belongs to; two are equal when their fingerprints are."""
+
+    fingerprint: str
+    name: str
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Identity) and self.fingerprint == other.fingerprint
+
+    def __hash__(self) -> int:
+        return hash(self.fingerprint)
+
+
+@dataclass(frozen=True, eq=False)
+class TaskState:
+    """The state theta of B tasks. Updates return a new one.
+
+    Args:
+        tensors: name -> tensor, batch first; the layout is documented by the state type (`hf_iai.states`).
+        step: (B,) int64, chunks read.
+        num_tokens: (B,) int64, tokens read.
+        identity: the base and adapter that made it.
+        accumulation: `"average"` or `"recent"`.
+
+    Example:
+        >>> import torch
+        >>> from hf_iai.state import Identity, TaskState
+        >>> zero = torch.zeros(2, dtype=torch.long)
+        >>> state = TaskState({"prompt": torch.ones(2, 4, 8)}, zero, zero, Identity("ab", "tiny"), "average")
+        >>> state.batch_size, state.nbytes, state.select(1).batch_size
+        (2, 256, 1)
+    """
+
+    tensors: dict[str, Tensor]
+    step: Tensor  # (B,)
+    num_tokens: Tensor  # (B,)
+    identity: Identity
+    accumulation: str
+
+    @property
+    def batch_size(self) -> int:
+        return len(self.step)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of `tensors`: what the state costs to keep."""
+        return sum(t.numel() * t.element_size() for t in self.tensors.values())
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "TaskState":
+        """A state with `function` applied to every tensor, counts included."""
+        return replace(
+            self,
+            tensors={name: function(t) for name, t in self.tensors.items()},
+            step=function(self.step),
+            num_tokens=function(self.num_tokens),
+        )
+
+    def detach(self) -> "TaskState":
+        return self.map(Tensor.detach)
+
+    def clone(self) -> "TaskState":
+        return self.map(Tensor.clone)
+
+    def to(self, device: torch.device | str) -> "TaskState":
+        return self.map(lambda t: t.to(device))
+
+    def select(self, index: int) -> "TaskState":
+        """Task `index` alone, B = 1.
+
+        Raises:
+            IndexError: beyond the batch.
+        """
+        if not -self.batch_size <= index < self.batch_size:
+            raise IndexError(f"task {index} of a state of {self.batch_size} tasks")
+        index %= self.batch_size
+        return self.map(lambda t: t[index : index + 1])
+
+    def repeat_interleave(self, repeats: int) -> "TaskState":
+        """Each task `repeats` times in a row, as `generate` repeats queries for beams."""
+        return self.map(lambda t: t.repeat_interleave(repeats, 0))
+
+    @staticmethod
+    def stack(states: Sequence["TaskState"]) -> "TaskState":
+        """One state that holds the tasks of all `states`, in order.
+
+        Raises:
+            ValueError: for no state, or states of different adapters.
+        """
+        first = _same_kind(states)
+        return replace(
+            first,
+            tensors={name: torch.cat([s.tensors[name] for s in states]) for name in first.tensors},
+            step=torch.cat([s.step for s in states]),
+            num_tokens=torch.cat([s.num_tokens for s in states]),
+        )
+
+    @staticmethod
+    def merge(states: Sequence["TaskState"]) -> "TaskState":
+        """What one state would be that had read the chunks of all of them.
+
+        Every slot holds a weighted mean of read-outs, and its mean weight (`precision`), so with n chunks read
+
+            weight_s = n_s precision_s,   slot = sum_s weight_s slot_s / sum_s weight_s
+
+        which equals reading in sequence, whatever the order.
+
+        Raises:
+            ValueError: for no state, different adapters or batches, or states of accumulation `"recent"`.
+        """
+        first = _same_kind(states)
+        if first.accumulation != "average":
+            raise ValueError(f"only states of accumulation 'average' merge, got {first.accumulation!r}")
+        if len({s.batch_size for s in states}) > 1:
+            raise ValueError(f"states of different batches cannot be merged: {[s.batch_size for s in states]}")
+        merged = first
+        for other in states[1:]:
+            merged = _merge_two(merged, other)
+        return merged
+
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        """Write `config.json` and `task_state.safetensors`; each is renamed into place when it is whole."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {name: t.detach().contiguous().cpu() for name, t in self.tensors.items()}
+        tensors |= {"step": self.step.cpu().contiguous(), "num_tokens": self.num_tokens.cpu().contiguous()}
+        config = {
+            "format": FORMAT,
+            "fingerprint": self.identity.fingerprint,
+            "name": self.identity.name,
+            "accumulation": self.accumulation,
+            "tensors": {name: list(t.shape) for name, t in tensors.items()},
+        }
+        with tempfile.TemporaryDirectory(dir=folder) as temporary:
+            save_file(tensors, Path(temporary, WEIGHTS), metadata={"format": FORMAT})
+            Path(temporary, CONFIG).write_text(json.dumps(config, indent=1) + "\n")
+            for name in (WEIGHTS, CONFIG):
+                os.replace(Path(temporary, name), folder / name)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike) -> "TaskState":
+        """Read a saved state.
+
+        Raises:
+            FileNotFoundError: when a file is missing.
+            ValueError: for another format, a damaged file, or values that are not finite.
+        """
+        folder = Path(folder)
+        for name in (CONFIG, WEIGHTS):
+            if not (folder / name).is_file():
+                raise FileNotFoundError(f"{folder} holds no task state: {name} is missing")
+        config = json.loads((folder / CONFIG).read_text())
+        if config.get("format") != FORMAT:
+            raise ValueError(f"{folder / CONFIG} has format {config.get('format')!r}, expected {FORMAT!r}")
+        try:
+            tensors = load_file(folder / WEIGHTS)
+        except SafetensorError as error:
+            raise ValueError(f"{folder / WEIGHTS} is damaged ({error}): save the state again") from error
+        shapes = {name: list(t.shape) for name, t in tensors.items()}
+        if shapes != config["tensors"]:
+            raise ValueError(f"{folder / WEIGHTS} holds {shapes}, but {CONFIG} says {config['tensors']}")
+        for name, tensor in tensors.items():
+            if not torch.isfinite(tensor).all():
+                raise ValueError(f"tensor {name!r} in {folder / WEIGHTS} has values that are not finite")
+        step, num_tokens = tensors.pop("step"), tensors.pop("num_tokens")
+        return cls(tensors, step, num_tokens, Identity(config["fingerprint"], config["name"]), config["accumulation"])
+
+
+def _same_kind(states: Sequence[TaskState]) -> TaskState:
+    if not states:
+        raise ValueError("no task state given: pass at least one")
+    for state in states[1:]:
+        if state.identity != states[0].identity:
+            raise ValueError(f"states of different adapters: {states[0].identity.name!r} and {state.identity.name!r}")
+    return states[0]
+
+
+def _merge_two(a: TaskState, b: TaskState) -> TaskState:
+    step = a.step + b.step
+    weight_a, weight_b = a.tensors["precision"], b.tensors["precision"]
+    weight_a, weight_b = _times(weight_a, a.step), _times(weight_b, b.step)
+    total = weight_a + weight_b
+    share = torch.where(total > 0, weight_b / total.clamp_min(torch.finfo(total.dtype).tiny), 0.0)
+    tensors = {
+        name: t.lerp(b.tensors[name], share.unsqueeze(-1)) for name, t in a.tensors.items() if name != "precision"
+    }
+    tensors["precision"] = _times(total, 1 / step.clamp_min(1))
+    return replace(a, tensors=tensors, step=step, num_tokens=a.num_tokens + b.num_tokens)
+
+
+def _times(tensor: Tensor, row: Tensor) -> Tensor:  # (B, ...), (B,)
+    return tensor * row.to(tensor.dtype).view(-1, *[1] * (tensor.dim() - 1))

@@ -1,0 +1,46 @@
+"""A soft prompt: m input embeddings, encoded once into keys and values that all queries share."""
+
+import torch
+from torch import Tensor, nn
+
+from ..base import Base, KeysValues
+from .prefix import PrefixState
+
+
+class PromptState(nn.Module):
+    """State tensor `prompt` (B, 1, 1, m, d): the axes of a prefix with one layer and one head.
+
+    A read-out is the last hidden state of its slot, brought to the length of a token embedding and through a linear
+    map that starts as the identity.
+    """
+
+    def __init__(self, base: Base, token_ids: Tensor, *, reads: bool) -> None:  # (m,)
+        super().__init__()
+        embeddings = base.embed(token_ids).detach().float()  # (m, d)
+        self.start = nn.ParameterDict({"prompt": nn.Parameter(embeddings.clone()[None, None])})
+        if reads:
+            self.read_slots = nn.Parameter(embeddings.clone())
+            self.project = nn.Linear(embeddings.shape[1], embeddings.shape[1], bias=False)
+            nn.init.eye_(self.project.weight)
+            length = base.model.get_input_embeddings().weight.detach().float().square().mean().sqrt()
+            self.register_buffer("length", length, persistent=False)
+
+    def keys_values(self, base: Base, tensors: dict[str, Tensor]) -> KeysValues:
+        return PrefixState.encode(base, tensors["prompt"][:, 0, 0])
+
+    def read_out(self, hidden: Tensor, keys_values: KeysValues) -> dict[str, Tensor]:  # (B, m, d)
+        hidden = nn.functional.rms_norm(hidden.float(), hidden.shape[-1:])
+        return {"prompt": self.project(hidden * self.length)[:, None, None]}
+
+    def of_tokens(self, base: Base, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:  # (B, m) each
+        """The embeddings of m tokens."""
+        return {"prompt": base.embed(ids)[:, None, None]}
+
+    @staticmethod
+    def pack(tensors: dict[str, Tensor]) -> Tensor:
+        """(B, 1, 1, m, d) -> (B, m, 1, 1, d)."""
+        return tensors["prompt"].permute(0, 3, 1, 2, 4)
+
+    @staticmethod
+    def unpack(packed: Tensor) -> dict[str, Tensor]:  # (B, m, 1, 1, d)
+        return {"prompt": packed.permute(0, 2, 3, 1, 4)}

@@ -1,0 +1,56 @@
+"""IAITrainingArguments."""
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+from .objectives import Objective
+
+
+@dataclass
+class IAITrainingArguments(TrainingArguments):
+    """`transformers.TrainingArguments` and how episodes are read in training.
+
+    Args:
+        chunk_size: C in tokens; None: the most the base can read, window - 2m.
+        max_chunks: K, the most chunks a training step reads. The number of each step is drawn log-uniformly from 1
+            to a bound that grows to `max_chunks` over the first `curriculum` share of the steps.
+        curriculum: share of the training steps over which that bound grows; 0 for none.
+        halve_chunks: probability that a step reads its chunks in halves, so that the length varies too.
+        objective, truncation_window, kl_weight: see `hf_iai.objectives.Objective`.
+        eval_chunks: chunk counts of `eval_loss_at_chunks_{n}`; those beyond the episodes are left out.
+
+    Raises:
+        ValueError: for a value out of range.
+
+    Example:
+        >>> from hf_iai import IAITrainingArguments
+        >>> IAITrainingArguments(output_dir="out", max_chunks=4).objective
+        'unrolled'
+    """
+
+    chunk_size: int | None = field(default=None, metadata={"help": "tokens per chunk; None: window - 2m"})
+    max_chunks: int = field(default=8, metadata={"help": "the most chunks a training step reads"})
+    curriculum: float = field(default=0.5, metadata={"help": "share of steps over which max_chunks is reached"})
+    halve_chunks: float = field(default=0.25, metadata={"help": "probability of a step with chunks of half length"})
+    objective: str = field(default="unrolled", metadata={"help": "unrolled, truncated or greedy"})
+    truncation_window: int = field(default=4, metadata={"help": "chunks with gradient, objective 'truncated'"})
+    kl_weight: float = field(default=0.0, metadata={"help": "weight of the KL to the full-context bare base"})
+    eval_chunks: tuple[int, ...] = field(default=(0, 1, 2, 4, 8, 16), metadata={"help": "chunk counts evaluated"})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "must be False: episodes are collated"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.chunk_size is not None and self.chunk_size < 1:
+            raise ValueError(f"chunk_size must be at least 1 or None, got {self.chunk_size}")
+        if self.max_chunks < 0:
+            raise ValueError(f"max_chunks must be at least 0, got {self.max_chunks}")
+        for name in ("curriculum", "halve_chunks"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie in 0..1, got {getattr(self, name)}")
+        if self.remove_unused_columns:
+            raise ValueError("remove_unused_columns=True would drop the episodes' columns: leave it False")
+        self.make_objective()
+
+    def make_objective(self) -> Objective:
+        return Objective(self.objective, self.truncation_window, self.kl_weight)

@@ -1,0 +1,137 @@
+"""Queries under a state: equal to real tokens, padded or not, cached or not."""
+
+import pytest
+import torch
+from tiny import FAMILIES, MEMBERS, SLOTS, STATES, chunks, ids, make_base, make_model
+from transformers import DynamicCache
+
+GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(("family", "state_type", "regime"), MEMBERS)
+def test_answers_equal_an_independent_reference(family, state_type, regime, attention):
+    """The reference writes the state into transformers' own DynamicCache, or feeds the prompt as embeddings."""
+    model = make_model(family, attention, state_type=state_type, regime=regime, correction=False)
+    state, query = model.adapt(chunks(3)), ids(2, 9, seed=1)
+    with torch.no_grad(), model._base.lora(regime == "explicit"):
+        if state_type == "prefix":
+            cache = DynamicCache(config=model.config)
+            for layer in range(3):
+                cache.update(state.tensors["key"][:, layer], state.tensors["value"][:, layer], layer)
+            expected = model.base_model.model(input_ids=query, past_key_values=cache).logits
+        else:
+            embedded = model.get_input_embeddings()(query)
+            embedded = torch.cat([state.tensors["prompt"][:, 0, 0], embedded], 1)
+            expected = model.base_model.model(inputs_embeds=embedded).logits[:, SLOTS:]
+    assert (model(input_ids=query, task_state=state).logits - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(("family", "state_type", "regime"), MEMBERS)
+def test_left_and_right_padded_queries_equal_unpadded(family, state_type, regime):
+    model = make_model(family, state_type=state_type, regime=regime)
+    state, query = model.adapt(chunks(2)), ids(2, 9, seed=1)
+    alone = model(input_ids=query[:1, :6], task_state=state.select(0)).logits
+    for left in (0, 3):
+        row = torch.cat([ids(1, left, seed=2), query[:1, :6], ids(1, 3 - left, seed=3)], 1)
+        mask = torch.tensor([[0] * left + [1] * 6 + [0] * (3 - left), [1] * 9])
+        out = model(input_ids=torch.cat([row, query[1:]]), attention_mask=mask, task_state=state)
+        assert (out.logits[:1, left : left + 6] - alone).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(("family", "state_type", "regime"), MEMBERS)
+def test_generate_cached_equals_uncached_equals_stepwise(family, state_type, regime):
+    model = make_model(family, state_type=state_type, regime=regime)
+    state, query = model.adapt(chunks(2)), ids(2, 6, seed=1)
+    cached = model.generate(input_ids=query, task_state=state, max_new_tokens=6, **GREEDY)
+    stepwise = query
+    for _ in range(6):
+        logits = model(input_ids=stepwise, task_state=state).logits[:, -1:]
+        stepwise = torch.cat([stepwise, logits.argmax(-1)], 1)
+    assert torch.equal(cached, stepwise)
+    mask = torch.tensor([[0, 0] + [1] * 6, [1] * 8])
+    padded = torch.cat([torch.cat([ids(1, 2, seed=8), query[:1]], 1), ids(1, 8, seed=9)])
+    left = model.generate(input_ids=padded, attention_mask=mask, task_state=state, max_new_tokens=6, **GREEDY)
+    assert torch.equal(left[0, 8:], cached[0, 6:])
+
+
+def test_generate_with_beams_and_samples():
+    model = make_model()
+    state, query = model.adapt(chunks(2)), ids(2, 6, seed=1)
+    beams = model.generate(input_ids=query, task_state=state, max_new_tokens=4, num_beams=3, **GREEDY)
+    singles = [
+        model.generate(input_ids=query[i : i + 1], task_state=state.select(i), max_new_tokens=4, num_beams=3, **GREEDY)
+        for i in range(2)
+    ]
+    assert torch.equal(beams, torch.cat(singles))
+    sampled = model.generate(
+        input_ids=query, task_state=state, max_new_tokens=4, do_sample=True, num_return_sequences=2, pad_token_id=0
+    )
+    assert sampled.shape == (4, 10)
+
+
+@pytest.mark.parametrize("state_type", STATES)
+def test_one_state_serves_many_queries(state_type):
+    model = make_model(state_type=state_type)
+    state, query = model.adapt(chunks(2, batch=1)), ids(3, 7, seed=1)
+    together = model(input_ids=query, task_state=state).logits
+    for row in range(3):
+        alone = model(input_ids=query[row : row + 1], task_state=state).logits
+        assert (together[row : row + 1] - alone).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_without_state_and_disabled(family):
+    query = ids(2, 9)
+    base = make_base(family)(query).logits
+    explicit = make_model(family)
+    assert (explicit(input_ids=query).logits - base).abs().max() > 1e-3, "explicit answers with LoRA on"
+    assert torch.equal(make_model(family, regime="parametric")(input_ids=query).logits, base)
+    with explicit.disable_adapter():
+        assert torch.equal(explicit(input_ids=query).logits, base)
+        with pytest.raises(ValueError, match="disabled"):
+            explicit(input_ids=query, task_state=explicit.initial_state())
+    assert (explicit(input_ids=query).logits - base).abs().max() > 1e-3
+
+
+def test_loss_is_the_shifted_loss_of_the_query_alone():
+    model = make_model()
+    state, query = model.adapt(chunks(2)), ids(2, 9, seed=1)
+    labels = query.clone()
+    labels[:, :4] = -100
+    out = model(input_ids=query, labels=labels, task_state=state)
+    expected = torch.nn.functional.cross_entropy(out.logits[:, 3:-1].flatten(0, 1), query[:, 4:].flatten())
+    assert (out.loss - expected).abs() < 1e-6
+
+
+def test_using_nests_and_restores():
+    model = make_model()
+    first, second, query = model.adapt(chunks(1)), model.adapt(chunks(2)), ids(2, 5, seed=1)
+    bare = model(input_ids=query).logits
+    with model.using(first):
+        assert torch.equal(model(input_ids=query).logits, model(input_ids=query, task_state=first).logits)
+        with pytest.raises(RuntimeError), model.using(second):
+            assert torch.equal(model(input_ids=query).logits, model(input_ids=query, task_state=second).logits)
+            raise RuntimeError
+        assert torch.equal(model(input_ids=query).logits, model(input_ids=query, task_state=first).logits)
+    assert torch.equal(model(input_ids=query).logits, bare)
+
+
+def test_state_effect():
+    model = make_model(regime="parametric")
+    state, query = model.adapt(chunks(2)), {"input_ids": ids(2, 9, seed=1)}
+    effect = model.state_effect(state, query)
+    with_state = model(**query, labels=query["input_ids"], task_state=state).loss.item()
+    without = model(**query, labels=query["input_ids"]).loss.item()
+    assert effect["kl"] > 0
+    assert effect["loss_difference"] == pytest.approx(with_state - without, abs=1e-5)
+
+
+def test_bfloat16_base_keeps_a_float32_state():
+    model = make_model()
+    model.base_model.model.to(torch.bfloat16)
+    model.base_model.iai.float()
+    state = model.adapt(chunks(2))
+    assert all(t.dtype == torch.float32 for t in state.tensors.values())
+    assert model(input_ids=ids(2, 5), task_state=state).logits.dtype == torch.bfloat16
+    assert model.generate(input_ids=ids(2, 5), task_state=state, max_new_tokens=2, **GREEDY).shape == (2, 7)

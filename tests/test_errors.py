@@ -1,0 +1,108 @@
+"""Bad input: each a clear error that names the value and what was expected."""
+
+import pytest
+import torch
+from peft import get_peft_model
+from tiny import SLOTS, VOCAB, WINDOW, chunks, ids, make_base, make_model
+
+from hf_iai import IAIConfig, IAITrainer, IAITrainingArguments
+from hf_iai.objectives import Objective
+
+CAUSAL = {"task_type": "CAUSAL_LM"}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"regime": "implicit"}, "regime='implicit' is not available yet"),
+        ({"regime": "magic"}, "regime must be one of .*'magic'"),
+        ({"state_type": "lora"}, "state_type='lora' is not available yet"),
+        ({"state_type": "linear"}, "state_type='linear' is not available yet"),
+        ({"state_type": "x"}, "state_type must be one of"),
+        ({"signal": "gradients"}, "signal='gradients' is not available yet"),
+        ({"signal": "both"}, "signal='both' is not available yet"),
+        ({"accumulation": "overwrite"}, "accumulation must be one of"),
+        ({"num_state_tokens": 0}, "num_state_tokens must be at least 1, got 0"),
+        ({"use_dora": True}, "use_dora=True"),
+        ({"pin_bos": True}, "pin_bos=True needs accumulation='recent'"),
+        ({"task_type": "SEQ_2_SEQ_LM"}, "task_type='SEQ_2_SEQ_LM' is not available yet"),
+        ({"task_type": None}, "task_type must be one of .*None"),
+    ],
+)
+def test_configuration(values, message):
+    with pytest.raises(ValueError, match=message):
+        IAIConfig(**(CAUSAL | values))
+
+
+def test_pin_bos_without_bos_token():
+    base = make_base()
+    base.config.bos_token_id = None
+    with pytest.raises(ValueError, match="has no bos_token_id"):
+        get_peft_model(base, IAIConfig(**CAUSAL, accumulation="recent", pin_bos=True))
+
+
+def test_reading():
+    model = make_model()
+    with pytest.raises(ValueError, match="no chunk.*initial_state"):
+        model.adapt([])
+    room = WINDOW - 2 * SLOTS
+    model.adapt([{"input_ids": ids(1, room)}])
+    with pytest.raises(ValueError, match=f"{room + 1} tokens.*{WINDOW} - 2 x {SLOTS} slots = {room}"):
+        model.adapt([{"input_ids": ids(1, room + 1)}])
+    with pytest.raises(ValueError, match=f"5..{VOCAB} do not fit a vocabulary of {VOCAB}"):
+        model.adapt([{"input_ids": torch.tensor([[5, VOCAB]])}])
+    with pytest.raises(ValueError, match="state of 2 tasks cannot read a chunk of 3 rows"):
+        model.adapt(chunks(1, batch=3), state=model.adapt(chunks(1, batch=2)))
+    with pytest.raises(ValueError, match=r"shape \(7,\)"):
+        model.adapt([{"input_ids": ids(7)}])
+    with pytest.raises(ValueError, match="parallel must be at least 1, got 0"):
+        model.adapt(chunks(1), parallel=0)
+    with model.disable_adapter(), pytest.raises(ValueError, match="disabled"):
+        model.adapt(chunks(1))
+
+
+def test_answering():
+    model = make_model()
+    state, room = model.adapt(chunks(1)), WINDOW - SLOTS
+    assert model(input_ids=ids(2, room), task_state=state).logits.shape[1] == room
+    with pytest.raises(ValueError, match=f"{room + 1} tokens.*{WINDOW} - {SLOTS} slots = {room}"):
+        model(input_ids=ids(2, room + 1), task_state=state)
+    with pytest.raises(ValueError, match="state of 2 tasks with 3 queries"):
+        model(input_ids=ids(3, 5), task_state=state)
+    with pytest.raises(ValueError, match="do not fit a vocabulary"):
+        model(input_ids=torch.full((2, 4), VOCAB), task_state=state)
+
+
+def test_what_peft_offers_and_iai_cannot():
+    model = make_model()
+    for call in (model.merge_and_unload, model.merge_adapter):
+        with pytest.raises(ValueError, match="cannot be merged"):
+            call()
+    with pytest.raises(ValueError, match="cannot be added"):
+        model.add_weighted_adapter(["default"], [1.0], "sum")
+    with pytest.raises(ValueError, match="adapter_names"):
+        model(input_ids=ids(2, 5), adapter_names=["default", "default"])
+
+
+def test_training_arguments(tmp_path):
+    for values, message in [
+        ({"objective": "magic"}, "objective must be one of"),
+        ({"max_chunks": -1}, "max_chunks must be at least 0"),
+        ({"chunk_size": 0}, "chunk_size must be at least 1"),
+        ({"curriculum": 2.0}, "curriculum must lie in 0..1"),
+        ({"remove_unused_columns": True}, "leave it False"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            IAITrainingArguments(output_dir=str(tmp_path), **values)
+    with pytest.raises(ValueError, match="window must be at least 1"):
+        Objective("truncated", window=0)
+
+
+def test_trainer(tmp_path):
+    args = IAITrainingArguments(output_dir=str(tmp_path), report_to=[])
+    with pytest.raises(ValueError, match="processing_class is missing"):
+        IAITrainer(make_model(), args)
+    with pytest.raises(ValueError, match="needs an IAI adapter"):
+        IAITrainer(make_base(), args)
+    with pytest.raises(ValueError, match="pass one of the two"):
+        IAITrainer(make_model(), args, peft_config=IAIConfig(**CAUSAL))

@@ -1,0 +1,136 @@
+"""What reading chunks means: averages, merging, masks, the control."""
+
+import pytest
+import torch
+from tiny import FAMILIES, MEMBERS, STATES, chunks, ids, largest_difference, make_base, make_model
+
+from hf_iai import TaskState, batch_chunks
+
+
+@pytest.mark.parametrize("regime", ["explicit", "parametric"])
+@pytest.mark.parametrize("state_type", STATES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_recent_untrained_is_fewer_shots(family, state_type, regime):
+    model = make_model(family, trained=False, state_type=state_type, regime=regime, accumulation="recent")
+    text, query = ids(2, 30), ids(2, 9, seed=1)
+    state = model.adapt([{"input_ids": text[:, a:b]} for a, b in ((0, 3), (3, 17), (17, 30))])
+    expected = make_base(family)(torch.cat([text[:, -4:], query], 1)).logits[:, 4:]
+    assert (model(input_ids=query, task_state=state).logits - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("state_type", STATES)
+def test_recent_with_pinned_bos(state_type):
+    model = make_model(trained=False, state_type=state_type, accumulation="recent", pin_bos=True)
+    text, query = ids(1, 12), ids(1, 5, seed=1)
+    state = model.adapt([{"input_ids": text}])
+    expected = make_base()(torch.cat([torch.tensor([[1]]), text[:, -3:], query], 1)).logits[:, 4:]
+    assert (model(input_ids=query, task_state=state).logits - expected).abs().max() < 1e-5
+
+
+def test_recent_keeps_start_in_slots_not_yet_filled():
+    model = make_model(accumulation="recent")
+    start, state = model.initial_state(), model.adapt([{"input_ids": ids(1, 3)}])
+    assert torch.equal(state.tensors["key"][..., 3:, :], start.tensors["key"][..., 3:, :])
+    assert not torch.equal(state.tensors["key"][..., :3, :], start.tensors["key"][..., :3, :])
+
+
+@pytest.mark.parametrize(("family", "state_type", "regime"), MEMBERS)
+def test_average_without_correction_is_the_mean_of_single_chunk_states(family, state_type, regime):
+    model = make_model(family, state_type=state_type, regime=regime, correction=False)
+    support = chunks(5)
+    singles = [model.adapt([chunk]) for chunk in support]
+    sequence = model.adapt(support)
+    for name, tensor in sequence.tensors.items():
+        mean = torch.stack([s.tensors[name] for s in singles]).mean(0)
+        assert (tensor - mean).abs().max() < 1e-5
+    for other in (
+        model.adapt(support[::-1]),
+        TaskState.merge(singles),
+        TaskState.merge([model.adapt(support[:2]), model.adapt(support[2:])]),
+        model.adapt(support, parallel=3),
+    ):
+        assert largest_difference(sequence, other) < 1e-5
+        assert torch.equal(other.step, sequence.step) and torch.equal(other.num_tokens, sequence.num_tokens)
+
+
+@pytest.mark.parametrize(("family", "state_type", "regime"), MEMBERS)
+def test_trained_average_merges_and_reads_in_parallel(family, state_type, regime):
+    model = make_model(family, state_type=state_type, regime=regime)
+    support = chunks(5)
+    sequence = model.adapt(support)
+    singles = [model.adapt([chunk]) for chunk in support]
+    assert largest_difference(sequence, TaskState.merge(singles)) < 1e-5
+    assert largest_difference(sequence, model.adapt(support, parallel=4)) < 1e-5
+    assert max((s.tensors["precision"] - 1).abs().max() for s in singles) > 0.01, "the precisions are not at work"
+
+
+@pytest.mark.parametrize("accumulation", ["average", "recent"])
+@pytest.mark.parametrize("state_type", STATES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_padding_and_masked_rows_change_nothing(family, state_type, accumulation):
+    model = make_model(family, state_type=state_type, accumulation=accumulation)
+    first, second = ids(2, 10), ids(2, 7, seed=1)
+    state = model.adapt([{"input_ids": first}])
+
+    # A row whose mask is all 0 keeps its state bitwise, the other rows read on.
+    mask = torch.tensor([[1] * 7, [0] * 7])
+    after = model.adapt([{"input_ids": second, "attention_mask": mask}], state=state)
+    for name in state.tensors:
+        assert torch.equal(after.tensors[name][1], state.tensors[name][1])
+        assert not torch.equal(after.tensors[name][0], state.tensors[name][0])
+    assert after.step.tolist() == [2, 1] and after.num_tokens.tolist() == [17, 10]
+
+    # What stands under the mask does not matter, bitwise; nor do columns that are padding for all.
+    row = model.adapt([{"input_ids": second[:1]}])
+    for left in (0, 3):
+        padded = torch.cat([ids(1, left, seed=2), second[:1], ids(1, 3 - left, seed=3)], 1)
+        mask = torch.tensor([[0] * left + [1] * 7 + [0] * (3 - left)])
+        same = model.adapt([{"input_ids": padded, "attention_mask": mask}])
+        assert all(torch.equal(same.tensors[n], row.tensors[n]) for n in row.tensors)
+
+    # Padding beside a longer row, on either side.
+    for left in (0, 3):
+        padded = torch.cat([ids(1, left, seed=2), second[:1], ids(1, 3 - left, seed=3)], 1)
+        mask = torch.tensor([[0] * left + [1] * 7 + [0] * (3 - left), [1] * 10])
+        both = model.adapt([{"input_ids": torch.cat([padded, first[1:]]), "attention_mask": mask}])
+        assert largest_difference(both.select(0), row) < 1e-5
+
+
+@pytest.mark.parametrize("state_type", STATES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_batched_equals_single(family, state_type):
+    model = make_model(family, state_type=state_type)
+    one, two = chunks(3, batch=1, seed=4), chunks(2, batch=1, size=7, seed=5)
+    together = model.adapt(batch_chunks([one, two]))
+    apart = TaskState.stack([model.adapt(one), model.adapt(two)])
+    assert largest_difference(together, apart) < 1e-5
+    assert together.step.tolist() == [3, 2] and together.num_tokens.tolist() == [30, 14]
+
+
+def test_adapt_restores_modes_keeps_no_gradient_and_reports_each_step():
+    model = make_model().train()
+    steps = []
+    state = model.adapt(chunks(3), on_step=lambda s: steps.append(s.step.tolist()))
+    assert model.training and not any(t.requires_grad for t in state.tensors.values())
+    assert steps == [[1, 1], [2, 2], [3, 3]]
+
+
+def test_adapt_steps_reads_an_endless_stream_lazily():
+    model, drawn = make_model(), []
+
+    def endless():
+        while True:
+            drawn.append(1)
+            yield {"input_ids": ids(1, 6, seed=len(drawn))}
+
+    stream = model.adapt_steps(endless())
+    assert [next(stream).step.item() for _ in range(4)] == [1, 2, 3, 4]
+    assert len(drawn) == 4
+
+
+def test_going_on_equals_uninterrupted_bitwise(tmp_path):
+    model, support = make_model(), chunks(6)
+    model.adapt(support[:4]).save_pretrained(tmp_path)
+    resumed = model.adapt(support[4:], state=TaskState.from_pretrained(tmp_path))
+    whole = model.adapt(support)
+    assert all(torch.equal(resumed.tensors[n], whole.tensors[n]) for n in whole.tensors)

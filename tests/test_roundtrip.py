@@ -1,0 +1,154 @@
+"""Saving and loading of adapters and states, identity, and a new process."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM, PeftModel
+from safetensors.torch import load_file, save_file
+from tiny import MEMBERS, chunks, disturb, ids, make_base, make_model
+from transformers import AutoModelForCausalLM
+
+from hf_iai import TaskState
+from hf_iai.state import CONFIG, WEIGHTS
+
+
+@pytest.mark.parametrize(("family", "state_type", "regime"), MEMBERS)
+def test_adapter_survives_every_way_of_loading(tmp_path, family, state_type, regime):
+    make_base(family).save_pretrained(tmp_path / "base")
+    model = make_model(family, state_type=state_type, regime=regime)
+    model.base_model.model.config._name_or_path = str(tmp_path / "base")
+    model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    model.save_pretrained(tmp_path / "adapter")
+    (tmp_path / "adapter").rename(tmp_path / "moved")
+    support, query = chunks(2), ids(2, 7, seed=1)
+    state = model.adapt(support)
+    expected = model(input_ids=query, task_state=state).logits
+
+    base = lambda: AutoModelForCausalLM.from_pretrained(tmp_path / "base")  # noqa: E731
+    for loaded in (
+        PeftModel.from_pretrained(base(), tmp_path / "moved"),
+        AutoPeftModelForCausalLM.from_pretrained(tmp_path / "moved"),
+        PeftModel.from_pretrained(base(), tmp_path / "moved", adapter_name="other"),
+    ):
+        loaded.eval()
+        assert (loaded(input_ids=query, task_state=loaded.adapt(support)).logits - expected).abs().max() == 0.0
+        # The same adapter, so the state made before it was saved is welcome.
+        assert (loaded(input_ids=query, task_state=state).logits - expected).abs().max() == 0.0
+
+
+def test_state_continues_in_a_new_process_bitwise(tmp_path):
+    make_base().save_pretrained(tmp_path / "base")
+    model = make_model()
+    model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    model.save_pretrained(tmp_path / "adapter")
+    support = chunks(8)
+    model.adapt(support[:5]).save_pretrained(tmp_path / "state")
+    save_file({str(i): c["input_ids"] for i, c in enumerate(support[5:])}, tmp_path / "rest.safetensors")
+    script = """
+import sys, hf_iai
+from peft import AutoPeftModelForCausalLM
+from safetensors.torch import load_file
+folder = sys.argv[1]
+model = AutoPeftModelForCausalLM.from_pretrained(folder + "/adapter")
+rest = [{"input_ids": ids} for _, ids in sorted(load_file(folder + "/rest.safetensors").items())]
+state = hf_iai.TaskState.from_pretrained(folder + "/state")
+model.adapt(rest, state=state).save_pretrained(folder + "/end")
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", script, str(tmp_path)], check=True)
+    end, whole = TaskState.from_pretrained(tmp_path / "end"), model.adapt(support)
+    assert all(torch.equal(end.tensors[n], whole.tensors[n]) for n in whole.tensors)
+    assert torch.equal(end.step, whole.step)
+
+
+def test_identity_changes_with_training_only(tmp_path):
+    model = make_model()
+    before = model.identity
+    model.eval().train()
+    assert model.identity == before
+    disturb(model, 1e-4)
+    assert model.identity != before
+
+
+def test_state_of_another_adapter_or_base_is_refused():
+    model, other = make_model(), make_model(num_state_tokens=5)
+    state = other.adapt(chunks(1))
+    with pytest.raises(ValueError) as error:
+        model(input_ids=ids(2, 5), task_state=state)
+    assert model.identity.name in str(error.value) and other.identity.name in str(error.value)
+    with pytest.raises(ValueError, match="belongs to"):
+        model.adapt(chunks(1), state=state)
+    same_shape = make_model()
+    with torch.no_grad():
+        same_shape.base_model.model.model.embed_tokens.weight.mul_(1.5)
+    same_shape.base_model._identities.clear()
+    with pytest.raises(ValueError, match="belongs to"):
+        same_shape(input_ids=ids(2, 5), task_state=model.adapt(chunks(1)))
+
+
+def test_two_adapters_on_one_base(tmp_path):
+    model = make_model()
+    model.save_pretrained(tmp_path)
+    query, state = ids(2, 5, seed=1), model.adapt(chunks(2))
+    expected = model(input_ids=query, task_state=state).logits
+    model.load_adapter(tmp_path, adapter_name="second")
+    model.set_adapter("second")
+    assert torch.equal(model(input_ids=query, task_state=state).logits, expected)
+    model.delete_adapter("second")
+    model.set_adapter("default")
+    assert torch.equal(model(input_ids=query, task_state=state).logits, expected)
+
+
+def test_state_files(tmp_path):
+    state = make_model().adapt(chunks(2))
+    state.save_pretrained(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([CONFIG, WEIGHTS])
+    again = TaskState.from_pretrained(tmp_path)
+    assert again.identity == state.identity and again.nbytes == state.nbytes
+    assert all(torch.equal(again.tensors[n], state.tensors[n]) for n in state.tensors)
+
+
+def test_damaged_state_files(tmp_path):
+    state = make_model().adapt(chunks(2))
+    with pytest.raises(FileNotFoundError, match="config.json is missing"):
+        TaskState.from_pretrained(tmp_path)
+    state.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS)
+    tensors["key"][0, 0, 0, 0, 0] = float("nan")
+    save_file(tensors, tmp_path / WEIGHTS)
+    with pytest.raises(ValueError, match="'key'.*not finite"):
+        TaskState.from_pretrained(tmp_path)
+    save_file({"key": torch.zeros(1)}, tmp_path / WEIGHTS)
+    with pytest.raises(ValueError, match="holds"):
+        TaskState.from_pretrained(tmp_path)
+    (tmp_path / WEIGHTS).write_bytes(b"\x00" * 5)
+    with pytest.raises(ValueError, match="damaged"):
+        TaskState.from_pretrained(tmp_path)
+    config = json.loads((tmp_path / CONFIG).read_text())
+    (tmp_path / CONFIG).write_text(json.dumps(config | {"format": "other"}))
+    with pytest.raises(ValueError, match="other"):
+        TaskState.from_pretrained(tmp_path)
+
+
+def test_state_is_a_value():
+    state = make_model().adapt(chunks(3))
+    one, two = state.select(0), state.select(-1)
+    assert one.batch_size == 1
+    both = TaskState.stack([one, two])
+    assert all(torch.equal(both.tensors[n], state.tensors[n]) for n in state.tensors)
+    copy = state.clone()
+    copy.tensors["key"].zero_()
+    assert state.tensors["key"].abs().max() > 0
+    assert state.to("cpu").nbytes == state.nbytes == sum(t.numel() * t.element_size() for t in state.tensors.values())
+    with pytest.raises(IndexError, match="task 2 of a state of 2"):
+        state.select(2)
+    with pytest.raises(ValueError, match="at least one"):
+        TaskState.stack([])
+    with pytest.raises(ValueError, match="different batches"):
+        TaskState.merge([one, state])
+    with pytest.raises(ValueError, match="different adapters"):
+        TaskState.merge([state, make_model(num_state_tokens=5).adapt(chunks(1))])
+    with pytest.raises(ValueError, match="'recent'"):
+        TaskState.merge([make_model(accumulation="recent").adapt(chunks(1))])

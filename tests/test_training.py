@@ -1,0 +1,197 @@
+"""Trainer, objectives, checkpointing: what moves, what repeats, what it costs."""
+
+import random
+
+import pytest
+import torch
+from datasets import Dataset
+from tiny import MEMBERS, STATES, ids, make_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from hf_iai import IAIConfig, IAITrainer, IAITrainingArguments
+from hf_iai.objectives import Objective
+from hf_iai.trainer import last_chunks
+
+CHUNK, CHUNKS = 8, 4
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, 97)}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>")
+
+
+def episodes(num: int = 24) -> Dataset:
+    rows = ids(num, (CHUNKS + 1) * CHUNK)
+    support = [[{"input_ids": row[: CHUNKS * CHUNK].tolist()}] for row in rows]
+    return Dataset.from_dict({"support": support, "query": [[{"input_ids": row[-CHUNK:].tolist()}] for row in rows]})
+
+
+def arguments(folder, **values) -> IAITrainingArguments:
+    defaults = {
+        "output_dir": str(folder), "chunk_size": CHUNK, "max_chunks": CHUNKS, "max_steps": 6, "learning_rate": 1e-2,
+        "per_device_train_batch_size": 4, "logging_steps": 1, "save_steps": 3, "report_to": [], "disable_tqdm": True,
+        "use_cpu": True,
+    }  # fmt: skip
+    return IAITrainingArguments(**(defaults | values))
+
+
+def train(folder, resume=None, model=None, **values):
+    model = model or make_model(trained=False)
+    trainer = IAITrainer(model, arguments(folder, **values), train_dataset=episodes(), processing_class=tokenizer())
+    trainer.train(resume_from_checkpoint=resume)
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}, losses
+
+
+@pytest.mark.parametrize("objective", ["unrolled", "truncated", "greedy"])
+@pytest.mark.parametrize(("state_type", "regime"), [(s, r) for f, s, r in MEMBERS if f == "llama"])
+def test_every_trainable_parameter_moves(tmp_path, state_type, regime, objective):
+    model = make_model(trained=False, state_type=state_type, regime=regime)
+    before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    after, _ = train(tmp_path, model=model, objective=objective)
+    assert before.keys() == after.keys()
+    assert [name for name in after if torch.equal(before[name], after[name])] == []
+
+
+@pytest.mark.parametrize("regime", ["explicit", "parametric"])
+@pytest.mark.parametrize("state_type", STATES)
+def test_recent_trains_without_unused_parameters(tmp_path, state_type, regime):
+    model = make_model(trained=False, state_type=state_type, regime=regime, accumulation="recent")
+    model.train()(**last_chunks(batch(), 1)).loss.backward()
+    assert [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
+def test_training_twice_and_resuming_are_identical(tmp_path):
+    once, losses = train(tmp_path / "a")
+    twice, again = train(tmp_path / "b")
+    resumed, rest = train(tmp_path / "c", resume=str(tmp_path / "a" / "checkpoint-3"))
+    assert losses == again and losses[3:] == rest[-3:]
+    for name in once:
+        assert torch.equal(once[name], twice[name]), name
+        assert torch.equal(once[name], resumed[name]), name
+
+
+def test_training_lowers_the_loss(tmp_path):
+    """The query repeats the support: a state that carries anything helps."""
+    rows = ids(64, CHUNK, seed=3)
+    rows = Dataset.from_dict(
+        {"support": [[{"input_ids": r[1:].tolist()}] for r in rows], "query": [[{"input_ids": r.tolist()}] for r in rows]}
+    )
+    args = arguments(tmp_path, max_steps=60, max_chunks=1, halve_chunks=0.0, eval_chunks=(0, 1))
+    trainer = IAITrainer(
+        make_model(trained=False), args, train_dataset=rows, eval_dataset=rows, processing_class=tokenizer()
+    )
+    before = trainer.evaluate()
+    trainer.train()
+    after = trainer.evaluate()
+    assert after["eval_loss_at_chunks_1"] < before["eval_loss_at_chunks_1"] - 0.5
+    assert after["eval_loss_at_chunks_1"] == pytest.approx(after["eval_loss"], abs=1e-4)
+
+
+def test_evaluate_logs_the_curve(tmp_path):
+    trainer = IAITrainer(
+        make_model(), arguments(tmp_path), eval_dataset=episodes(), processing_class=tokenizer()
+    )
+    metrics = trainer.evaluate()
+    assert [k for k in metrics if "chunks" in k] == [f"eval_loss_at_chunks_{n}" for n in (0, 1, 2, 4)]
+    assert metrics["eval_loss_at_chunks_4"] == pytest.approx(metrics["eval_loss"], abs=1e-4)
+
+
+def test_model_id_and_peft_config(tmp_path):
+    from tiny import make_base
+
+    make_base().save_pretrained(tmp_path / "base")
+    tokenizer().save_pretrained(tmp_path / "base")
+    config = IAIConfig(task_type="CAUSAL_LM", num_state_tokens=2, target_modules="all-linear")
+    args = arguments(tmp_path / "out", max_steps=1)
+    trainer = IAITrainer(str(tmp_path / "base"), args, train_dataset=episodes(), peft_config=config)
+    trainer.train()
+    assert (tmp_path / "out" / "checkpoint-1" / "adapter_model.safetensors").exists()
+    assert not (tmp_path / "out" / "checkpoint-1" / "model.safetensors").exists()
+
+
+def batch(num_chunks: int = CHUNKS, tasks: int = 2, queries: int = 2) -> dict[str, torch.Tensor]:
+    query = ids(tasks, queries, CHUNK, seed=1)
+    return {"input_ids": query, "labels": query, "chunk_input_ids": ids(tasks, num_chunks, CHUNK)}
+
+
+@pytest.mark.parametrize(("family", "state_type", "regime"), MEMBERS)
+def test_checkpointing_changes_neither_loss_nor_gradients(family, state_type, regime):
+    results = []
+    for checkpointing in (False, True):
+        model = make_model(family, state_type=state_type, regime=regime).train()
+        if checkpointing:
+            model.base_model.model.activation_checkpointing_enable({"use_reentrant": False})
+        loss = model(**batch()).loss
+        loss.backward()
+        results.append((loss, {n: p.grad for n, p in model.named_parameters() if p.requires_grad}))
+    (loss, gradients), (loss_again, gradients_again) = results
+    assert (loss - loss_again).abs() < 1e-6
+    for name, gradient in gradients.items():
+        assert (gradient - gradients_again[name]).abs().max() < 1e-5, name
+
+
+def test_unrolled_loss_is_the_mean_over_the_scored_states():
+    model, inputs = make_model(), batch(num_chunks=3, queries=1)
+    model.base_model.objective = Objective("unrolled")
+    for module in model.modules():  # training mode decides the objective; nothing in this base drops out
+        module.training = True
+    total = model(**inputs).loss
+    model.eval()
+    expected = [model(**last_chunks(inputs, n)).loss for n in (0, 1, 2, 3)]
+    assert (total - torch.stack(expected).mean()).abs() < 1e-5
+
+
+def test_greedy_gives_gradient_to_one_chunk_only():
+    """Earlier read-outs are constants: the gradient equals that of the last step on a frozen state."""
+    model, inputs = make_model().train(), batch(num_chunks=3, queries=1)
+    model.base_model.objective = Objective("greedy", draw=random.Random(1))
+    last = random.Random(1).randint(1, 3)
+    assert last == 1 or last > 1
+    saved = []
+    hook = lambda t: saved.append(t.numel()) or t  # noqa: E731
+    with torch.autograd.graph.saved_tensors_hooks(hook, lambda t: t):
+        model(**inputs)
+    few = sum(saved)
+    saved.clear()
+    model.base_model.objective = Objective("unrolled")
+    with torch.autograd.graph.saved_tensors_hooks(hook, lambda t: t):
+        model(**inputs)
+    assert few < sum(saved)
+
+
+@pytest.mark.parametrize("objective", ["greedy", "truncated"])
+def test_graph_does_not_grow_with_chunks(objective):
+    """Numbers kept for the backward pass, counted as autograd saves them."""
+    kept = []
+    for num_chunks in (4, 32):
+        model = make_model().train()
+        fixed = random.Random(0)
+        fixed.randint = lambda low, high: high  # always the last step: the longest history
+        model.base_model.objective = Objective(objective, window=2, draw=fixed)
+        numbers = []
+        hook = lambda t, numbers=numbers: numbers.append(t.numel()) or t  # noqa: E731
+        with torch.autograd.graph.saved_tensors_hooks(hook, lambda t: t):
+            model(**batch(num_chunks))
+        kept.append(sum(numbers))
+    assert kept[0] == kept[1]
+
+
+def test_kl_to_the_full_context_teacher():
+    model, inputs = make_model().train(), batch()
+    losses = []
+    for weight in (0.0, 1.0):
+        model.base_model.objective = Objective("unrolled", kl_weight=weight)
+        losses.append(model(**inputs).loss)
+    base_logits = []
+    context = inputs["chunk_input_ids"].flatten(1).repeat_interleave(2, 0)
+    query = inputs["input_ids"].flatten(0, 1)
+    with torch.no_grad(), model.disable_adapter():
+        base_logits = model.base_model.model(torch.cat([context, query], 1)).logits[:, -CHUNK:]
+    student = model(**inputs).logits.flatten(0, 1)
+    p, q = base_logits[:, :-1].log_softmax(-1), student[:, :-1].log_softmax(-1)
+    expected = (p.exp() * (p - q)).sum(-1).mean()
+    assert (losses[1] - losses[0] - expected).abs() < 1e-4
