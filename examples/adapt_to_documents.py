@@ -34,7 +34,7 @@ def train_reader(
     state_type: str = "prefix",
     regime: str = "explicit",
 ) -> PeftModel:
-    """Train one adapter and save it; `max_chunks=0` trains a static state. Goes on from a checkpoint if there is one."""
+    """Train one adapter, from its checkpoint if there is one, and save it; `max_chunks=0` trains a static state."""
     set_seed(seed)
     config = IAIConfig(
         task_type="CAUSAL_LM",
@@ -56,6 +56,7 @@ def train_reader(
         lr_scheduler_type="cosine",
         warmup_steps=min(50, steps // 10),
         bf16=True,
+        use_cpu=not torch.cuda.is_available(),
         logging_steps=25,
         save_steps=200,
         save_total_limit=1,
@@ -112,7 +113,13 @@ def main(
         for n in (max_chunks, 0)
     }
     curve = evaluate_curve(
-        readers[max_chunks], test, counts, tokenizer=tokenizer, chunk_size=chunk_size, seed=seed, static_model=readers[0]
+        readers[max_chunks],
+        test,
+        counts,
+        tokenizer=tokenizer,
+        chunk_size=chunk_size,
+        seed=seed,
+        static_model=readers[0],
     )
     report(curve, output, **recipe, held_out=held_out, windows=len(test))
 

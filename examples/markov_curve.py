@@ -1,7 +1,8 @@
 """The exact curve: random Markov chains, where the Bayes predictor is known.
 
-    python examples/markov_curve.py --seed 0 --output work/markov-0              # trains (about 15 minutes), evaluates
-    python examples/markov_curve.py --adapter adapters/markov-prefix             # evaluates the published adapter
+    python examples/markov_curve.py train --seed 0                 # about 15 minutes on 2 cores
+    python examples/markov_curve.py evaluate --seeds 0,1,2         # writes work/markov/curve.json and .png
+    python examples/markov_curve.py evaluate --adapter adapters/markov-prefix
 
 8 states, rows drawn from a Dirichlet(0.5), chunks of 64 symbols, m = 8 slots, prefix, explicit. The text form is the
 letters a-h with one space before each. Loss of the next 64 symbols after n chunks, next to the exact Bayes predictor
@@ -22,7 +23,10 @@ from hf_iai.embedded.generated_tasks import LETTERS
 from hf_iai.evaluation import Curve, evaluate_curve
 
 NUM_STATES, CHUNK, SLOTS, CONCENTRATION = 8, 64, 8, 0.5
-COUNTS = (0, 1, 2, 4, 8, 16, 24)
+COUNTS, MAX_CHUNKS = (0, 1, 2, 4, 8, 16, 24), 12
+WORK = Path("work/markov")
+
+app = typer.Typer(help=__doc__)
 
 
 def draw_chains(num: int, length: int, seed: int) -> np.ndarray:
@@ -65,67 +69,69 @@ def bayes_losses(symbols: np.ndarray, num_chunks: int) -> np.ndarray:
     return np.stack(losses, 1)
 
 
-def train(output: Path, seed: int, steps: int, batch_size: int, max_chunks: int, lr: float):
+@app.command()
+def train(
+    seed: int = 0,
+    steps: int = 1000,
+    batch_size: int = 16,
+    num_chains: int = 6000,
+    lr: float = 2e-3,
+    work: Path = WORK,
+) -> None:
+    """Train one adapter, from its checkpoint if there is one, into `work/reader-SEED`."""
     set_seed(seed)
+    output = work / f"reader-{seed}"
     tokenizer = AutoTokenizer.from_pretrained(embedded_base())
-    model = AutoModelForCausalLM.from_pretrained(embedded_base())
-    config = IAIConfig(task_type="CAUSAL_LM", num_state_tokens=SLOTS, r=16, lora_alpha=32, target_modules="all-linear")
-    model = get_peft_model(model, config)
-    symbols = draw_chains(steps * batch_size, (max_chunks + 1) * CHUNK, seed=1000 + seed)
+    base = AutoModelForCausalLM.from_pretrained(embedded_base())
+    config = IAIConfig(task_type="CAUSAL_LM", num_state_tokens=SLOTS, r=32, lora_alpha=64, target_modules="all-linear")
+    model = get_peft_model(base, config)
     args = IAITrainingArguments(
         output_dir=str(output / "trainer"),
         chunk_size=CHUNK,
-        max_chunks=max_chunks,
+        max_chunks=MAX_CHUNKS,
         max_steps=steps,
         per_device_train_batch_size=batch_size,
         learning_rate=lr,
         lr_scheduler_type="cosine",
         warmup_steps=50,
-        logging_steps=50,
-        save_steps=250,
+        bf16=True,
+        use_cpu=not torch.cuda.is_available(),
+        logging_steps=25,
+        save_steps=200,
         save_total_limit=1,
         seed=seed,
         report_to=[],
     )
-    trainer = IAITrainer(model, args, train_dataset=episodes(symbols, tokenizer), processing_class=tokenizer)
-    trainer.train()
+    chains = episodes(draw_chains(num_chains, (MAX_CHUNKS + 1) * CHUNK, seed=1000 + seed), tokenizer)
+    trainer = IAITrainer(model, args, train_dataset=chains, processing_class=tokenizer)
+    has_checkpoint = any((output / "trainer").glob("checkpoint-*"))
+    trainer.train(resume_from_checkpoint=has_checkpoint)
     model.save_pretrained(output / "adapter")
-    return model.eval(), tokenizer
 
 
-def evaluate(model, tokenizer, seed: int, num: int) -> Curve:
-    symbols = draw_chains(num, (max(COUNTS) + 1) * CHUNK, seed=7)  # one test set for every training seed
+@app.command()
+def evaluate(seeds: str = "0,1,2", adapter: Path | None = None, num: int = 256, work: Path = WORK) -> None:
+    """The curve of the trained seeds, or of one adapter, on chains that no training has seen."""
+    tokenizer = AutoTokenizer.from_pretrained(embedded_base())
+    symbols = draw_chains(num, (max(COUNTS) + 1) * CHUNK, seed=7)
+    test = episodes(symbols, tokenizer)
     baselines = ("no_context", "fewer_shots", "last_chunk")
-    curve = evaluate_curve(
-        model, episodes(symbols, tokenizer), COUNTS, baselines, tokenizer=tokenizer, chunk_size=CHUNK, seed=seed
-    )
+    folders = {int(s): work / f"reader-{s}" / "adapter" for s in seeds.split(",")} if adapter is None else {0: adapter}
+    curves = []
+    for seed, folder in folders.items():
+        model = AutoPeftModelForCausalLM.from_pretrained(folder).eval()
+        curve = evaluate_curve(model, test, COUNTS, baselines, tokenizer=tokenizer, chunk_size=CHUNK, seed=seed)
+        bayes = {("bayes", n, seed): bayes_losses(symbols, n) for n in COUNTS}
+        curves.append(Curve(curve.losses | bayes, curve.groups))
+    joined = Curve.concat(curves)
+    joined.print()
     for n in COUNTS:
-        curve.losses["bayes", n, seed] = bayes_losses(symbols, n)
-    return curve
-
-
-def main(
-    output: Path = Path("work/markov"),
-    adapter: Path | None = None,
-    seed: int = 0,
-    steps: int = 1000,
-    batch_size: int = 16,
-    max_chunks: int = 12,
-    lr: float = 2e-3,
-    num_eval: int = 256,
-) -> None:
-    output.mkdir(parents=True, exist_ok=True)
-    if adapter is None:
-        model, tokenizer = train(output, seed, steps, batch_size, max_chunks, lr)
-    else:
-        model = AutoPeftModelForCausalLM.from_pretrained(adapter).eval()
-        tokenizer = AutoTokenizer.from_pretrained(embedded_base())
-    curve = evaluate(model, tokenizer, seed, num_eval)
-    curve.print()
-    curve.plot(output / "curve.png")
-    recipe = {"steps": steps, "batch_size": batch_size, "max_chunks": max_chunks, "lr": lr, "num_eval": num_eval}
-    curve.to_json(output / "curve.json", recipe=recipe, torch=torch.__version__)
+        print(f"{n:3d} chunks, above Bayes: {joined.difference(('iai', n), ('bayes', n))}")
+    work.mkdir(parents=True, exist_ok=True)
+    joined.plot(work / "curve.png")
+    recipe = {"command": f"python examples/markov_curve.py evaluate --seeds {seeds}", "num": num, "test_seed": 7}
+    joined.to_json(work / "curve.json", recipe=recipe, torch=torch.__version__)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app()

@@ -86,7 +86,9 @@ class Batches:
         kind = str(rng.choice(list(TASK_SHARES), p=list(TASK_SHARES.values())))
         ids: list[int] = []
         while len(ids) < WINDOW:  # another task of the kind when one is short
-            ids += self.tokenizer(generate_task_text(rng, kind, WINDOW // 4 if kind != "markov" else WINDOW))["input_ids"]
+            ids += self.tokenizer(generate_task_text(rng, kind, WINDOW // 4 if kind != "markov" else WINDOW))[
+                "input_ids"
+            ]
             ids.append(self.tokenizer.eos_token_id)
         return np.array(ids[:WINDOW], dtype=np.int16)
 

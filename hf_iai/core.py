@@ -32,8 +32,8 @@ class IAICore(nn.Module):
         if not reads:
             self.bos_token_id = _bos_token_id(base) if config.pin_bos else None
         elif config.correction:
-            _, _, num_layers, num_heads, width = self.state.pack(self._start(1)).shape
-            self.average = RunningAverage(num_layers, num_heads, base.config.hidden_size)
+            _, num_slots, num_layers, num_heads, width = self.state.pack(self._start(1)).shape
+            self.average = RunningAverage(num_layers, num_heads, num_slots, base.config.hidden_size)
             self.correction = Correction(num_layers, num_heads, width)
         self.to(device)
 
@@ -74,12 +74,17 @@ class IAICore(nn.Module):
             tensors = self._step_recent(base, state, evidence)
         else:
             readout = {name: t for name, t in evidence.items() if name != "mask"}
-            tensors = include(state.tensors, readout, state.step)
+            tensors = include(state.tensors, readout, state.step, self.retention())
         read = num_tokens > 0
         kept = {
-            name: torch.where(read.view(-1, *[1] * (t.dim() - 1)), t, state.tensors[name]) for name, t in tensors.items()
+            name: torch.where(read.view(-1, *[1] * (t.dim() - 1)), t, state.tensors[name])
+            for name, t in tensors.items()
         }
         return replace(state, tensors=kept, step=state.step + read, num_tokens=state.num_tokens + num_tokens)
+
+    def retention(self) -> Tensor | float:
+        """What is left of a chunk's weight after one more chunk; 1 without the correction."""
+        return self.average.retention() if self.config.correction else 1.0
 
     def slots(self, base: Base, state: TaskState) -> KeysValues:
         """What a query attends to: the state, corrected, as keys and values."""

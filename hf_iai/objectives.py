@@ -93,20 +93,19 @@ def _read_on(core, base, state: TaskState, chunk_ids: Tensor, chunk_mask: Tensor
     return state
 
 
-def _unrolled(core, base, state: TaskState, chunk_ids: Tensor, chunk_mask: Tensor) -> list[TaskState]:
+def _unrolled(core, base, start: TaskState, chunk_ids: Tensor, chunk_mask: Tensor) -> list[TaskState]:
     """States of the last 1, 2, 4, ..., K chunks; the base reads all chunks in one batch."""
     batch, num_chunks = chunk_ids.shape[:2]
     evidence = core.read(base, chunk_ids.flatten(0, 1), chunk_mask.flatten(0, 1))  # (B * K, ...)
-    evidence = {name: t.unflatten(0, (batch, num_chunks)) for name, t in evidence.items()}
-    # An average does not depend on order: taken from the query backwards, each partial one is of the nearest chunks.
-    backwards = state.accumulation == "average"
-    wanted = {2**i for i in range(num_chunks.bit_length())} | {num_chunks}
+    evidence = [
+        {name: t.unflatten(0, (batch, num_chunks))[:, k] for name, t in evidence.items()} for k in range(num_chunks)
+    ]
     states = []
-    for n in range(1, num_chunks + 1):
-        index = num_chunks - n if backwards else n - 1
-        state = core.step(base, state, {name: t[:, index] for name, t in evidence.items()})
-        if n in wanted:
-            states.append(state)
+    for count in sorted({2**i for i in range(num_chunks.bit_length())} | {num_chunks}):
+        state = start
+        for chunk in evidence[num_chunks - count :]:
+            state = core.step(base, state, chunk)
+        states.append(state)
     return states
 
 

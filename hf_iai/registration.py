@@ -8,7 +8,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 SUPPORTED_PEFT = ("0.21",)
 
 
-class IAIType(str, enum.Enum):
+class IAIType(enum.StrEnum):
     """Equals the string "IAI", which is how PEFT looks methods up."""
 
     IAI = "IAI"

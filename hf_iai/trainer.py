@@ -45,7 +45,9 @@ class IAITrainer(Trainer):
             torch.manual_seed(args.seed)
             model = get_peft_model(model, peft_config)
         if getattr(getattr(model, "active_peft_config", None), "peft_type", None) != "IAI":
-            raise ValueError(f"IAITrainer needs an IAI adapter, got {type(model).__name__}: pass peft_config=IAIConfig()")
+            raise ValueError(
+                f"IAITrainer needs an IAI adapter, got {type(model).__name__}: pass peft_config=IAIConfig()"
+            )
         if processing_class is None:
             raise ValueError("processing_class is missing: pass the base model's tokenizer")
         collator = EpisodeCollator(processing_class, args.chunk_size or model.max_chunk_size)

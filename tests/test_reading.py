@@ -54,14 +54,41 @@ def test_average_without_correction_is_the_mean_of_single_chunk_states(family, s
 
 
 @pytest.mark.parametrize(("family", "state_type", "regime"), MEMBERS)
-def test_trained_average_merges_and_reads_in_parallel(family, state_type, regime):
+def test_trained_average_reads_in_parallel_and_merges_where_nothing_is_forgotten(family, state_type, regime):
     model = make_model(family, state_type=state_type, regime=regime)
     support = chunks(5)
-    sequence = model.adapt(support)
+    assert largest_difference(model.adapt(support), model.adapt(support, parallel=4)) < 1e-5
     singles = [model.adapt([chunk]) for chunk in support]
-    assert largest_difference(sequence, TaskState.merge(singles)) < 1e-5
-    assert largest_difference(sequence, model.adapt(support, parallel=4)) < 1e-5
     assert max((s.tensors["precision"] - 1).abs().max() for s in singles) > 0.01, "the precisions are not at work"
+    assert largest_difference(model.adapt(support), TaskState.merge(singles)) > 1e-3, "the rates are not at work"
+    with torch.no_grad():
+        model.core.average.rate.zero_()
+    singles = [model.adapt([chunk]) for chunk in support]
+    assert largest_difference(model.adapt(support), TaskState.merge(singles)) < 1e-5
+
+
+def test_weights_follow_their_formula():
+    """theta after three chunks, against a direct sum over precision and age."""
+    model = make_model()
+    support = chunks(3)
+    state, singles = model.adapt(support), [model.adapt([chunk]) for chunk in support]
+    retention = model.core.retention().detach()
+    assert retention.max() <= 1 and retention.min() < 0.9
+    weights = torch.stack([s.tensors["precision"] * retention ** (2 - i) for i, s in enumerate(singles)])
+    for name in ("key", "value"):
+        values = torch.stack([s.tensors[name] for s in singles])
+        expected = (weights.unsqueeze(-1) * values).sum(0) / weights.sum(0).unsqueeze(-1)
+        assert (state.tensors[name] - expected).abs().max() < 1e-5
+    assert (state.tensors["precision"] - weights.mean(0)).abs().max() < 1e-5
+
+
+def test_a_forgetting_rate_below_zero_counts_as_zero_and_can_come_back():
+    average = make_model().core.average
+    with torch.no_grad():
+        average.rate.fill_(-0.5)
+    average.retention().sum().backward()
+    assert torch.equal(average.retention(), torch.ones_like(average.rate))
+    assert (average.rate.grad != 0).all()
 
 
 @pytest.mark.parametrize("accumulation", ["average", "recent"])

@@ -78,7 +78,10 @@ def test_training_lowers_the_loss(tmp_path):
     """The query repeats the support: a state that carries anything helps."""
     rows = ids(64, CHUNK, seed=3)
     rows = Dataset.from_dict(
-        {"support": [[{"input_ids": r[1:].tolist()}] for r in rows], "query": [[{"input_ids": r.tolist()}] for r in rows]}
+        {
+            "support": [[{"input_ids": r[1:].tolist()}] for r in rows],
+            "query": [[{"input_ids": r.tolist()}] for r in rows],
+        }
     )
     args = arguments(tmp_path, max_steps=60, max_chunks=1, halve_chunks=0.0, eval_chunks=(0, 1))
     trainer = IAITrainer(
@@ -92,9 +95,7 @@ def test_training_lowers_the_loss(tmp_path):
 
 
 def test_evaluate_logs_the_curve(tmp_path):
-    trainer = IAITrainer(
-        make_model(), arguments(tmp_path), eval_dataset=episodes(), processing_class=tokenizer()
-    )
+    trainer = IAITrainer(make_model(), arguments(tmp_path), eval_dataset=episodes(), processing_class=tokenizer())
     metrics = trainer.evaluate()
     assert [k for k in metrics if "chunks" in k] == [f"eval_loss_at_chunks_{n}" for n in (0, 1, 2, 4)]
     assert metrics["eval_loss_at_chunks_4"] == pytest.approx(metrics["eval_loss"], abs=1e-4)

@@ -1,6 +1,5 @@
 """A soft prompt: m input embeddings, encoded once into keys and values that all queries share."""
 
-import torch
 from torch import Tensor, nn
 
 from ..base import Base, KeysValues
