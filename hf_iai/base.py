@@ -43,6 +43,20 @@ class Base:
         empty = self.model.get_input_embeddings().weight.new_zeros(rows, self.num_heads, 0, self.head_width)
         return [(empty, empty)] * self.num_layers
 
+    def rotate(self, keys: Tensor, positions: Tensor) -> Tensor:  # (B, L, H, T, D), (B, T) or (1, T)
+        """Keys moved by so many positions; rotations compose, so minus its own position brings a key to position 0.
+
+        Bases whose positions are absolute, or whose rotation depends on the length, keep their keys as they are.
+        """
+        rotary = getattr(self.model.base_model, "rotary_emb", None)
+        if rotary is None or rotary.rope_type in ("dynamic", "longrope"):
+            return keys
+        cos, sin = (t / rotary.attention_scaling for t in rotary(keys, positions))  # (B, T, R), R <= D
+        cos, sin = cos[:, None, None], sin[:, None, None]
+        rotated, passed = keys[..., : cos.shape[-1]], keys[..., cos.shape[-1] :]
+        first, second = rotated.chunk(2, -1)
+        return torch.cat([rotated * cos + torch.cat([-second, first], -1) * sin, passed], -1)
+
     def read(
         self,
         prefix: KeysValues,

@@ -60,9 +60,10 @@ class IAICore(nn.Module):
         if self.config.accumulation == "recent":
             return {"ids": ids, "mask": mask}
         with base.lora(True):
-            evidence, hidden = read_observations(base, self.state, ids, mask)
+            reading = read_observations(base, self.state, ids, mask)
+        evidence, mass = self.state.read_out(base, reading, self._rate())
         if self.config.correction:
-            precision = self.average.precision(hidden, mask.sum(1))
+            precision = self.average.precision(reading.hidden, mass)
         else:
             precision = torch.ones_like(next(iter(evidence.values()))[..., 0])
         return evidence | {"precision": precision, "mask": mask}
@@ -74,7 +75,8 @@ class IAICore(nn.Module):
             tensors = self._step_recent(base, state, evidence)
         else:
             readout = {name: t for name, t in evidence.items() if name != "mask"}
-            tensors = include(state.tensors, readout, state.step, self.retention())
+            retention = (-self._rate() * num_tokens.view(-1, 1, 1, 1)).exp()
+            tensors = include(state.tensors, readout, state.step, retention)
         read = num_tokens > 0
         kept = {
             name: torch.where(read.view(-1, *[1] * (t.dim() - 1)), t, state.tensors[name])
@@ -82,9 +84,11 @@ class IAICore(nn.Module):
         }
         return replace(state, tensors=kept, step=state.step + read, num_tokens=state.num_tokens + num_tokens)
 
-    def retention(self) -> Tensor | float:
-        """What is left of a chunk's weight after one more chunk; 1 without the correction."""
-        return self.average.retention() if self.config.correction else 1.0
+    def _rate(self) -> Tensor:  # (L, H, m), or what broadcasts to it
+        """Forgetting per token; none without the correction."""
+        return (
+            self.average.rate() if self.config.correction else torch.zeros(1, 1, 1, device=self.state.read_slots.device)
+        )
 
     def slots(self, base: Base, state: TaskState) -> KeysValues:
         """What a query attends to: the state, corrected, as keys and values."""

@@ -52,10 +52,11 @@ def load_published() -> tuple[IAIModel, PreTrainedTokenizerBase]:
     console.rule("1. Load the embedded base and the published adapter")
     model = AutoPeftModelForCausalLM.from_pretrained(published_adapter("code-prefix"))
     tokenizer = AutoTokenizer.from_pretrained(embedded_base())
-    adapter = sum(p.numel() for name, p in model.named_parameters() if "base_layer" not in name and "default" in name)
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    adapter = sum(size for name, size in sizes.items() if ".default." in name)
     console.print(
-        f"base: {model.get_base_model().num_parameters() / 1e6:.1f}M parameters, window {model.window} tokens\n"
-        f"adapter code-prefix: {adapter / 1e6:.2f}M parameters, a state of {model.num_slots} slots"
+        f"base: {(sum(sizes.values()) - adapter) / 1e6:.1f}M parameters, window {model.window} tokens\n"
+        f"adapter code-prefix: {adapter / 1e6:.1f}M parameters, a state of {model.num_slots} slots"
     )
     return model, tokenizer
 

@@ -4,17 +4,19 @@ import torch
 from torch import Tensor, nn
 
 MAX_LOG_PRECISION = 6.0  # one chunk never outweighs another by more than exp(2 * 6)
-RATE_SCALE = 30.0  # so that a forgetting rate can leave 0 within the first hundreds of optimizer steps
+# Scalars that shape whole slots move as fast as their effect asks for, at the rate that suits weight matrices.
+EXPONENT_SCALE, RATE_SCALE = 10.0, 0.3
 
 
 class RunningAverage(nn.Module):
     """slot(n) = sum_i w_i readout_i / sum_i w_i, with weights per slot, layer and head:
 
-        w_i = exp(<a, norm(hidden_i)> + b log(tokens_i) - rate * age_i)
+        w_i = exp(<a, norm(hidden_i)>) * mass_i^b * exp(-rate * tokens read after chunk i)
 
-    All of a, b and rate are 0 at the start: the plain mean. A learned precision lets a slot abstain from a chunk that
-    holds nothing for it; a learned forgetting rate lets some slots follow the text while others keep all of it. The
-    state keeps sum_i w_i / n as `precision`: all that going on needs, and as bounded as the slots themselves.
+    All of a, b and rate are 0 at the start: the plain mean. `mass` is how much of the chunk the slot holds; with b = 1
+    slots are averages over tokens, not chunks. A learned precision lets a slot abstain from a chunk; a learned
+    forgetting rate lets some slots follow the text while others keep all of it. The state keeps sum_i w_i / n as
+    `precision`: all that going on needs, and as bounded as the slots themselves.
 
     Args:
         num_layers, num_heads: of the state, L and H; 1 and 1 for a prompt.
@@ -25,27 +27,27 @@ class RunningAverage(nn.Module):
     def __init__(self, num_layers: int, num_heads: int, num_slots: int, width: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(num_layers * num_heads, width))
-        self.length_exponent = nn.Parameter(torch.zeros(num_layers * num_heads))
-        self.rate = nn.Parameter(torch.zeros(num_layers, num_heads, num_slots))
+        self.mass_exponent = nn.Parameter(torch.zeros(num_layers, num_heads, 1))
+        self.forgetting = nn.Parameter(torch.zeros(num_layers, num_heads, num_slots))
 
-    def precision(self, hidden: Tensor, num_tokens: Tensor) -> Tensor:  # (B, m, d), (B,) -> (B, L, H, m)
+    def precision(self, hidden: Tensor, mass: Tensor) -> Tensor:  # (B, m, d), (B, L, H, m) -> (B, L, H, m)
         score = nn.functional.rms_norm(hidden, hidden.shape[-1:]) @ self.weight.T  # (B, m, L * H)
-        score = score + num_tokens.clamp_min(1).float().log().view(-1, 1, 1) * self.length_exponent
-        bounded = MAX_LOG_PRECISION * torch.tanh(score / MAX_LOG_PRECISION)
-        return bounded.exp().transpose(1, 2).unflatten(1, self.rate.shape[:2])
+        score = score.transpose(1, 2).unflatten(1, self.forgetting.shape[:2])
+        score = score + EXPONENT_SCALE * self.mass_exponent * mass.log()
+        return (MAX_LOG_PRECISION * torch.tanh(score / MAX_LOG_PRECISION)).exp()
 
-    def retention(self) -> Tensor:  # (L, H, m)
-        """What is left of a weight after one more chunk, in (0, 1]."""
-        rate = RATE_SCALE * self.rate
+    def rate(self) -> Tensor:  # (L, H, m)
+        """Forgetting per token, at least 0."""
+        rate = RATE_SCALE * self.forgetting
         # A rate below 0 counts as 0 but keeps its gradient, so that it can come back.
-        return (-(rate + (rate.clamp_min(0) - rate).detach())).exp()
+        return rate + (rate.clamp_min(0) - rate).detach()
 
 
 def include(
     average: dict[str, Tensor],  # (B, L, H, m, D) each, and precision (B, L, H, m)
     readout: dict[str, Tensor],  # likewise
     step: Tensor,  # (B,) chunks in `average`
-    retention: Tensor | float,  # (L, H, m)
+    retention: Tensor,  # (B, L, H, m) what is left of the average's weight
 ) -> dict[str, Tensor]:
     """The average of n chunks and one more; n = 0 gives the read-out itself."""
     n = step.view(-1, 1, 1, 1).to(readout["precision"].dtype)

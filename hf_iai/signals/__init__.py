@@ -1,5 +1,6 @@
 """What a chunk says about the state."""
 
-from .observations import read_observations
+from .observations import Reading, read_observations
+from .pooling import TokenPooling
 
-__all__ = ["read_observations"]
+__all__ = ["Reading", "TokenPooling", "read_observations"]

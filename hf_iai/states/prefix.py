@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base import Base, KeysValues, positions_of
+from ..signals import Reading, TokenPooling
 
 
 class PrefixState(nn.Module):
@@ -18,11 +19,16 @@ class PrefixState(nn.Module):
         embeddings = base.embed(token_ids)[None]  # (1, m, d)
         with torch.no_grad(), base.lora(False):
             keys_values = self.encode(base, embeddings)
-        if reads:
-            self.read_slots = nn.Parameter(embeddings[0].detach().float().clone())  # (m, d)
         self.start = nn.ParameterDict(
             {name: nn.Parameter(t[0].float()) for name, t in self.tensors_of(keys_values).items()}
         )
+        if reads:
+            self.read_slots = nn.Parameter(embeddings[0].detach().float().clone())  # (m, d)
+            back = -torch.arange(len(token_ids), device=token_ids.device)[None]
+            self.pool = TokenPooling(base.rotate(self.start["key"].detach()[None], back)[0])
+            self.own = nn.ParameterDict(
+                {name: nn.Parameter(torch.zeros_like(t[:, :, :1, :1])) for name, t in self.start.items()}
+            )
 
     @staticmethod
     def encode(base: Base, embeddings: Tensor) -> KeysValues:  # (B, m, d)
@@ -38,9 +44,21 @@ class PrefixState(nn.Module):
     def keys_values(self, base: Base, tensors: dict[str, Tensor]) -> KeysValues:
         return list(zip(tensors["key"].unbind(1), tensors["value"].unbind(1), strict=True))
 
-    def read_out(self, hidden: Tensor, keys_values: KeysValues) -> dict[str, Tensor]:
-        """Evidence in the layout of the state, from what the read-out slots hold after a chunk."""
-        return {name: t.float() for name, t in self.tensors_of(keys_values).items()}
+    def read_out(self, base: Base, reading: Reading, rate: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """The chunk's keys and values pooled into slots, plus a learned share of what the read-out slots hold.
+
+        Returns the evidence in the layout of the state, and the pooled mass (B, L, H, m).
+        """
+        held = {name: t.float() for name, t in self.tensors_of(reading.keys_values).items()}
+        num_tokens = reading.mask.shape[1]
+        tokens = {name: t[..., :num_tokens, :] for name, t in held.items()}
+        own = {name: t[..., num_tokens:, :] for name, t in held.items()}
+        keys, values, mass = self.pool(
+            base.rotate(tokens["key"], -reading.positions), tokens["value"], reading.mask, rate
+        )
+        places = torch.arange(keys.shape[-2], device=keys.device)[None]
+        pooled = {"key": base.rotate(keys, places), "value": values}
+        return {name: pooled[name] + self.own[name] * own[name] for name in pooled}, mass
 
     def of_tokens(self, base: Base, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:  # (B, m) each
         """What the bare base holds of m tokens that it reads alone."""

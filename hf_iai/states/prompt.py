@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from ..base import Base, KeysValues
+from ..signals import Reading
 from .prefix import PrefixState
 
 
@@ -27,9 +28,11 @@ class PromptState(nn.Module):
     def keys_values(self, base: Base, tensors: dict[str, Tensor]) -> KeysValues:
         return PrefixState.encode(base, tensors["prompt"][:, 0, 0])
 
-    def read_out(self, hidden: Tensor, keys_values: KeysValues) -> dict[str, Tensor]:  # (B, m, d)
-        hidden = nn.functional.rms_norm(hidden.float(), hidden.shape[-1:])
-        return {"prompt": self.project(hidden * self.length)[:, None, None]}
+    def read_out(self, base: Base, reading: Reading, rate: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """The slots' last hidden states as embeddings, and the number of tokens they saw, (B, 1, 1, 1)."""
+        hidden = nn.functional.rms_norm(reading.hidden, reading.hidden.shape[-1:])  # (B, m, d)
+        mass = reading.mask.sum(1).clamp_min(1).float().view(-1, 1, 1, 1)
+        return {"prompt": self.project(hidden * self.length)[:, None, None]}, mass
 
     def of_tokens(self, base: Base, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:  # (B, m) each
         """The embeddings of m tokens."""
