@@ -3,7 +3,7 @@
     python examples/code_curve.py train --seed 0       # trains adapter and static state, about 20 minutes on 2 cores
     python examples/code_curve.py evaluate --seeds 0,1,2
 
-Chunks of 128 tokens, m = 16 slots, windows of 16 chunks and a query that do not overlap; intervals are bootstrapped
+Chunks of 128 tokens, m = 32 slots, windows of 16 chunks and a query that do not overlap; intervals are bootstrapped
 over files. `evaluate` joins the seeds and writes `work/code/curve.json` and two pictures.
 """
 
@@ -18,7 +18,7 @@ from hf_iai import embedded_base, episodes_from_documents
 from hf_iai.embedded import library_documents
 from hf_iai.evaluation import Curve, evaluate_curve
 
-CHUNK, SLOTS, MAX_CHUNKS = 128, 16, 8
+CHUNK, SLOTS, MAX_CHUNKS = 128, 32, 8
 COUNTS = (0, 1, 2, 4, 8, 16)
 WORK = Path("work/code")
 

@@ -688,12 +688,13 @@ def test_the_collator_reads_what_chunk_examples_reads(tokenizer, chunk_size, max
     assert ids.dtype == mask.dtype == labels.dtype == torch.long
     assert (labels[mask == 0] == -100).all()
     for b, chunks in enumerate(expected):
-        for k, chunk in enumerate(chunks):
+        missing = shape[1] - len(chunks)
+        assert not mask[b, :missing].any(), "missing chunks stand in front, masked"
+        for k, chunk in enumerate(chunks, start=missing):
             width = chunk["input_ids"].shape[1]
             assert mask[b, k].tolist() == [1] * width + [0] * (chunk_size - width)
             assert torch.equal(ids[b, k, :width], chunk["input_ids"][0])
             assert torch.equal(labels[b, k, :width], chunk["labels"][0])
-        assert not mask[b, len(chunks) :].any(), "missing chunks stand at the end, masked"
 
 
 def test_queries_stand_alone_padded_on_the_right(tokenizer):

@@ -5,6 +5,8 @@ import torch
 from tiny import FAMILIES, MEMBERS, STATES, chunks, ids, largest_difference, make_base, make_model
 
 from hf_iai import TaskState, batch_chunks
+from hf_iai.base import Base
+from hf_iai.signals import TokenPooling
 
 
 @pytest.mark.parametrize("regime", ["explicit", "parametric"])
@@ -56,13 +58,15 @@ def test_average_without_correction_is_the_mean_of_single_chunk_states(family, s
 @pytest.mark.parametrize(("family", "state_type", "regime"), MEMBERS)
 def test_trained_average_reads_in_parallel_and_merges_where_nothing_is_forgotten(family, state_type, regime):
     model = make_model(family, state_type=state_type, regime=regime)
+    with torch.no_grad():
+        model.core.average.forgetting.fill_(0.1)
     support = chunks(5)
     assert largest_difference(model.adapt(support), model.adapt(support, parallel=4)) < 1e-5
     singles = [model.adapt([chunk]) for chunk in support]
     assert max((s.tensors["precision"] - 1).abs().max() for s in singles) > 0.01, "the precisions are not at work"
     assert largest_difference(model.adapt(support), TaskState.merge(singles)) > 1e-3, "the rates are not at work"
     with torch.no_grad():
-        model.core.average.rate.zero_()
+        model.core.average.forgetting.zero_()
     singles = [model.adapt([chunk]) for chunk in support]
     assert largest_difference(model.adapt(support), TaskState.merge(singles)) < 1e-5
 
@@ -72,9 +76,9 @@ def test_weights_follow_their_formula():
     model = make_model()
     support = chunks(3)
     state, singles = model.adapt(support), [model.adapt([chunk]) for chunk in support]
-    retention = model.core.retention().detach()
-    assert retention.max() <= 1 and retention.min() < 0.9
-    weights = torch.stack([s.tensors["precision"] * retention ** (2 - i) for i, s in enumerate(singles)])
+    rate = model.core.average.rate().detach()
+    assert rate.min() == 0 and rate.max() > 0
+    weights = torch.stack([s.tensors["precision"] * (-rate * 10 * (2 - i)).exp() for i, s in enumerate(singles)])
     for name in ("key", "value"):
         values = torch.stack([s.tensors[name] for s in singles])
         expected = (weights.unsqueeze(-1) * values).sum(0) / weights.sum(0).unsqueeze(-1)
@@ -85,10 +89,44 @@ def test_weights_follow_their_formula():
 def test_a_forgetting_rate_below_zero_counts_as_zero_and_can_come_back():
     average = make_model().core.average
     with torch.no_grad():
-        average.rate.fill_(-0.5)
-    average.retention().sum().backward()
-    assert torch.equal(average.retention(), torch.ones_like(average.rate))
-    assert (average.rate.grad != 0).all()
+        average.forgetting.fill_(-0.5)
+    average.rate().sum().backward()
+    assert torch.equal(average.rate(), torch.zeros_like(average.forgetting))
+    assert (average.forgetting.grad != 0).all()
+
+
+def test_pooling_against_a_loop_over_tokens():
+    torch.manual_seed(0)
+    pool = TokenPooling(torch.randn(1, 1, 3, 8))
+    pool.importance.data.normal_()
+    keys, values = torch.randn(1, 1, 1, 5, 8), torch.randn(1, 1, 1, 5, 8)
+    rate, mask = torch.tensor([[[0.0, 0.1, 0.5]]]), torch.tensor([[1, 0, 1, 1, 0]])
+    pooled_keys, pooled_values, mass = pool(keys, values, mask, rate)
+    sums, totals = torch.zeros(2, 3, 8), torch.zeros(3)
+    for t, age in ((0, 2), (2, 1), (3, 0)):
+        key, value = keys[0, 0, 0, t], values[0, 0, 0, t]
+        normed = key / key.square().mean().sqrt() / 8**0.5
+        share = (pool.centroids[0, 0] @ normed).softmax(0) * (pool.importance[0, 0] @ normed).exp()
+        share = share * (-rate[0, 0] * age).exp()
+        sums += share[:, None] * torch.stack([key, value])[:, None]
+        totals += share
+    assert (mass[0, 0, 0] - totals).abs().max() < 1e-5
+    assert (pooled_keys[0, 0, 0] - sums[0] / totals[:, None]).abs().max() < 1e-5
+    assert (pooled_values[0, 0, 0] - sums[1] / totals[:, None]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_rotation_re_places_keys_exactly(family):
+    """Keys of a token read at position p, rotated by q - p, are those of the token read at q."""
+    base = Base(make_base(family))
+    embeddings, mask = base.embed(ids(1, 6)), torch.ones(1, 6, dtype=torch.long)
+
+    def first_layer_keys(start: int) -> torch.Tensor:
+        positions = torch.arange(start, start + 6)[None]
+        return base.read(base.no_prefix(1), embeddings, mask, positions, record=6)[1][0][0]
+
+    moved = base.rotate(first_layer_keys(3)[:, None], torch.full((1, 6), 20))[:, 0]
+    assert (moved - first_layer_keys(23)).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("accumulation", ["average", "recent"])

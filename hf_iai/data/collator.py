@@ -17,8 +17,8 @@ class EpisodeCollator:
 
     The support examples of an episode are written one after the other and cut into chunks of `chunk_size` tokens, just
     as `chunk_examples` does, end-of-sequence tokens included; every query stands by itself. Everything is padded on
-    the right with mask 0 and label -100: the last chunk, the chunks of episodes that have fewer (whole chunks, after
-    the real ones), the queries, and the queries of episodes that have fewer.
+    the right with mask 0 and label -100: the last chunk, the queries, and the queries of episodes that have fewer. Only
+    whole chunks that an episode has fewer than others stand in front: its last n chunks are the last n for all.
 
     Args:
         tokenizer: of the base.
@@ -58,6 +58,9 @@ class EpisodeCollator:
             raise ValueError("a batch needs at least one episode, got none")
         chunks, queries = zip(*map(self._chunks_and_queries, episodes), strict=True)
         longest = max(len(query["input_ids"]) for row in queries for query in row)
+        # Chunks that an episode lacks stand in front, so that the last n of the axis are its last n.
+        most = max(map(len, chunks))
+        chunks = [[{"input_ids": [], "labels": []}] * (most - len(row)) + row for row in chunks]
         support = self._padded(chunks, self.chunk_size)
         return {f"chunk_{key}": value for key, value in support.items()} | self._padded(queries, longest)
 
