@@ -27,20 +27,19 @@ def train_reader(
     chunk_size: int,
     max_chunks: int,
     slots: int,
+    recent: int,
     steps: int,
     batch_size: int = 8,
-    lr: float = 2e-3,
+    lr: float = 3e-3,
+    kl_weight: float = 1.0,
     seed: int = 0,
-    state_type: str = "prefix",
-    regime: str = "explicit",
 ) -> PeftModel:
     """Train one adapter, from its checkpoint if there is one, and save it; `max_chunks=0` trains a static state."""
     set_seed(seed)
     config = IAIConfig(
         task_type="CAUSAL_LM",
-        regime=regime,
-        state_type=state_type,
         num_state_tokens=slots,
+        num_recent_tokens=recent,
         r=16,
         lora_alpha=32,
         target_modules="all-linear",
@@ -50,6 +49,7 @@ def train_reader(
         output_dir=str(output / "trainer"),
         chunk_size=chunk_size,
         max_chunks=max_chunks,
+        kl_weight=kl_weight,
         max_steps=steps,
         per_device_train_batch_size=batch_size,
         learning_rate=lr,
@@ -87,7 +87,8 @@ def main(
     output: Path = Path("work/documents"),
     chunk_size: int = 64,
     max_chunks: int = 8,
-    slots: int = 16,
+    slots: int = 32,
+    recent: int = 24,
     steps: int = 400,
     seed: int = 0,
     num_eval: int = 200,
@@ -107,7 +108,7 @@ def main(
     test = test.remove_columns("group").add_column("group", [str(i) for i in range(len(test))])
     test = test.shuffle(seed).select(range(min(num_eval, len(test))))
 
-    recipe = {"chunk_size": chunk_size, "slots": slots, "steps": steps, "seed": seed}
+    recipe = {"chunk_size": chunk_size, "slots": slots, "recent": recent, "steps": steps, "seed": seed}
     readers = {
         n: train_reader(model, tokenizer, train, output / f"chunks-{n}", max_chunks=n, **recipe)
         for n in (max_chunks, 0)

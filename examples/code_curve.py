@@ -3,8 +3,8 @@
     python examples/code_curve.py train --seed 0       # trains adapter and static state, about 20 minutes on 2 cores
     python examples/code_curve.py evaluate --seeds 0,1,2
 
-Chunks of 128 tokens, m = 32 slots, windows of 16 chunks and a query that do not overlap; intervals are bootstrapped
-over files. `evaluate` joins the seeds and writes `work/code/curve.json` and two pictures.
+Chunks of 128 tokens, m = 64 slots, 48 of them for the last tokens; windows of 16 chunks and a query, not overlapping;
+intervals are bootstrapped over files. `evaluate` joins the seeds and writes `work/code/curve.json` and two pictures.
 """
 
 from pathlib import Path
@@ -18,7 +18,7 @@ from hf_iai import embedded_base, episodes_from_documents
 from hf_iai.embedded import library_documents
 from hf_iai.evaluation import Curve, evaluate_curve
 
-CHUNK, SLOTS, MAX_CHUNKS = 128, 32, 8
+CHUNK, SLOTS, RECENT, MAX_CHUNKS = 128, 64, 48, 8
 COUNTS = (0, 1, 2, 4, 8, 16)
 WORK = Path("work/code")
 
@@ -34,10 +34,11 @@ def windows(split: str, tokenizer, num_chunks: int, num: int, seed: int):
 
 
 @app.command()
-def train(seed: int = 0, steps: int = 600, batch_size: int = 8, lr: float = 2e-3, work: Path = WORK) -> None:
+def train(seed: int = 0, steps: int = 800, batch_size: int = 8, lr: float = 3e-3, work: Path = WORK) -> None:
     tokenizer = AutoTokenizer.from_pretrained(embedded_base())
     episodes = windows("train", tokenizer, MAX_CHUNKS, steps * batch_size, seed)
-    common = {"chunk_size": CHUNK, "slots": SLOTS, "steps": steps, "batch_size": batch_size, "lr": lr, "seed": seed}
+    common = {"chunk_size": CHUNK, "slots": SLOTS, "recent": RECENT, "steps": steps, "batch_size": batch_size}
+    common |= {"lr": lr, "seed": seed}
     for name, max_chunks in (("reader", MAX_CHUNKS), ("static", 0)):
         output = work / f"{name}-{seed}"
         train_reader(embedded_base(), tokenizer, episodes, output, max_chunks=max_chunks, **common)

@@ -102,7 +102,10 @@ def prepare_checkpointing(model: nn.Module) -> None:
         ValueError: for reentrant checkpointing, which would cut the read-outs out of the graph.
     """
     for layer in model.modules():
-        if not (isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing):
+        if not getattr(layer, "gradient_checkpointing", False):
+            continue
+        if not isinstance(layer, GradientCheckpointingLayer):
+            layer.gradient_checkpointing = False  # a stack (GPT-2's) that would drop the cache; its layers keep theirs
             continue
         layer._can_checkpoint_with_cache = True
         function = layer._gradient_checkpointing_func

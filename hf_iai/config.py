@@ -31,6 +31,8 @@ class IAIConfig(LoraConfig):
         signal: `"observations"`: the chunk's tokens, no gradients.
         num_state_tokens: m, the number of slots; at least 1.
         accumulation: `"average"`, the running average of the read-outs, or `"recent"`, exactly the last m tokens.
+        num_recent_tokens: R < m, how many slots of an averaged prefix hold the last tokens of the text, for text whose
+            next tokens depend on them.
         correction: whether learned precisions and the learned correction exist (`"average"` only).
         pin_bos: keep a begin-of-sequence token in slot 0, for bases that need an attention sink (`"recent"` only).
 
@@ -50,6 +52,9 @@ class IAIConfig(LoraConfig):
     signal: str = field(default="observations", metadata={"help": "what is learned from a chunk: observations"})
     num_state_tokens: int = field(default=16, metadata={"help": "m, the number of slots of the state"})
     accumulation: str = field(default="average", metadata={"help": "backbone of the state: average or recent"})
+    num_recent_tokens: int = field(
+        default=0, metadata={"help": "R, slots of an average prefix kept for the last tokens"}
+    )
     correction: bool = field(default=True, metadata={"help": "learned precisions and correction of the average"})
     pin_bos: bool = field(default=False, metadata={"help": "keep a BOS token in slot 0 (recent only)"})
 
@@ -66,6 +71,16 @@ class IAIConfig(LoraConfig):
             raise ValueError(f"num_state_tokens must be at least 1, got {self.num_state_tokens}")
         if self.pin_bos and self.accumulation != "recent":
             raise ValueError(f"pin_bos=True needs accumulation='recent', got accumulation={self.accumulation!r}")
+        if not 0 <= self.num_recent_tokens < self.num_state_tokens:
+            raise ValueError(
+                f"num_recent_tokens must be from 0 to num_state_tokens - 1 = {self.num_state_tokens - 1}, "
+                f"got {self.num_recent_tokens}"
+            )
+        if self.num_recent_tokens and (self.state_type, self.accumulation) != ("prefix", "average"):
+            raise ValueError(
+                f"num_recent_tokens={self.num_recent_tokens} needs state_type='prefix' and accumulation='average', "
+                f"got {self.state_type!r} and {self.accumulation!r}"
+            )
         for name in ("use_dora", "alora_invocation_tokens"):
             if getattr(self, name):
                 raise ValueError(f"{name}={getattr(self, name)!r} cannot be combined with IAI: leave it unset")

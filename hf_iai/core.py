@@ -15,7 +15,7 @@ from .states import STATE_TYPES
 
 
 class IAICore(nn.Module):
-    """theta(0), the read-out slots, the precisions and the correction of one adapter.
+    """theta(0), what reads a chunk out, the weights of the average, and the correction of one adapter.
 
     Args:
         base: the transformer; its embeddings give theta(0) and the slots their first values.
@@ -28,12 +28,14 @@ class IAICore(nn.Module):
         token_ids = torch.randint(base.vocab_size, (config.num_state_tokens,))
         device = base.model.get_input_embeddings().weight.device
         reads = config.accumulation == "average"
-        self.state = STATE_TYPES[config.state_type](base, token_ids.to(device), reads=reads)
+        self.state = STATE_TYPES[config.state_type](base, token_ids.to(device), config.num_recent_tokens, reads=reads)
         if not reads:
             self.bos_token_id = _bos_token_id(base) if config.pin_bos else None
         elif config.correction:
             _, num_slots, num_layers, num_heads, width = self.state.pack(self._start(1)).shape
-            self.average = RunningAverage(num_layers, num_heads, num_slots, base.config.hidden_size)
+            self.average = RunningAverage(
+                num_layers, num_heads, num_slots, config.num_recent_tokens, base.config.hidden_size
+            )
             self.correction = Correction(num_layers, num_heads, width)
         self.to(device)
 
@@ -65,7 +67,7 @@ class IAICore(nn.Module):
         if self.config.correction:
             precision = self.average.precision(reading.hidden, mass)
         else:
-            precision = torch.ones_like(next(iter(evidence.values()))[..., 0])
+            precision = torch.ones_like(next(iter(evidence.values()))[..., 0]) * (mass > 0)
         return evidence | {"precision": precision, "mask": mask}
 
     def step(self, base: Base, state: TaskState, evidence: dict[str, Tensor]) -> TaskState:
@@ -86,9 +88,7 @@ class IAICore(nn.Module):
 
     def _rate(self) -> Tensor:  # (L, H, m), or what broadcasts to it
         """Forgetting per token; none without the correction."""
-        return (
-            self.average.rate() if self.config.correction else torch.zeros(1, 1, 1, device=self.state.read_slots.device)
-        )
+        return self.average.rate() if self.config.correction else self.state.read_slots.new_zeros(1, 1, 1)
 
     def slots(self, base: Base, state: TaskState) -> KeysValues:
         """What a query attends to: the state, corrected, as keys and values."""

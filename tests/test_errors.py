@@ -23,6 +23,8 @@ CAUSAL = {"task_type": "CAUSAL_LM"}
         ({"signal": "both"}, "signal='both' is not available yet"),
         ({"accumulation": "overwrite"}, "accumulation must be one of"),
         ({"num_state_tokens": 0}, "num_state_tokens must be at least 1, got 0"),
+        ({"num_recent_tokens": 16}, "from 0 to num_state_tokens - 1 = 15, got 16"),
+        ({"num_recent_tokens": 4, "state_type": "prompt"}, "num_recent_tokens=4 needs state_type='prefix'"),
         ({"use_dora": True}, "use_dora=True"),
         ({"pin_bos": True}, "pin_bos=True needs accumulation='recent'"),
         ({"task_type": "SEQ_2_SEQ_LM"}, "task_type='SEQ_2_SEQ_LM' is not available yet"),

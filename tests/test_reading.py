@@ -6,7 +6,7 @@ from tiny import FAMILIES, MEMBERS, STATES, chunks, ids, largest_difference, mak
 
 from hf_iai import TaskState, batch_chunks
 from hf_iai.base import Base
-from hf_iai.signals import TokenPooling
+from hf_iai.signals import TokenPooling, read_observations
 
 
 @pytest.mark.parametrize("regime", ["explicit", "parametric"])
@@ -97,7 +97,7 @@ def test_a_forgetting_rate_below_zero_counts_as_zero_and_can_come_back():
 
 def test_pooling_against_a_loop_over_tokens():
     torch.manual_seed(0)
-    pool = TokenPooling(torch.randn(1, 1, 3, 8))
+    pool = TokenPooling(torch.randn(1, 1, 3, 8), num_recent=0)
     pool.importance.data.normal_()
     keys, values = torch.randn(1, 1, 1, 5, 8), torch.randn(1, 1, 1, 5, 8)
     rate, mask = torch.tensor([[[0.0, 0.1, 0.5]]]), torch.tensor([[1, 0, 1, 1, 0]])
@@ -113,6 +113,23 @@ def test_pooling_against_a_loop_over_tokens():
     assert (mass[0, 0, 0] - totals).abs().max() < 1e-5
     assert (pooled_keys[0, 0, 0] - sums[0] / totals[:, None]).abs().max() < 1e-5
     assert (pooled_values[0, 0, 0] - sums[1] / totals[:, None]).abs().max() < 1e-5
+
+
+def test_recent_slots_hold_the_last_tokens_as_the_reader_saw_them():
+    """Values of the last tokens of the last chunk, the latest last; a short chunk leaves the others as they were."""
+    model = make_model(trained=False, num_state_tokens=6, num_recent_tokens=4)
+    first, second = ids(1, 12), ids(1, 9, seed=1)
+    alone = model.adapt([{"input_ids": second}])
+    both = model.adapt([{"input_ids": first}, {"input_ids": second}])
+    assert (both.tensors["value"][..., 2:, :] - alone.tensors["value"][..., 2:, :]).abs().max() < 0.02
+    assert (both.tensors["value"][..., :2, :] - alone.tensors["value"][..., :2, :]).abs().max() > 0.05
+    base, core = model._base, model.core
+    reading = read_observations(base, core.state, second, torch.ones_like(second))
+    values = torch.stack([v for _, v in reading.keys_values], 1)[..., 5:9, :]
+    assert (alone.tensors["value"][..., 2:, :] - values).abs().max() < 1e-5
+    short = model.adapt([{"input_ids": first}, {"input_ids": second[:, :2]}])
+    before = model.adapt([{"input_ids": first}])
+    assert torch.equal(short.tensors["value"][..., 2:4, :], before.tensors["value"][..., 2:4, :])
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])

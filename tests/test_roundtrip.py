@@ -18,16 +18,14 @@ from hf_iai.state import CONFIG, WEIGHTS
 @pytest.mark.parametrize(("family", "state_type", "regime"), MEMBERS)
 def test_adapter_survives_every_way_of_loading(tmp_path, family, state_type, regime):
     make_base(family).save_pretrained(tmp_path / "base")
-    model = make_model(family, state_type=state_type, regime=regime)
-    model.base_model.model.config._name_or_path = str(tmp_path / "base")
-    model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    base = lambda: AutoModelForCausalLM.from_pretrained(tmp_path / "base")  # noqa: E731
+    model = make_model(base(), state_type=state_type, regime=regime)
     model.save_pretrained(tmp_path / "adapter")
     (tmp_path / "adapter").rename(tmp_path / "moved")
     support, query = chunks(2), ids(2, 7, seed=1)
     state = model.adapt(support)
     expected = model(input_ids=query, task_state=state).logits
 
-    base = lambda: AutoModelForCausalLM.from_pretrained(tmp_path / "base")  # noqa: E731
     for loaded in (
         PeftModel.from_pretrained(base(), tmp_path / "moved"),
         AutoPeftModelForCausalLM.from_pretrained(tmp_path / "moved"),
@@ -41,12 +39,11 @@ def test_adapter_survives_every_way_of_loading(tmp_path, family, state_type, reg
 
 def test_state_continues_in_a_new_process_bitwise(tmp_path):
     make_base().save_pretrained(tmp_path / "base")
-    model = make_model()
-    model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    model = make_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"))
     model.save_pretrained(tmp_path / "adapter")
     support = chunks(8)
     model.adapt(support[:5]).save_pretrained(tmp_path / "state")
-    save_file({str(i): c["input_ids"] for i, c in enumerate(support[5:])}, tmp_path / "rest.safetensors")
+    save_file({str(i): c["input_ids"].contiguous() for i, c in enumerate(support[5:])}, tmp_path / "rest.safetensors")
     script = """
 import sys, hf_iai
 from peft import AutoPeftModelForCausalLM

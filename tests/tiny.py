@@ -43,9 +43,12 @@ def make_base(family: str = "llama", attention: str = "sdpa"):
     return model.eval()
 
 
-def make_model(family: str = "llama", attention: str = "sdpa", *, trained: bool = True, **config):
-    """An adapter whose zero-initialised parts were disturbed, so that all of it has an effect."""
-    base = make_base(family, attention)
+def make_model(base="llama", attention: str = "sdpa", *, trained: bool = True, **config):
+    """An adapter whose zero-initialised parts were disturbed, so that all of it has an effect.
+
+    `base`: a family's name, or a model.
+    """
+    base = make_base(base, attention) if isinstance(base, str) else base
     torch.manual_seed(1)
     defaults = {"task_type": "CAUSAL_LM", "num_state_tokens": SLOTS, "r": 2, "target_modules": "all-linear"}
     model = get_peft_model(base, IAIConfig(**(defaults | config))).eval()

@@ -7,9 +7,10 @@ from torch import Tensor, nn
 class Correction(nn.Module):
     """theta_hat = theta + rms(theta) * g(theta, counts), g one transformer block over the slots with a zero last layer.
 
-    It is applied where the state is read, not where it is kept: the state stays a plain average, so that chunks may
-    come in any order, in parallel and be merged, and errors of the correction cannot accumulate. The counts (log
-    precision, log chunks, log tokens) tell it how sure the average is.
+    It is applied where the state is read, not where it is kept: the state stays a plain average, and errors of the
+    correction cannot accumulate. The counts tell it how sure the average is: (1 + x)^(-1/2), the rate at which a mean
+    settles, of each slot's weight, the chunks and the tokens. They fall to 0, so that more chunks than training had
+    are nothing new.
 
     Args:
         num_layers, num_heads, width: of a packed slot, (B, m, L, H, W).
@@ -35,9 +36,10 @@ class Correction(nn.Module):
         num_tokens: Tensor,  # (B,)
     ) -> Tensor:  # (B, m, L, H, W)
         rms = slots.square().mean(-1, keepdim=True).add(1e-6).sqrt()  # (B, m, L, H, 1)
-        counts = torch.stack([step, num_tokens], 1).float().log1p()[:, None].expand(-1, slots.shape[1], -1)
-        log_precision = precision.clamp_min(1e-6).log().permute(0, 3, 1, 2)  # (B, m, L, H)
-        x = self.read(torch.cat([(slots / rms).flatten(2), log_precision.flatten(2), counts], -1))
+        counts = torch.stack([step, num_tokens], 1).float()[:, None].expand(-1, slots.shape[1], -1)  # (B, m, 2)
+        weight = (step.view(-1, 1, 1, 1) * precision).permute(0, 3, 1, 2)  # (B, m, L, H)
+        unsure = torch.cat([weight.flatten(2), counts], -1).add(1).rsqrt()
+        x = self.read(torch.cat([(slots / rms).flatten(2), unsure], -1))
         normed = self.attention_norm(x)
         x = x + self.attention(normed, normed, normed, need_weights=False)[0]
         x = x + self.mlp(self.mlp_norm(x))

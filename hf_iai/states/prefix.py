@@ -14,7 +14,7 @@ class PrefixState(nn.Module):
     are read-out slots.
     """
 
-    def __init__(self, base: Base, token_ids: Tensor, *, reads: bool) -> None:  # (m,)
+    def __init__(self, base: Base, token_ids: Tensor, num_recent: int, *, reads: bool) -> None:  # (m,)
         super().__init__()
         embeddings = base.embed(token_ids)[None]  # (1, m, d)
         with torch.no_grad(), base.lora(False):
@@ -25,7 +25,8 @@ class PrefixState(nn.Module):
         if reads:
             self.read_slots = nn.Parameter(embeddings[0].detach().float().clone())  # (m, d)
             back = -torch.arange(len(token_ids), device=token_ids.device)[None]
-            self.pool = TokenPooling(base.rotate(self.start["key"].detach()[None], back)[0])
+            centroids = base.rotate(self.start["key"].detach()[None], back)[0]  # (L, H, m, D)
+            self.pool = TokenPooling(centroids[:, :, : len(token_ids) - num_recent], num_recent)
             self.own = nn.ParameterDict(
                 {name: nn.Parameter(torch.zeros_like(t[:, :, :1, :1])) for name, t in self.start.items()}
             )

@@ -14,7 +14,7 @@ class PromptState(nn.Module):
     map that starts as the identity.
     """
 
-    def __init__(self, base: Base, token_ids: Tensor, *, reads: bool) -> None:  # (m,)
+    def __init__(self, base: Base, token_ids: Tensor, num_recent: int, *, reads: bool) -> None:  # (m,)
         super().__init__()
         embeddings = base.embed(token_ids).detach().float()  # (m, d)
         self.start = nn.ParameterDict({"prompt": nn.Parameter(embeddings.clone()[None, None])})
