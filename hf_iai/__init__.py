@@ -10,6 +10,7 @@ from .data import (
     episodes_from_labels,
 )
 from .embedded import embedded_base
+from .evaluation import evaluate_curve
 from .model import IAIModel
 from .registration import register
 from .state import TaskState
@@ -32,4 +33,5 @@ __all__ = [
     "embedded_base",
     "episodes_from_documents",
     "episodes_from_labels",
+    "evaluate_curve",
 ]

@@ -9,7 +9,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from .compat import PrefixCache, key_value_shape, lora_enabled, prepare_checkpointing
+from .compat import PrefixCache, check_supported, key_value_shape, lora_enabled, prepare_checkpointing
 
 KeysValues = list[tuple[Tensor, Tensor]]  # per layer (B, H, m, D) each
 
@@ -23,6 +23,7 @@ class Base:
     def __init__(self, model: nn.Module) -> None:
         self.model, self.config = model, model.config
         self.num_layers, self.num_heads, self.head_width = key_value_shape(model.config)
+        check_supported(model)
 
     @property
     def window(self) -> int:

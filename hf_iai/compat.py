@@ -82,6 +82,26 @@ def key_value_shape(config) -> tuple[int, int, int]:
     return config.num_hidden_layers, heads, width
 
 
+def check_supported(model: nn.Module) -> None:
+    """Refuse what would be read wrongly without a word.
+
+    Raises:
+        ValueError: for positions that differ between layers, rotations of interleaved pairs, or flash attention.
+    """
+    config, rotary = model.config, getattr(model.base_model, "rotary_emb", None)
+    if rotary is not None and not isinstance(getattr(rotary, "rope_type", None), str):
+        raise ValueError(f"{config.model_type!r} rotates keys differently in each layer: not available yet")
+    if any(flag == 0 for flag in getattr(config, "no_rope_layers", None) or []):
+        raise ValueError(f"{config.model_type!r} has layers without positions: not available yet")
+    if config.model_type.startswith(("cohere", "glm", "helium", "ernie4_5")):
+        raise ValueError(f"{config.model_type!r} rotates interleaved pairs: not available yet")
+    if "flash" in (config._attn_implementation or ""):
+        raise ValueError(
+            f"attention {config._attn_implementation!r} takes the read-out slots' positions for packed sequences: "
+            "load the base with attn_implementation='sdpa'"
+        )
+
+
 @contextmanager
 def lora_enabled(modules: list[LoraLayer], enabled: bool) -> Iterator[None]:
     """LoRA on or off for the passes inside. PEFT's own switch would also flip `requires_grad`."""

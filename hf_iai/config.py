@@ -81,7 +81,13 @@ class IAIConfig(LoraConfig):
                 f"num_recent_tokens={self.num_recent_tokens} needs state_type='prefix' and accumulation='average', "
                 f"got {self.state_type!r} and {self.accumulation!r}"
             )
-        for name in ("use_dora", "alora_invocation_tokens"):
+        if self.num_recent_tokens and not self.correction:
+            raise ValueError("num_recent_tokens needs correction=True: without it no slot forgets the chunk before")
+        if self.bias != "none":
+            raise ValueError(f"bias={self.bias!r} would change the bare base: leave it 'none'")
+        if isinstance(self.init_lora_weights, str) and self.init_lora_weights not in ("gaussian", "orthogonal"):
+            raise ValueError(f"init_lora_weights={self.init_lora_weights!r} rewrites the base: use True or 'gaussian'")
+        for name in ("use_dora", "alora_invocation_tokens", "modules_to_save", "trainable_token_indices"):
             if getattr(self, name):
                 raise ValueError(f"{name}={getattr(self, name)!r} cannot be combined with IAI: leave it unset")
         if self.base_model_name_or_path == EMBEDDED_NAME:

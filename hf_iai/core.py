@@ -63,11 +63,12 @@ class IAICore(nn.Module):
             return {"ids": ids, "mask": mask}
         with base.lora(True):
             reading = read_observations(base, self.state, ids, mask)
-        evidence, mass = self.state.read_out(base, reading, self._rate())
-        if self.config.correction:
-            precision = self.average.precision(reading.hidden, mass)
-        else:
-            precision = torch.ones_like(next(iter(evidence.values()))[..., 0]) * (mass > 0)
+        with _full_precision(ids):
+            evidence, mass = self.state.read_out(base, reading, self._rate())
+            if self.config.correction:
+                precision = self.average.precision(reading.hidden, mass)
+            else:
+                precision = torch.ones_like(next(iter(evidence.values()))[..., 0]) * (mass > 0)
         return evidence | {"precision": precision, "mask": mask}
 
     def step(self, base: Base, state: TaskState, evidence: dict[str, Tensor]) -> TaskState:
@@ -77,8 +78,9 @@ class IAICore(nn.Module):
             tensors = self._step_recent(base, state, evidence)
         else:
             readout = {name: t for name, t in evidence.items() if name != "mask"}
-            retention = (-self._rate() * num_tokens.view(-1, 1, 1, 1)).exp()
-            tensors = include(state.tensors, readout, state.step, retention)
+            with _full_precision(num_tokens):
+                retention = (-self._rate() * num_tokens.view(-1, 1, 1, 1)).exp()
+                tensors = include(state.tensors, readout, state.step, retention)
         read = num_tokens > 0
         kept = {
             name: torch.where(read.view(-1, *[1] * (t.dim() - 1)), t, state.tensors[name])
@@ -94,9 +96,10 @@ class IAICore(nn.Module):
         """What a query attends to: the state, corrected, as keys and values."""
         tensors = state.tensors
         if self.config.accumulation == "average" and self.config.correction:
-            packed = self.state.pack(tensors)
-            corrected = self.correction(packed, tensors["precision"], state.step, state.num_tokens)
-            tensors = self.state.unpack(corrected)
+            with _full_precision(state.step):
+                packed = self.state.pack(tensors)
+                corrected = self.correction(packed, tensors["precision"], state.step, state.num_tokens)
+                tensors = self.state.unpack(corrected)
         return self.state.keys_values(base, tensors)
 
     def _step_recent(self, base: Base, state: TaskState, chunk: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -114,6 +117,11 @@ class IAICore(nn.Module):
         slots = self.state.of_tokens(base, ids, real.long())
         start, keep = self._start(len(ids)), real[:, None, None, :, None]
         return {name: torch.where(keep, slots[name].float(), start[name]) for name in start}
+
+
+def _full_precision(tensor: Tensor) -> torch.autocast:
+    """State and head compute in float32, also where autocast runs the base in less."""
+    return torch.autocast(tensor.device.type, enabled=False)
 
 
 def _bos_token_id(base: Base) -> int:

@@ -78,7 +78,7 @@ def train_fresh_adapter(tokenizer: PreTrainedTokenizerBase, output: Path) -> Non
     """A new adapter learns, for about a minute, to carry what it reads of a random Markov chain."""
     console.rule(f"2. Train a fresh adapter for {TRAINING_SECONDS} s: random Markov chains, a new one per episode")
     torch.manual_seed(0)
-    config = IAIConfig(task_type="CAUSAL_LM", num_state_tokens=8, r=8, target_modules="all-linear")
+    config = IAIConfig(task_type="CAUSAL_LM", num_state_tokens=8, r=32, lora_alpha=64, target_modules="all-linear")
     trainer = IAITrainer(
         model=get_peft_model(AutoModelForCausalLM.from_pretrained(embedded_base()), config),
         args=IAITrainingArguments(

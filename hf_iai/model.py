@@ -18,6 +18,7 @@ from .objectives import Objective, episode_loss
 from .state import Identity, TaskState
 
 Chunk = Mapping[str, Tensor]
+OWN_ARGUMENTS = {"use_cache", "past_key_values", "position_ids"}  # of the base's forward: the state decides them
 
 
 class IAIModel(LoraModel):
@@ -53,9 +54,12 @@ class IAIModel(LoraModel):
             self._disabled, self._using, self._identities = False, [], {}
         super().inject_adapter(model, adapter_name, **kwargs)
         config = self.peft_config[adapter_name]
-        self.iai[adapter_name] = IAICore(Base(model), config).requires_grad_(not config.inference_mode)
+        trained = adapter_name in self.active_adapters and not config.inference_mode
+        self.iai[adapter_name] = IAICore(Base(model), config).requires_grad_(trained)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        if not isinstance(adapter_name, str) and len(adapter_name) > 1:
+            raise ValueError(f"one IAI adapter can be active at a time, got {list(adapter_name)}")
         super().set_adapter(adapter_name, inference_mode=inference_mode)
         for name, core in self.iai.items():
             core.requires_grad_(name in self.active_adapters and not inference_mode)
@@ -63,6 +67,7 @@ class IAIModel(LoraModel):
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         del self.iai[adapter_name]
+        self._identities.pop(adapter_name, None)
 
     def disable_adapter_layers(self) -> None:
         super().disable_adapter_layers()
@@ -128,7 +133,9 @@ class IAIModel(LoraModel):
         name = self.active_adapters[0]
         adapter = list(self.core.named_parameters())
         adapter += [(n.replace(f".{name}", ""), p) for n, p in self.model.named_parameters() if f".{name}." in n]
-        versions = tuple((p.data_ptr(), p._version) for _, p in adapter)
+        # Fused optimizers change values without counting a version: the norms see them.
+        norms = torch.stack([p.detach().float().norm() for _, p in adapter]).tolist()
+        versions = tuple((p.data_ptr(), p._version, norm) for (_, p), norm in zip(adapter, norms, strict=True))
         if self._identities.get(name, (None,))[0] != versions:
             self._identities[name] = versions, fingerprint(self.model, self._config, adapter)
         return self._identities[name][1]
@@ -137,7 +144,8 @@ class IAIModel(LoraModel):
 
     def initial_state(self, batch_size: int = 1) -> TaskState:
         """theta(0) for `batch_size` tasks: the learned state before anything was read."""
-        return self.core.initial_state(self._base, batch_size, self.identity)
+        with torch.no_grad(), self._eval_mode():
+            return self.core.initial_state(self._base, batch_size, self.identity).clone()
 
     def adapt(
         self,
@@ -177,7 +185,7 @@ class IAIModel(LoraModel):
         if parallel < 1:
             raise ValueError(f"parallel must be at least 1, got {parallel}")
         if state is not None:
-            self._check_identity(state)
+            state = self._checked_state(state)
         chunks = iter(chunks)
         while group := [self._checked(chunk) for chunk in islice(chunks, parallel)]:
             with torch.no_grad(), self._eval_mode():
@@ -187,10 +195,11 @@ class IAIModel(LoraModel):
 
     def _read_group(self, group: list[tuple[Tensor, Tensor]], state: TaskState | None) -> list[TaskState]:
         batch = len(group[0][0])
-        state = self.initial_state(batch).clone() if state is None else state
+        state = self.initial_state(batch) if state is None else state
         ids, mask = _batched(group)
-        if any(len(i) != state.batch_size for i, _ in group):
-            raise ValueError(f"a state of {state.batch_size} tasks cannot read a chunk of {batch} rows")
+        for rows in (len(i) for i, _ in group):
+            if rows != state.batch_size:
+                raise ValueError(f"a state of {state.batch_size} tasks cannot read a chunk of {rows} rows")
         evidence = self.core.read(self._base, ids, mask)
         states = []
         for rows in range(0, len(ids), batch):
@@ -209,11 +218,7 @@ class IAIModel(LoraModel):
         if len(columns):
             ids, mask = (t[:, columns[0] : columns[-1] + 1] for t in (ids, mask))
         self._check_ids(ids)
-        if ids.shape[1] > self.max_chunk_size:
-            raise ValueError(
-                f"a chunk of {ids.shape[1]} tokens does not fit: window {self.window} - 2 x {self.num_slots} slots "
-                f"= {self.max_chunk_size}; pass chunk_size <= {self.max_chunk_size}"
-            )
+        self._check_chunk_length(ids.shape[1])
         return ids, mask
 
     # ---------------------------------------------------------------- answering
@@ -241,13 +246,16 @@ class IAIModel(LoraModel):
             transformers' output, `logits` (B, T, V) (episode: (B, Q, T, V)), `loss` over `labels[:, 1:]`.
         """
         if chunk_input_ids is not None:
+            if task_state is not None:
+                raise ValueError("an episode makes its own states: pass chunk_input_ids or task_state, not both")
             return self._episode(input_ids, attention_mask, labels, chunk_input_ids, chunk_attention_mask)
-        state = task_state if task_state is not None else (self._using[-1] if self._using else None)
+        state = self._state_for(task_state)
         if state is None:
             with self._predictor_lora():
                 kwargs |= {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
                 return self.model(**kwargs)
         self._check_query(state, input_ids)
+        kwargs = {name: value for name, value in kwargs.items() if name not in OWN_ARGUMENTS}
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         return self._answer(state, input_ids, mask, labels, **kwargs)
 
@@ -264,6 +272,8 @@ class IAIModel(LoraModel):
         chunk_mask = torch.ones_like(chunk_ids) if chunk_mask is None else chunk_mask
         self._check_ids(ids)
         self._check_ids(chunk_ids)
+        self._check_query_length(ids.shape[1])
+        self._check_chunk_length(chunk_ids.shape[2])
         outputs = episode_loss(
             self, self.objective, ids, mask, None if labels is None else labels.flatten(0, 1), chunk_ids, chunk_mask
         )
@@ -272,11 +282,14 @@ class IAIModel(LoraModel):
 
     def generate(self, input_ids: Tensor | None = None, task_state: TaskState | None = None, **kwargs) -> Tensor:
         """`generate` of transformers, under a state; returns prompt and new ids, (B, T + new)."""
-        state = task_state if task_state is not None else (self._using[-1] if self._using else None)
+        state = self._state_for(task_state)
         if state is None:
             with self._predictor_lora():
                 return self.model.generate(input_ids, **kwargs)
+        if input_ids is None:
+            raise ValueError("generate under a state needs input_ids (B, T); inputs_embeds cannot be used with it")
         self._check_query(state, input_ids)
+        kwargs["use_cache"] = True  # the state lies in the cache
         mask = kwargs.pop("attention_mask", None)
         mask = torch.ones_like(input_ids) if mask is None else mask
         with torch.no_grad(), self._predictor_lora():
@@ -306,8 +319,7 @@ class IAIModel(LoraModel):
             >>> with model.using(state):  # doctest: +SKIP
             ...     pipeline("text-generation", model=model, tokenizer=tokenizer)("def read(")
         """
-        self._check_identity(state)
-        self._using.append(state)
+        self._using.append(self._checked_state(state))
         try:
             yield
         finally:
@@ -330,7 +342,9 @@ class IAIModel(LoraModel):
         labels = query.get("labels", ids.masked_fill(mask == 0, -100))
         with self._eval_mode():
             with_state = self.forward(ids, mask, labels, task_state=state)
+            using, self._using = self._using, []
             without = self.forward(ids, mask, labels)
+            self._using = using
         scored = labels[:, 1:] != -100
         p, q = (out.logits[:, :-1][scored].float().log_softmax(-1) for out in (with_state, without))
         result = {"kl": (p.exp() * (p - q)).sum(-1).mean().item()}
@@ -357,23 +371,40 @@ class IAIModel(LoraModel):
         if self._disabled:
             raise ValueError(f"{what} needs the adapter, but it is disabled: leave disable_adapter() first")
 
-    def _check_identity(self, state: TaskState) -> None:
+    def _state_for(self, task_state: TaskState | None) -> TaskState | None:
+        """The state to answer under, on our device: the one given, or that of `using`."""
+        if task_state is not None:
+            return self._checked_state(task_state)
+        return self._using[-1] if self._using else None
+
+    def _checked_state(self, state: TaskState) -> TaskState:
         self._refuse_when_disabled("a task state")
         if state.identity != self.identity:
             raise ValueError(
                 f"this state belongs to {state.identity.name!r}, the model is {self.identity.name!r}: "
                 "read the chunks again with this model, or load the adapter that made the state"
             )
+        return state.to(self.model.device)
 
     def _check_query(self, state: TaskState, ids: Tensor) -> None:
-        self._check_identity(state)
+        self._refuse_when_disabled("a task state")
         self._check_ids(ids)
         if state.batch_size not in (1, len(ids)):
             raise ValueError(f"a state of {state.batch_size} tasks with {len(ids)} queries: pass 1 or {len(ids)} tasks")
-        if ids.shape[1] > self.window - self.num_slots:
+        self._check_query_length(ids.shape[1])
+
+    def _check_query_length(self, length: int) -> None:
+        if length > self.window - self.num_slots:
             raise ValueError(
-                f"a query of {ids.shape[1]} tokens does not fit: window {self.window} - {self.num_slots} slots "
+                f"a query of {length} tokens does not fit: window {self.window} - {self.num_slots} slots "
                 f"= {self.window - self.num_slots}"
+            )
+
+    def _check_chunk_length(self, length: int) -> None:
+        if length > self.max_chunk_size:
+            raise ValueError(
+                f"a chunk of {length} tokens does not fit: window {self.window} - 2 x {self.num_slots} slots "
+                f"= {self.max_chunk_size}; pass chunk_size <= {self.max_chunk_size}"
             )
 
     def _check_ids(self, ids: Tensor) -> None:

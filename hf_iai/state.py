@@ -94,10 +94,6 @@ class TaskState:
         index %= self.batch_size
         return self.map(lambda t: t[index : index + 1])
 
-    def repeat_interleave(self, repeats: int) -> "TaskState":
-        """Each task `repeats` times in a row, as `generate` repeats queries for beams."""
-        return self.map(lambda t: t.repeat_interleave(repeats, 0))
-
     @staticmethod
     def stack(states: Sequence["TaskState"]) -> "TaskState":
         """One state that holds the tasks of all `states`, in order.

@@ -46,7 +46,8 @@ class IAITrainer(Trainer):
             model = get_peft_model(model, peft_config)
         if getattr(getattr(model, "active_peft_config", None), "peft_type", None) != "IAI":
             raise ValueError(
-                f"IAITrainer needs an IAI adapter, got {type(model).__name__}: pass peft_config=IAIConfig()"
+                f"IAITrainer needs an IAI adapter, got {type(model).__name__}: "
+                "pass peft_config=IAIConfig(task_type='CAUSAL_LM')"
             )
         if processing_class is None:
             raise ValueError("processing_class is missing: pass the base model's tokenizer")
@@ -97,19 +98,18 @@ class IAITrainer(Trainer):
     def _loss_at_chunks(self, dataset) -> dict[int, float]:
         """Mean loss of the queries' tokens after the n nearest chunks, for each n of `eval_chunks` that exists."""
         self.model.eval()
-        sums: dict[int, Tensor] = {}
-        count = 0
+        counts = self.args.eval_chunks
+        sums = torch.zeros(len(counts), 2, device=self.args.device)  # loss and tokens
         for inputs in self.get_eval_dataloader(dataset):
             inputs = self._prepare_inputs(inputs)
-            tokens = (inputs["labels"][..., 1:] != -100).sum()
-            count += tokens
-            for n in self.args.eval_chunks:
+            tokens = (inputs["labels"][..., 1:] != -100).sum().float()
+            for i, n in enumerate(counts):
                 if n <= inputs["chunk_input_ids"].shape[1]:
                     with self.compute_loss_context_manager():
                         loss = self.model(**last_chunks(inputs, n)).loss
-                    sums[n] = sums.get(n, 0) + loss.float() * tokens
-        totals = self.accelerator.reduce(torch.stack([*sums.values(), count.float()]), "sum")
-        return {n: (total / totals[-1]).item() for n, total in zip(sums, totals, strict=False)}
+                    sums[i] += torch.stack([loss.float() * tokens, tokens])
+        sums = self.accelerator.reduce(sums, "sum")
+        return {n: (loss / tokens).item() for n, (loss, tokens) in zip(counts, sums, strict=True) if tokens}
 
 
 def last_chunks(inputs: dict[str, Tensor], n: int) -> dict[str, Tensor]:

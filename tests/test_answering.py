@@ -127,6 +127,25 @@ def test_state_effect():
     assert effect["loss_difference"] == pytest.approx(with_state - without, abs=1e-5)
 
 
+def test_initial_state_is_a_value():
+    model = make_model()
+    state = model.initial_state(2)
+    assert not state.tensors["key"].requires_grad
+    state.tensors["key"].zero_()
+    assert model.initial_state().tensors["key"].abs().max() > 0
+
+
+@pytest.mark.parametrize("state_type", STATES)
+def test_autocast_leaves_the_state_in_float32(state_type):
+    model = make_model(state_type=state_type).train()
+    query = ids(2, 1, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(input_ids=query, labels=query, chunk_input_ids=ids(2, 3, 6)).loss
+    loss.backward()
+    exact = model(input_ids=query, labels=query, chunk_input_ids=ids(2, 3, 6)).loss
+    assert (loss - exact).abs() < 0.05
+
+
 def test_bfloat16_base_keeps_a_float32_state():
     model = make_model()
     model.base_model.model.to(torch.bfloat16)

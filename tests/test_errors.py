@@ -25,6 +25,10 @@ CAUSAL = {"task_type": "CAUSAL_LM"}
         ({"num_state_tokens": 0}, "num_state_tokens must be at least 1, got 0"),
         ({"num_recent_tokens": 16}, "from 0 to num_state_tokens - 1 = 15, got 16"),
         ({"num_recent_tokens": 4, "state_type": "prompt"}, "num_recent_tokens=4 needs state_type='prefix'"),
+        ({"num_recent_tokens": 4, "correction": False}, "needs correction=True"),
+        ({"bias": "all"}, "bias='all'"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"init_lora_weights": "pissa"}, "'pissa'"),
         ({"use_dora": True}, "use_dora=True"),
         ({"pin_bos": True}, "pin_bos=True needs accumulation='recent'"),
         ({"task_type": "SEQ_2_SEQ_LM"}, "task_type='SEQ_2_SEQ_LM' is not available yet"),
@@ -73,6 +77,16 @@ def test_answering():
         model(input_ids=ids(3, 5), task_state=state)
     with pytest.raises(ValueError, match="do not fit a vocabulary"):
         model(input_ids=torch.full((2, 4), VOCAB), task_state=state)
+
+
+def test_episodes_that_do_not_fit():
+    model, query = make_model(), ids(1, 1, 5)
+    with pytest.raises(ValueError, match=f"chunk of {WINDOW} tokens"):
+        model(input_ids=query, labels=query, chunk_input_ids=ids(1, 1, WINDOW))
+    with pytest.raises(ValueError, match=f"query of {WINDOW} tokens"):
+        model(input_ids=ids(1, 1, WINDOW), chunk_input_ids=ids(1, 1, 5))
+    with pytest.raises(ValueError, match="not both"):
+        model(input_ids=query, chunk_input_ids=ids(1, 1, 5), task_state=model.initial_state())
 
 
 def test_what_peft_offers_and_iai_cannot():

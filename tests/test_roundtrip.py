@@ -67,6 +67,13 @@ def test_identity_changes_with_training_only(tmp_path):
     assert model.identity == before
     disturb(model, 1e-4)
     assert model.identity != before
+    before = model.identity
+    # Fused optimizers change values without counting a version.
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, fused=True)
+    query = ids(1, 1, 6)
+    model(input_ids=query, labels=query, chunk_input_ids=ids(1, 1, 6)).loss.backward()
+    optimizer.step()
+    assert model.identity != before
 
 
 def test_state_of_another_adapter_or_base_is_refused():

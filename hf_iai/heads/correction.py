@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+NUM_HEADS = 4
+
 
 class Correction(nn.Module):
     """theta_hat = theta + rms(theta) * g(theta, counts), g one transformer block over the slots with a zero last layer.
@@ -22,7 +24,7 @@ class Correction(nn.Module):
         groups = num_layers * num_heads
         self.read = nn.Linear(groups * (width + 1) + 2, hidden)
         self.attention_norm, self.mlp_norm = nn.RMSNorm(hidden), nn.RMSNorm(hidden)
-        self.attention = nn.MultiheadAttention(hidden, 4, batch_first=True)
+        self.attention_in, self.attention_out = nn.Linear(hidden, 3 * hidden), nn.Linear(hidden, hidden)
         self.mlp = nn.Sequential(nn.Linear(hidden, 2 * hidden), nn.GELU(), nn.Linear(2 * hidden, hidden))
         self.write = nn.Linear(hidden, groups * width)
         nn.init.zeros_(self.write.weight)
@@ -40,9 +42,13 @@ class Correction(nn.Module):
         weight = (step.view(-1, 1, 1, 1) * precision).permute(0, 3, 1, 2)  # (B, m, L, H)
         unsure = torch.cat([weight.flatten(2), counts], -1).add(1).rsqrt()
         x = self.read(torch.cat([(slots / rms).flatten(2), unsure], -1))
-        normed = self.attention_norm(x)
-        x = x + self.attention(normed, normed, normed, need_weights=False)[0]
+        x = x + self._attend(self.attention_norm(x))
         x = x + self.mlp(self.mlp_norm(x))
         # theta(0) is learned itself: nothing corrects it.
         read = (step > 0).view(-1, 1, 1, 1, 1)
         return slots + rms * self.write(x).view(slots.shape) * read
+
+    def _attend(self, x: Tensor) -> Tensor:  # (B, m, hidden)
+        query, key, value = self.attention_in(x).unflatten(-1, (3, NUM_HEADS, -1)).permute(2, 0, 3, 1, 4)
+        mixed = nn.functional.scaled_dot_product_attention(query, key, value)  # (B, heads, m, hidden / heads)
+        return self.attention_out(mixed.transpose(1, 2).flatten(2))
