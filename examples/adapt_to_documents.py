@@ -7,6 +7,7 @@ reads nothing, then writes the curve as a table, PNG and JSON. A few minutes for
 """
 
 from pathlib import Path
+from typing import Annotated
 
 import torch
 import typer
@@ -81,9 +82,11 @@ def report(curve: Curve, output: Path, **recipe) -> None:
 
 
 def main(
-    model: str,
-    data: Path,
-    held_out: str,
+    model: Annotated[str, typer.Option(help="Hub id or folder of the base.")],
+    data: Annotated[Path, typer.Option(help="Folder of .txt files.")],
+    held_out: Annotated[
+        str | None, typer.Option(help="The file to evaluate on; the last by name if not given.")
+    ] = None,
     output: Path = Path("work/documents"),
     chunk_size: int = 64,
     max_chunks: int = 8,
@@ -94,6 +97,7 @@ def main(
     num_eval: int = 200,
 ) -> None:
     texts = {path.name: path.read_text(encoding="utf-8") for path in sorted(data.glob("*.txt"))}
+    held_out = held_out or max(texts, default=None)
     if held_out not in texts:
         raise typer.BadParameter(f"--held-out {held_out!r} is not in {data}: it holds {sorted(texts)}")
     tokenizer = AutoTokenizer.from_pretrained(model)

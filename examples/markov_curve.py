@@ -75,7 +75,7 @@ def train(
     steps: int = 1000,
     batch_size: int = 16,
     num_chains: int = 6000,
-    lr: float = 2e-3,
+    lr: float = 3e-3,
     work: Path = WORK,
 ) -> None:
     """Train one adapter, from its checkpoint if there is one, into `work/reader-SEED`."""

@@ -1,6 +1,6 @@
 """Copy a trained adapter to `adapters/NAME` in Hub layout: weights, config, recipe, curve and a rendered card.
 
-    python examples/publish_adapter.py --name markov-prefix --adapter work/markov-0/adapter \\
+    python examples/publish_adapter.py --name markov-prefix --adapter work/markov/reader-0/adapter \\
         --curve docs/markov_curve.json --description "random 8-state Markov chains" \\
         --train "python examples/markov_curve.py --seed 0" --evaluate "python examples/markov_curve.py join"
 """
@@ -8,6 +8,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Annotated
 
 import typer
 from jinja2 import Template
@@ -35,7 +36,15 @@ def curve_table(curve: dict, from_token: int = 0) -> str:
     return "\n".join(lines)
 
 
-def main(name: str, adapter: Path, curve: Path, description: str, train: str, evaluate: str, chunk_size: int) -> None:
+def main(
+    name: Annotated[str, typer.Option()],
+    adapter: Annotated[Path, typer.Option()],
+    curve: Annotated[Path, typer.Option()],
+    description: Annotated[str, typer.Option()],
+    train: Annotated[str, typer.Option()],
+    evaluate: Annotated[str, typer.Option()],
+    chunk_size: Annotated[int, typer.Option()],
+) -> None:
     folder = Path("adapters") / name
     folder.mkdir(parents=True, exist_ok=True)
     for file in FILES:

@@ -72,7 +72,7 @@ def test_pipeline_answers_under_a_state():
     write = pipeline("text-generation", model=model, tokenizer=tokenizer)
     with model.using(state):
         text = write(" b c a", max_new_tokens=6, do_sample=False)[0]["generated_text"]
-    query = tokenizer(" b c a", return_tensors="pt", return_token_type_ids=False)
+    query = tokenizer(" b c a", return_tensors="pt")
     tokens = model.generate(**query, task_state=state, max_new_tokens=6, do_sample=False)
     assert text == tokenizer.decode(tokens[0])
 
