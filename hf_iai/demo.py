@@ -85,7 +85,7 @@ def train_fresh_adapter(tokenizer: PreTrainedTokenizerBase, output: Path) -> Non
             output_dir=str(output),
             max_chunks=MARKOV_CHUNKS,
             chunk_size=MARKOV_CHUNK,
-            max_steps=150,
+            max_steps=100,
             learning_rate=2e-3,
             per_device_train_batch_size=16,
             per_device_eval_batch_size=16,
