@@ -123,10 +123,11 @@ def print_before_and_after(before: dict[str, float], after: dict[str, float]) ->
 
 
 def read_package(model: IAIModel, tokenizer: PreTrainedTokenizerBase) -> tuple[TaskState, dict[str, torch.Tensor]]:
-    """Read a held-out package but for its last chunk; returns the state and that chunk."""
+    """Read a held-out package but for its last whole chunk; returns the state and that chunk."""
     console.rule(f"3. Read the package {READ_PACKAGE!r}, which neither the base nor the adapter has seen")
     texts = (document["text"] for document in library_documents("held_out", packages=[READ_PACKAGE]))
-    *chunks, last = chunk_text("".join(texts), tokenizer, chunk_size=CODE_CHUNK)
+    chunks = chunk_text("".join(texts), tokenizer, chunk_size=CODE_CHUNK)
+    *chunks, last = (chunk for chunk in chunks if chunk["input_ids"].shape[1] == CODE_CHUNK)
     state = model.adapt(chunks, show_progress=True)
     console.print(
         f"{int(state.num_tokens)} tokens read in {int(state.step)} chunks; the state holds {state.nbytes} bytes"
