@@ -32,7 +32,7 @@ def train_reader(
     steps: int,
     batch_size: int = 8,
     lr: float = 3e-3,
-    kl_weight: float = 1.0,
+    kl_weight: float = 0.0,
     seed: int = 0,
 ) -> PeftModel:
     """Train one adapter, from its checkpoint if there is one, and save it; `max_chunks=0` trains a static state."""

@@ -38,7 +38,7 @@ def train(seed: int = 0, steps: int = 800, batch_size: int = 8, lr: float = 3e-3
     tokenizer = AutoTokenizer.from_pretrained(embedded_base())
     episodes = windows("train", tokenizer, MAX_CHUNKS, steps * batch_size, seed)
     common = {"chunk_size": CHUNK, "slots": SLOTS, "recent": RECENT, "steps": steps, "batch_size": batch_size}
-    common |= {"lr": lr, "seed": seed}
+    common |= {"lr": lr, "seed": seed, "kl_weight": 1.0}
     for name, max_chunks in (("reader", MAX_CHUNKS), ("static", 0)):
         output = work / f"{name}-{seed}"
         train_reader(embedded_base(), tokenizer, episodes, output, max_chunks=max_chunks, **common)

@@ -54,7 +54,6 @@ def test_wheel_carries_everything(installed):
     assert files_in(ROOT / "adapters") == files_in(installed / "hf_iai" / "adapters")
 
 
-@pytest.mark.slow
 def test_installed_wheel_runs_the_first_step_of_the_demo(installed, tmp_path):
     code = (
         "import hf_iai; from hf_iai.demo import load_published; print(hf_iai.__file__); "
@@ -65,7 +64,6 @@ def test_installed_wheel_runs_the_first_step_of_the_demo(installed, tmp_path):
     assert output.splitlines()[-1] == "IAIModel"
 
 
-@pytest.mark.slow
 def test_readme_quickstart_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code = re.search(r"```python\n(.*?)```", README, re.DOTALL).group(1)
