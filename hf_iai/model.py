@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
+from operator import length_hint
 
 import torch
 from peft.tuners.lora import LoraModel
@@ -170,7 +171,8 @@ class IAIModel(LoraModel):
                 differs from the state's, or a state of another base or adapter.
         """
         last = None
-        for last in tqdm(self.adapt_steps(chunks, state, parallel=parallel), disable=not show_progress, unit="chunk"):
+        steps = self.adapt_steps(chunks, state, parallel=parallel)
+        for last in tqdm(steps, total=length_hint(chunks) or None, disable=not show_progress, unit="chunk"):
             if on_step is not None:
                 on_step(last)
         if last is None:
