@@ -1,6 +1,6 @@
 """What the embedded base can do: loss against context length, headroom, accuracy against shots.
 
-python examples/evaluate_base.py        # about 3 minutes on 2 cores; writes docs/base.json
+python examples/evaluate_base.py        # about a minute on 2 cores; writes docs/base.json
 """
 
 import json

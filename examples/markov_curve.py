@@ -110,10 +110,12 @@ def train(
 
 
 @app.command()
-def evaluate(seeds: str = "0,1,2", adapter: Path | None = None, num: int = 256, work: Path = WORK) -> None:
+def evaluate(
+    seeds: str = "0,1,2", adapter: Path | None = None, num: int = 256, test_seed: int = 7, work: Path = WORK
+) -> None:
     """The curve of the trained seeds, or of one adapter, on chains that no training has seen."""
     tokenizer = AutoTokenizer.from_pretrained(embedded_base())
-    symbols = draw_chains(num, (max(COUNTS) + 1) * CHUNK, seed=7)
+    symbols = draw_chains(num, (max(COUNTS) + 1) * CHUNK, seed=test_seed)
     test = episodes(symbols, tokenizer)
     baselines = ("no_context", "fewer_shots", "last_chunk")
     folders = {int(s): work / f"reader-{s}" / "adapter" for s in seeds.split(",")} if adapter is None else {0: adapter}
@@ -129,7 +131,12 @@ def evaluate(seeds: str = "0,1,2", adapter: Path | None = None, num: int = 256, 
         print(f"{n:3d} chunks, above Bayes: {joined.difference(('iai', n), ('bayes', n))}")
     work.mkdir(parents=True, exist_ok=True)
     joined.plot(work / "curve.png")
-    recipe = {"command": f"python examples/markov_curve.py evaluate --seeds {seeds}", "num": num, "test_seed": 7}
+    of = f"--adapter {adapter}" if adapter else f"--seeds {seeds}"
+    recipe = {
+        "command": f"python examples/markov_curve.py evaluate {of} --test-seed {test_seed}",
+        "num": num,
+        "test_seed": test_seed,
+    }
     joined.to_json(work / "curve.json", recipe=recipe, torch=torch.__version__)
 
 
