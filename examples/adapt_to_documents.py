@@ -12,6 +12,7 @@ from typing import Annotated
 import torch
 import typer
 from datasets import Dataset
+from hardware import has_fast_bfloat16
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
@@ -28,7 +29,7 @@ def train_reader(
     chunk_size: int,
     max_chunks: int,
     slots: int,
-    recent: int,
+    kept: int,
     steps: int,
     batch_size: int = 8,
     lr: float = 3e-3,
@@ -40,7 +41,7 @@ def train_reader(
     config = IAIConfig(
         task_type="CAUSAL_LM",
         num_state_tokens=slots,
-        num_recent_tokens=recent,
+        num_kept_tokens=kept,
         r=16,
         lora_alpha=32,
         target_modules="all-linear",
@@ -56,7 +57,7 @@ def train_reader(
         learning_rate=lr,
         lr_scheduler_type="cosine",
         warmup_steps=min(50, steps // 10),
-        bf16=True,
+        bf16=has_fast_bfloat16(),
         use_cpu=not torch.cuda.is_available(),
         logging_steps=25,
         save_steps=200,
@@ -72,6 +73,7 @@ def train_reader(
 
 
 def report(curve: Curve, output: Path, **recipe) -> None:
+    output.mkdir(parents=True, exist_ok=True)
     for from_token in (0, 32):
         print(f"\nquery tokens from {from_token} on, nats per token")
         curve.print(from_token=from_token)
@@ -91,8 +93,9 @@ def main(
     chunk_size: int = 64,
     max_chunks: int = 8,
     slots: int = 32,
-    recent: int = 24,
+    kept: int | None = None,  # 7 of 8 slots
     steps: int = 400,
+    lr: float = 3e-3,
     seed: int = 0,
     num_eval: int = 200,
 ) -> None:
@@ -112,7 +115,8 @@ def main(
     test = test.remove_columns("group").add_column("group", [str(i) for i in range(len(test))])
     test = test.shuffle(seed).select(range(min(num_eval, len(test))))
 
-    recipe = {"chunk_size": chunk_size, "slots": slots, "recent": recent, "steps": steps, "seed": seed}
+    kept = slots * 7 // 8 if kept is None else kept
+    recipe = {"chunk_size": chunk_size, "slots": slots, "kept": kept, "steps": steps, "lr": lr, "seed": seed}
     readers = {
         n: train_reader(model, tokenizer, train, output / f"chunks-{n}", max_chunks=n, **recipe)
         for n in (max_chunks, 0)

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import typer
 from datasets import Dataset
+from hardware import has_fast_bfloat16
 from peft import AutoPeftModelForCausalLM, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
@@ -94,7 +95,7 @@ def train(
         learning_rate=lr,
         lr_scheduler_type="cosine",
         warmup_steps=50,
-        bf16=True,
+        bf16=has_fast_bfloat16(),
         use_cpu=not torch.cuda.is_available(),
         logging_steps=25,
         save_steps=200,

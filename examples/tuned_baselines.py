@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import typer
-from code_curve import CHUNK, windows
+from code_curve import CHUNK, held_out_documents, windows
 from peft import AutoPeftModelForCausalLM, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
@@ -55,7 +55,7 @@ def main(
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(embedded_base())
     model = AutoPeftModelForCausalLM.from_pretrained(adapter).eval()
-    test = windows("held_out", tokenizer, 16, num, seed=1)
+    test = windows(held_out_documents(), tokenizer, 16, num, seed=1)
     rows = []
     for n in map(int, counts.split(",")):
         losses: dict[tuple, list] = {}

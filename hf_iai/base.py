@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .compat import PrefixCache, check_supported, key_value_shape, lora_enabled, prepare_checkpointing
 
+LOGITS_AT_ONCE = 1024  # positions: logits of a long chunk over a large vocabulary would not fit in memory
 KeysValues = list[tuple[Tensor, Tensor]]  # per layer (B, H, m, D) each
 
 
@@ -78,6 +79,20 @@ class Base:
         ).last_hidden_state
         return hidden[:, -record:], cache.recorded()
 
+    @torch.no_grad()
+    def surprisal(self, hidden: Tensor, ids: Tensor, mask: Tensor) -> Tensor:  # (B, T, d), (B, T), (B, T)
+        """-log p(token | tokens before it) in nats, (B, T); 0 for the first real token and for padding."""
+        states, targets = hidden[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
+        parts = zip(states.split(LOGITS_AT_ONCE), targets.split(LOGITS_AT_ONCE), strict=True)
+        loss = torch.cat([nn.functional.cross_entropy(self._logits(h), t, reduction="none") for h, t in parts])
+        unknown = (mask[:, :-1] * mask[:, 1:]) == 0
+        return nn.functional.pad(loss.view(unknown.shape).masked_fill(unknown, 0), (1, 0))
+
+    def _logits(self, hidden: Tensor) -> Tensor:  # (N, d) -> (N, V) in float32
+        logits = self.model.get_output_embeddings()(hidden).float() / getattr(self.config, "logits_scaling", 1)
+        cap = getattr(self.config, "final_logit_softcapping", None)
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
     def answer(self, prefix: KeysValues, ids: Tensor, mask: Tensor, labels: Tensor | None = None, **kwargs):
         """transformers' own output for the T tokens of a query (B, T) behind the prefix."""
         cache = PrefixCache(self.config, _match_rows(prefix, len(ids)))
@@ -96,6 +111,11 @@ class Base:
 def positions_of(mask: Tensor) -> Tensor:  # (B, T) -> (B, T)
     """Positions that count real tokens only, so that padding on either side moves nothing."""
     return (mask.cumsum(1) - 1).clamp_min(0)
+
+
+def ages_of(mask: Tensor) -> Tensor:  # (B, T) -> (B, T)
+    """How many real tokens come after each."""
+    return mask.flip(1).cumsum(1).flip(1) - mask
 
 
 def _behind_prefix(mask: Tensor, cache: PrefixCache) -> Tensor:  # (B, T) -> (B, m + T)

@@ -35,6 +35,9 @@ def train(
     output: Annotated[Path, typer.Option(help="Folder for the adapter.")],
     model: Annotated[str, typer.Option(help="Hub id or folder of the base.")] = "hf_iai:embedded",
     num_state_tokens: Annotated[int, typer.Option(min=1, help="Size of the state, in tokens.")] = 16,
+    num_kept_tokens: Annotated[
+        int | None, typer.Option(min=0, help="How many of them keep single tokens; 7 of 8 if not given.")
+    ] = None,
     chunk_size: Annotated[int, typer.Option(min=1, help="Tokens per chunk.")] = 128,
     max_chunks: Annotated[int, typer.Option(min=1, help="Most chunks read in a training step.")] = 4,
     max_steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 1000,
@@ -63,7 +66,11 @@ def train(
     trainer = IAITrainer(
         model=AutoModelForCausalLM.from_pretrained(folder),
         peft_config=IAIConfig(
-            task_type="CAUSAL_LM", num_state_tokens=num_state_tokens, r=16, target_modules="all-linear"
+            task_type="CAUSAL_LM",
+            num_state_tokens=num_state_tokens,
+            num_kept_tokens=num_state_tokens * 7 // 8 if num_kept_tokens is None else num_kept_tokens,
+            r=16,
+            target_modules="all-linear",
         ),
         args=arguments,
         train_dataset=episodes_from_documents(

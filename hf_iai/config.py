@@ -31,8 +31,8 @@ class IAIConfig(LoraConfig):
         signal: `"observations"`: the chunk's tokens, no gradients.
         num_state_tokens: m, the number of slots; at least 1.
         accumulation: `"average"`, the running average of the read-outs, or `"recent"`, exactly the last m tokens.
-        num_recent_tokens: R < m, how many slots of an averaged prefix hold the last tokens of the text, for text whose
-            next tokens depend on them.
+        num_kept_tokens: K < m, how many slots of an averaged prefix keep single tokens as they are: the latest, and
+            those that surprised the reader most (see `heads.kept`); for text that repeats names.
         correction: whether learned precisions and the learned correction exist (`"average"` only).
         pin_bos: keep a begin-of-sequence token in slot 0, for bases that need an attention sink (`"recent"` only).
 
@@ -52,9 +52,7 @@ class IAIConfig(LoraConfig):
     signal: str = field(default="observations", metadata={"help": "what is learned from a chunk: observations"})
     num_state_tokens: int = field(default=16, metadata={"help": "m, the number of slots of the state"})
     accumulation: str = field(default="average", metadata={"help": "backbone of the state: average or recent"})
-    num_recent_tokens: int = field(
-        default=0, metadata={"help": "R, slots of an average prefix kept for the last tokens"}
-    )
+    num_kept_tokens: int = field(default=0, metadata={"help": "K, slots of an average prefix that keep single tokens"})
     correction: bool = field(default=True, metadata={"help": "learned precisions and correction of the average"})
     pin_bos: bool = field(default=False, metadata={"help": "keep a BOS token in slot 0 (recent only)"})
 
@@ -71,18 +69,16 @@ class IAIConfig(LoraConfig):
             raise ValueError(f"num_state_tokens must be at least 1, got {self.num_state_tokens}")
         if self.pin_bos and self.accumulation != "recent":
             raise ValueError(f"pin_bos=True needs accumulation='recent', got accumulation={self.accumulation!r}")
-        if not 0 <= self.num_recent_tokens < self.num_state_tokens:
+        if not 0 <= self.num_kept_tokens < self.num_state_tokens:
             raise ValueError(
-                f"num_recent_tokens must be from 0 to num_state_tokens - 1 = {self.num_state_tokens - 1}, "
-                f"got {self.num_recent_tokens}"
+                f"num_kept_tokens must be from 0 to num_state_tokens - 1 = {self.num_state_tokens - 1}, "
+                f"got {self.num_kept_tokens}"
             )
-        if self.num_recent_tokens and (self.state_type, self.accumulation) != ("prefix", "average"):
+        if self.num_kept_tokens and (self.state_type, self.accumulation) != ("prefix", "average"):
             raise ValueError(
-                f"num_recent_tokens={self.num_recent_tokens} needs state_type='prefix' and accumulation='average', "
+                f"num_kept_tokens={self.num_kept_tokens} needs state_type='prefix' and accumulation='average', "
                 f"got {self.state_type!r} and {self.accumulation!r}"
             )
-        if self.num_recent_tokens and not self.correction:
-            raise ValueError("num_recent_tokens needs correction=True: without it no slot forgets the chunk before")
         if self.bias != "none":
             raise ValueError(f"bias={self.bias!r} would change the bare base: leave it 'none'")
         if isinstance(self.init_lora_weights, str) and self.init_lora_weights not in ("gaussian", "orthogonal"):

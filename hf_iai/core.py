@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from .base import Base, KeysValues
 from .config import IAIConfig
-from .heads import Correction, RunningAverage, push_tokens
+from .heads import KEPT, NEVER, Correction, RunningAverage, followed_by, push_tokens
 from .heads.average import include
 from .signals import read_observations
 from .state import Identity, TaskState
@@ -28,23 +28,18 @@ class IAICore(nn.Module):
         token_ids = torch.randint(base.vocab_size, (config.num_state_tokens,))
         device = base.model.get_input_embeddings().weight.device
         reads = config.accumulation == "average"
-        self.state = STATE_TYPES[config.state_type](base, token_ids.to(device), config.num_recent_tokens, reads=reads)
+        self.state = STATE_TYPES[config.state_type](base, token_ids.to(device), config.num_kept_tokens, reads=reads)
         if not reads:
             self.bos_token_id = _bos_token_id(base) if config.pin_bos else None
         elif config.correction:
-            _, num_slots, num_layers, num_heads, width = self.state.pack(self._start(1)).shape
-            self.average = RunningAverage(
-                num_layers, num_heads, num_slots, config.num_recent_tokens, base.config.hidden_size
-            )
+            _, num_slots, num_layers, num_heads, width = self.state.pack(self.state.initial(1)).shape
+            self.average = RunningAverage(num_layers, num_heads, num_slots, base.config.hidden_size)
             self.correction = Correction(num_layers, num_heads, width)
         self.to(device)
 
-    def _start(self, batch_size: int) -> dict[str, Tensor]:
-        return {name: t.expand(batch_size, *t.shape) for name, t in self.state.start.items()}
-
     def initial_state(self, base: Base, batch_size: int, identity: Identity) -> TaskState:
         """theta(0) for `batch_size` tasks."""
-        tensors = self._start(batch_size)
+        tensors = self.state.initial(batch_size)
         device = next(iter(tensors.values())).device
         if self.config.accumulation == "recent":
             size = self.config.num_state_tokens - self.config.pin_bos
@@ -52,7 +47,7 @@ class IAICore(nn.Module):
             if self.config.pin_bos:
                 tensors |= self._recent_slots(base, tensors["recent_ids"], tensors["recent_ids"].bool())
         else:
-            first = next(iter(tensors.values()))  # (B, L, H, m, D)
+            first = next(iter(tensors.values()))  # (B, L, H, P, D), P = m but for kept tokens
             tensors["precision"] = first.new_zeros(first.shape[:-1])
         zero = torch.zeros(batch_size, dtype=torch.long, device=device)
         return TaskState(tensors, zero, zero.clone(), identity, self.config.accumulation)
@@ -62,7 +57,8 @@ class IAICore(nn.Module):
         if self.config.accumulation == "recent":
             return {"ids": ids, "mask": mask}
         with base.lora(True):
-            reading = read_observations(base, self.state, ids, mask)
+            surprisal = self.config.num_kept_tokens > 0
+            reading = read_observations(base, self.state, ids, mask, surprisal=surprisal)
         with _full_precision(ids):
             evidence, mass = self.state.read_out(base, reading, self._rate())
             if self.config.correction:
@@ -77,30 +73,41 @@ class IAICore(nn.Module):
         if self.config.accumulation == "recent":
             tensors = self._step_recent(base, state, evidence)
         else:
-            readout = {name: t for name, t in evidence.items() if name != "mask"}
+            readout = {name: t for name, t in evidence.items() if name not in (*KEPT, "mask")}
             with _full_precision(num_tokens):
                 retention = (-self._rate() * num_tokens.view(-1, 1, 1, 1)).exp()
                 tensors = include(state.tensors, readout, state.step, retention)
+                if self.config.num_kept_tokens:
+                    tensors |= followed_by(*({n: t[n] for n in KEPT} for t in (state.tensors, evidence)), num_tokens)
         read = num_tokens > 0
-        kept = {
+        tensors = {
             name: torch.where(read.view(-1, *[1] * (t.dim() - 1)), t, state.tensors[name])
             for name, t in tensors.items()
         }
-        return replace(state, tensors=kept, step=state.step + read, num_tokens=state.num_tokens + num_tokens)
+        return replace(state, tensors=tensors, step=state.step + read, num_tokens=state.num_tokens + num_tokens)
 
-    def _rate(self) -> Tensor:  # (L, H, m), or what broadcasts to it
+    def _rate(self) -> Tensor:  # (L, H, P), or what broadcasts to it
         """Forgetting per token; none without the correction."""
         return self.average.rate() if self.config.correction else self.state.read_slots.new_zeros(1, 1, 1)
 
     def slots(self, base: Base, state: TaskState) -> KeysValues:
         """What a query attends to: the state, corrected, as keys and values."""
-        tensors = state.tensors
-        if self.config.accumulation == "average" and self.config.correction:
-            with _full_precision(state.step):
+        with _full_precision(state.step):
+            tensors = self.state.visible(base, state.tensors)
+            if self.config.accumulation == "average" and self.config.correction:
                 packed = self.state.pack(tensors)
-                corrected = self.correction(packed, tensors["precision"], state.step, state.num_tokens)
+                corrected = self.correction(packed, self._weights(state), state.step, state.num_tokens)
                 tensors = self.state.unpack(corrected)
         return self.state.keys_values(base, tensors)
+
+    def _weights(self, state: TaskState) -> Tensor:  # (B, L, H, m)
+        """How much each slot has seen: its weight in the average; of a kept token, how much was read after it."""
+        weights = state.step.view(-1, 1, 1, 1) * state.tensors["precision"]
+        if self.config.num_kept_tokens:
+            age = state.tensors["kept_age"][..., 0]  # (B, 1, 1, K)
+            age = age.masked_fill(age == NEVER, 0).to(weights.dtype)
+            weights = torch.cat([weights, age.expand(*weights.shape[:3], -1)], -1)
+        return weights
 
     def _step_recent(self, base: Base, state: TaskState, chunk: dict[str, Tensor]) -> dict[str, Tensor]:
         size = state.tensors["recent_ids"].shape[1]
@@ -115,7 +122,7 @@ class IAICore(nn.Module):
             ids = torch.cat([ids.new_full((len(ids), 1), self.bos_token_id), ids], 1)
             real = torch.cat([real.new_ones(len(real), 1), real], 1)
         slots = self.state.of_tokens(base, ids, real.long())
-        start, keep = self._start(len(ids)), real[:, None, None, :, None]
+        start, keep = self.state.initial(len(ids)), real[:, None, None, :, None]
         return {name: torch.where(keep, slots[name].float(), start[name]) for name in start}
 
 

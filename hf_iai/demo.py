@@ -28,7 +28,7 @@ CODE_CHUNK = 128  # tokens; what code-prefix was trained on
 MARKOV_CHUNK = 64  # symbols, one token each
 MARKOV_CHUNKS = 4
 TRAINING_SECONDS = 60
-PACKAGES = ["email", "http", "json", "logging", "unittest", "xml"]  # held out from base and adapter alike
+PACKAGES = ["http", "json", "logging", "multiprocessing", "unittest", "xml"]  # held out from base and adapter alike
 READ_PACKAGE = "json"
 
 console = Console()

@@ -15,7 +15,7 @@ from .state import Identity
 SAMPLED_TENSORS, SAMPLED_VALUES = 16, 64
 # What decides a state's meaning; paths, names and training switches do not.
 CONFIG_FIELDS = (
-    "regime state_type signal num_state_tokens accumulation num_recent_tokens correction pin_bos r lora_alpha "
+    "regime state_type signal num_state_tokens accumulation num_kept_tokens correction pin_bos r lora_alpha "
     "use_rslora rank_pattern alpha_pattern layers_to_transform fan_in_fan_out bias"
 ).split()
 

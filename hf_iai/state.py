@@ -12,6 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from .heads import KEPT, followed_by
+
 FORMAT = "hf_iai.task_state.v1"
 WEIGHTS, CONFIG = "task_state.safetensors", "config.json"
 
@@ -113,11 +115,12 @@ class TaskState:
     def merge(states: Sequence["TaskState"]) -> "TaskState":
         """What one state would be that had read the chunks of all of them.
 
-        Every slot holds a weighted mean of read-outs, and its mean weight (`precision`), so with n chunks read
+        Every averaged slot holds a weighted mean of read-outs, and its mean weight (`precision`), so with n chunks read
 
             weight_s = n_s precision_s,   slot = sum_s weight_s slot_s / sum_s weight_s
 
-        which equals reading in sequence, whatever the order.
+        which equals reading in sequence, whatever the order. Kept tokens age by what the states after theirs have read:
+        with `num_kept_tokens` the states go from the earliest text to the latest.
 
         Raises:
             ValueError: for no state, different adapters or batches, or states of accumulation `"recent"`.
@@ -196,9 +199,14 @@ def _merge_two(a: TaskState, b: TaskState) -> TaskState:
     total = weight_a + weight_b
     share = torch.where(total > 0, weight_b / total.clamp_min(torch.finfo(total.dtype).tiny), 0.0)
     tensors = {
-        name: t.lerp(b.tensors[name], share.unsqueeze(-1)) for name, t in a.tensors.items() if name != "precision"
+        name: t.lerp(b.tensors[name], share.unsqueeze(-1))
+        for name, t in a.tensors.items()
+        if name not in ("precision", *KEPT)
     }
     tensors["precision"] = _times(total, 1 / step.clamp_min(1))
+    if KEPT[0] in a.tensors:
+        kept_a, kept_b = ({name: state.tensors[name] for name in KEPT} for state in (a, b))
+        tensors |= followed_by(kept_a, kept_b, b.num_tokens)
     return replace(a, tensors=tensors, step=step, num_tokens=a.num_tokens + b.num_tokens)
 
 

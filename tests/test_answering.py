@@ -15,10 +15,14 @@ def test_answers_equal_an_independent_reference(family, state_type, regime, atte
     model = make_model(family, attention, state_type=state_type, regime=regime, correction=False)
     state, query = model.adapt(chunks(3)), ids(2, 9, seed=1)
     with torch.no_grad(), model._base.lora(regime == "explicit"):
-        if state_type == "prefix":
+        if state_type != "prompt":
+            keys, values = state.tensors["key"], state.tensors["value"]
+            if state_type == "kept":
+                kept = model._base.rotate(state.tensors["kept_key"], torch.tensor([[2, 3]]))
+                keys, values = torch.cat([keys, kept], -2), torch.cat([values, state.tensors["kept_value"]], -2)
             cache = DynamicCache(config=model.config)
             for layer in range(3):
-                cache.update(state.tensors["key"][:, layer], state.tensors["value"][:, layer], layer)
+                cache.update(keys[:, layer], values[:, layer], layer)
             expected = model.base_model.model(input_ids=query, past_key_values=cache).logits
         else:
             embedded = model.get_input_embeddings()(query)
@@ -146,11 +150,12 @@ def test_autocast_leaves_the_state_in_float32(state_type):
     assert (loss - exact).abs() < 0.05
 
 
-def test_bfloat16_base_keeps_a_float32_state():
-    model = make_model()
+@pytest.mark.parametrize("state_type", [*STATES, "kept"])
+def test_bfloat16_base_keeps_a_float32_state(state_type):
+    model = make_model(state_type=state_type)
     model.base_model.model.to(torch.bfloat16)
     model.base_model.iai.float()
     state = model.adapt(chunks(2))
-    assert all(t.dtype == torch.float32 for t in state.tensors.values())
+    assert all(t.dtype == torch.float32 for n, t in state.tensors.items() if n != "kept_age")
     assert model(input_ids=ids(2, 5), task_state=state).logits.dtype == torch.bfloat16
     assert model.generate(input_ids=ids(2, 5), task_state=state, max_new_tokens=2, **GREEDY).shape == (2, 7)

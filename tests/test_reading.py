@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tiny import FAMILIES, MEMBERS, STATES, chunks, ids, largest_difference, make_base, make_model
+from tiny import AVERAGES, FAMILIES, STATES, chunks, ids, largest_difference, make_base, make_model
 
 from hf_iai import TaskState, batch_chunks
-from hf_iai.base import Base
+from hf_iai.base import Base, positions_of
 from hf_iai.signals import TokenPooling, read_observations
 
 
@@ -36,7 +36,7 @@ def test_recent_keeps_start_in_slots_not_yet_filled():
     assert not torch.equal(state.tensors["key"][..., :3, :], start.tensors["key"][..., :3, :])
 
 
-@pytest.mark.parametrize(("family", "state_type", "regime"), MEMBERS)
+@pytest.mark.parametrize(("family", "state_type", "regime"), AVERAGES)
 def test_average_without_correction_is_the_mean_of_single_chunk_states(family, state_type, regime):
     model = make_model(family, state_type=state_type, regime=regime, correction=False)
     support = chunks(5)
@@ -55,7 +55,7 @@ def test_average_without_correction_is_the_mean_of_single_chunk_states(family, s
         assert torch.equal(other.step, sequence.step) and torch.equal(other.num_tokens, sequence.num_tokens)
 
 
-@pytest.mark.parametrize(("family", "state_type", "regime"), MEMBERS)
+@pytest.mark.parametrize(("family", "state_type", "regime"), AVERAGES)
 def test_trained_average_reads_in_parallel_and_merges_where_nothing_is_forgotten(family, state_type, regime):
     model = make_model(family, state_type=state_type, regime=regime)
     with torch.no_grad():
@@ -97,7 +97,7 @@ def test_a_forgetting_rate_below_zero_counts_as_zero_and_can_come_back():
 
 def test_pooling_against_a_loop_over_tokens():
     torch.manual_seed(0)
-    pool = TokenPooling(torch.randn(1, 1, 3, 8), num_recent=0)
+    pool = TokenPooling(torch.randn(1, 1, 3, 8))
     pool.importance.data.normal_()
     keys, values = torch.randn(1, 1, 1, 5, 8), torch.randn(1, 1, 1, 5, 8)
     rate, mask = torch.tensor([[[0.0, 0.1, 0.5]]]), torch.tensor([[1, 0, 1, 1, 0]])
@@ -115,21 +115,74 @@ def test_pooling_against_a_loop_over_tokens():
     assert (pooled_values[0, 0, 0] - sums[1] / totals[:, None]).abs().max() < 1e-5
 
 
-def test_recent_slots_hold_the_last_tokens_as_the_reader_saw_them():
-    """Values of the last tokens of the last chunk, the latest last; a short chunk leaves the others as they were."""
-    model = make_model(trained=False, num_state_tokens=6, num_recent_tokens=4)
-    first, second = ids(1, 12), ids(1, 9, seed=1)
-    alone = model.adapt([{"input_ids": second}])
-    both = model.adapt([{"input_ids": first}, {"input_ids": second}])
-    assert (both.tensors["value"][..., 2:, :] - alone.tensors["value"][..., 2:, :]).abs().max() < 0.02
-    assert (both.tensors["value"][..., :2, :] - alone.tensors["value"][..., :2, :]).abs().max() > 0.05
+def test_kept_slots_against_a_loop_over_tokens():
+    """Of all tokens read: the latest, and of the others the most surprising for their age, oldest first."""
+    model = make_model(trained=False, num_state_tokens=10, num_kept_tokens=8)
     base, core = model._base, model.core
-    reading = read_observations(base, core.state, second, torch.ones_like(second))
-    values = torch.stack([v for _, v in reading.keys_values], 1)[..., 5:9, :]
-    assert (alone.tensors["value"][..., 2:, :] - values).abs().max() < 1e-5
-    short = model.adapt([{"input_ids": first}, {"input_ids": second[:, :2]}])
-    before = model.adapt([{"input_ids": first}])
-    assert torch.equal(short.tensors["value"][..., 2:4, :], before.tensors["value"][..., 2:4, :])
+    tokens = []  # (age, surprisal, values (L, H, D)) of every token
+    support = [ids(1, 12), ids(1, 3, seed=1), ids(1, 9, seed=2)]
+    with torch.no_grad():
+        for i, chunk in enumerate(support):
+            reading = read_observations(base, core.state, chunk, torch.ones_like(chunk), surprisal=True)
+            surprisals = reading.surprisal[0].tolist()
+            later = sum(c.shape[1] for c in support[i + 1 :])
+            for t in range(chunk.shape[1]):
+                values = torch.stack([v[0, :, t] for _, v in reading.keys_values])
+                tokens.append((later + chunk.shape[1] - 1 - t, surprisals[t], values))
+    others = sorted(tokens[:-2], key=lambda token: token[1] - 0.02 * token[0])[-6:]
+    expected = sorted(others, key=lambda token: -token[0]) + tokens[-2:]
+    state = model.adapt([{"input_ids": c} for c in support])
+    assert state.tensors["kept_age"].flatten().tolist() == [age for age, _, _ in expected]
+    for j, (_, surprisal, values) in enumerate(expected):
+        assert abs(state.tensors["kept_surprisal"].flatten()[j].item() - surprisal) < 1e-4
+        assert (state.tensors["kept_value"][0, :, :, j] - values).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_kept_slots_in_sequence_in_parallel_and_merged(family):
+    model = make_model(family, num_state_tokens=10, num_kept_tokens=8, correction=False)
+    support = chunks(5)
+    sequence = model.adapt(support)
+    for other in (
+        TaskState.merge([model.adapt([chunk]) for chunk in support]),
+        TaskState.merge([model.adapt(support[:2]), model.adapt(support[2:])]),
+        model.adapt(support, parallel=3),
+    ):
+        assert torch.equal(other.tensors["kept_age"], sequence.tensors["kept_age"])
+        assert largest_difference(sequence, other) < 1e-5
+
+
+def test_kept_slots_of_states_that_read_different_amounts_merge():
+    model = make_model(num_state_tokens=10, num_kept_tokens=8, correction=False)
+    first, second = ids(2, 10), ids(2, 7, seed=1)
+    ragged = [{"input_ids": second, "attention_mask": torch.tensor([[1] * 5 + [0] * 2, [0] * 7])}]
+    start = model.initial_state(2)
+    merged = TaskState.merge([model.adapt([{"input_ids": first}]), model.adapt(ragged, state=start)])
+    sequence = model.adapt([{"input_ids": first}, *ragged])
+    assert largest_difference(merged, sequence) < 1e-5
+
+
+def test_surprisal_against_a_loop_over_tokens():
+    base, text = Base(make_base()), ids(2, 6)
+    text[0, :2] = 0
+    mask = (text > 0).long()
+    hidden = base.read(base.no_prefix(2), base.embed(text), mask, positions_of(mask), record=6)[0]
+    surprisal = base.surprisal(hidden, text, mask)
+    log_p = base.model(text, attention_mask=mask, position_ids=positions_of(mask)).logits.log_softmax(-1)
+    for row, first in ((0, 2), (1, 0)):
+        assert (surprisal[row, : first + 1] == 0).all()
+        for t in range(first + 1, 6):
+            assert abs(surprisal[row, t] + log_p[row, t - 1, text[row, t]]) < 1e-5
+
+
+def test_kept_slots_not_yet_filled_show_the_start():
+    model = make_model(num_state_tokens=10, num_kept_tokens=8)
+    state = model.adapt([{"input_ids": ids(1, 3)}])
+    start = model.core.state.visible(model._base, model.initial_state().tensors)
+    shown = model.core.state.visible(model._base, state.tensors)
+    assert torch.equal(start["value"][0], model.core.state.start["value"])
+    assert torch.equal(shown["value"][..., 2:7, :], start["value"][..., 2:7, :])
+    assert (shown["value"][..., 7:, :] - start["value"][..., 7:, :]).abs().amin() > 0
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
@@ -146,11 +199,14 @@ def test_rotation_re_places_keys_exactly(family):
     assert (moved - first_layer_keys(23)).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("accumulation", ["average", "recent"])
-@pytest.mark.parametrize("state_type", STATES)
+@pytest.mark.parametrize(
+    "config",
+    [{"state_type": s, "accumulation": a} for s in STATES for a in ("average", "recent")] + [{"state_type": "kept"}],
+    ids=str,
+)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_padding_and_masked_rows_change_nothing(family, state_type, accumulation):
-    model = make_model(family, state_type=state_type, accumulation=accumulation)
+def test_padding_and_masked_rows_change_nothing(family, config):
+    model = make_model(family, **config)
     first, second = ids(2, 10), ids(2, 7, seed=1)
     state = model.adapt([{"input_ids": first}])
 
@@ -178,7 +234,7 @@ def test_padding_and_masked_rows_change_nothing(family, state_type, accumulation
         assert largest_difference(both.select(0), row) < 1e-5
 
 
-@pytest.mark.parametrize("state_type", STATES)
+@pytest.mark.parametrize("state_type", [*STATES, "kept"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_batched_equals_single(family, state_type):
     model = make_model(family, state_type=state_type)

@@ -37,9 +37,10 @@ def test_adapter_survives_every_way_of_loading(tmp_path, family, state_type, reg
         assert (loaded(input_ids=query, task_state=state).logits - expected).abs().max() == 0.0
 
 
-def test_state_continues_in_a_new_process_bitwise(tmp_path):
+@pytest.mark.parametrize("state_type", ["prefix", "kept"])
+def test_state_continues_in_a_new_process_bitwise(tmp_path, state_type):
     make_base().save_pretrained(tmp_path / "base")
-    model = make_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"))
+    model = make_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), state_type=state_type)
     model.save_pretrained(tmp_path / "adapter")
     support = chunks(8)
     model.adapt(support[:5]).save_pretrained(tmp_path / "state")

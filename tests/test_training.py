@@ -163,12 +163,13 @@ def test_greedy_gives_gradient_to_one_chunk_only():
     assert few < sum(saved)
 
 
+@pytest.mark.parametrize("state_type", ["prefix", "kept"])
 @pytest.mark.parametrize("objective", ["greedy", "truncated"])
-def test_graph_does_not_grow_with_chunks(objective):
+def test_graph_does_not_grow_with_chunks(objective, state_type):
     """Numbers kept for the backward pass, counted as autograd saves them."""
     kept = []
     for num_chunks in (4, 32):
-        model = make_model().train()
+        model = make_model(state_type=state_type).train()
         fixed = random.Random(0)
         fixed.randint = lambda low, high: high  # always the last step: the longest history
         model.base_model.objective = Objective(objective, window=2, draw=fixed)

@@ -32,7 +32,9 @@ _CONFIGS = {
 FAMILIES = list(_CONFIGS)
 STATES = ["prefix", "prompt"]
 REGIMES = ["explicit", "parametric"]
-MEMBERS = list(product(FAMILIES, STATES, REGIMES))
+AVERAGES = list(product(FAMILIES, STATES, REGIMES))
+# "kept": a prefix whose last two slots keep single tokens.
+MEMBERS = AVERAGES + [("llama", "kept", regime) for regime in REGIMES]
 
 
 def make_base(family: str = "llama", attention: str = "sdpa"):
@@ -50,6 +52,8 @@ def make_model(base="llama", attention: str = "sdpa", *, trained: bool = True, *
     """
     base = make_base(base, attention) if isinstance(base, str) else base
     torch.manual_seed(1)
+    if config.get("state_type") == "kept":
+        config |= {"state_type": "prefix", "num_kept_tokens": 2}
     defaults = {"task_type": "CAUSAL_LM", "num_state_tokens": SLOTS, "r": 2, "target_modules": "all-linear"}
     model = get_peft_model(base, IAIConfig(**(defaults | config))).eval()
     if trained:

@@ -2,6 +2,7 @@
 
 from .average import RunningAverage
 from .correction import Correction
+from .kept import KEPT, NEVER, followed_by, keep_tokens
 from .recent import push_tokens
 
-__all__ = ["Correction", "RunningAverage", "push_tokens"]
+__all__ = ["KEPT", "NEVER", "Correction", "RunningAverage", "followed_by", "keep_tokens", "push_tokens"]

@@ -9,10 +9,10 @@ NUM_HEADS = 4
 class Correction(nn.Module):
     """theta_hat = theta + rms(theta) * g(theta, counts), g one transformer block over the slots with a zero last layer.
 
-    It is applied where the state is read, not where it is kept: the state stays a plain average, and errors of the
+    It is applied where the state is read, not where it is kept: the state stays what it is, and errors of the
     correction cannot accumulate. The counts tell it how sure the average is: (1 + x)^(-1/2), the rate at which a mean
-    settles, of each slot's weight, the chunks and the tokens. They fall to 0, so that more chunks than training had
-    are nothing new.
+    settles, of each slot's weight (a kept token's age), the chunks and the tokens. They fall to 0, so that more chunks
+    than training had are nothing new.
 
     Args:
         num_layers, num_heads, width: of a packed slot, (B, m, L, H, W).
@@ -33,13 +33,13 @@ class Correction(nn.Module):
     def forward(
         self,
         slots: Tensor,  # (B, m, L, H, W)
-        precision: Tensor,  # (B, L, H, m)
+        weight: Tensor,  # (B, L, H, m)
         step: Tensor,  # (B,)
         num_tokens: Tensor,  # (B,)
     ) -> Tensor:  # (B, m, L, H, W)
         rms = slots.square().mean(-1, keepdim=True).add(1e-6).sqrt()  # (B, m, L, H, 1)
         counts = torch.stack([step, num_tokens], 1).float()[:, None].expand(-1, slots.shape[1], -1)  # (B, m, 2)
-        weight = (step.view(-1, 1, 1, 1) * precision).permute(0, 3, 1, 2)  # (B, m, L, H)
+        weight = weight.permute(0, 3, 1, 2)  # (B, m, L, H)
         unsure = torch.cat([weight.flatten(2), counts], -1).add(1).rsqrt()
         x = self.read(torch.cat([(slots / rms).flatten(2), unsure], -1))
         x = x + self._attend(self.attention_norm(x))

@@ -10,12 +10,13 @@ from ..base import Base, KeysValues, positions_of
 
 @dataclass
 class Reading:
-    """What one pass over [theta(0)][chunk][read-out slots] left behind; C tokens and m slots."""
+    """What one pass over [theta(0)][chunk][read-out slots] left behind; C tokens and P read-out slots."""
 
-    hidden: Tensor  # (B, m, d) last hidden states of the slots
-    keys_values: KeysValues  # per layer (B, H, C + m, D), of chunk and slots
+    hidden: Tensor  # (B, P, d) last hidden states of the slots
+    keys_values: KeysValues  # per layer (B, H, C + P, D), of chunk and slots
     mask: Tensor  # (B, C)
     positions: Tensor  # (B, C)
+    surprisal: Tensor | None  # (B, C) in nats, of each token given those before it; None where not asked for
 
 
 def read_observations(
@@ -23,23 +24,26 @@ def read_observations(
     state: nn.Module,  # PrefixState or PromptState
     ids: Tensor,  # (B, C)
     mask: Tensor,  # (B, C)
+    *,
+    surprisal: bool = False,
 ) -> Reading:
     """One pass over [theta(0)][chunk][read-out slots].
 
     Every chunk is read from theta(0), never from the current state: read-outs of different chunks are then
-    commensurable, may be averaged, and can be read in one batch. The slots take positions 0..m-1, those of the state
+    commensurable, may be averaged, and can be read in one batch. The slots take positions 0..P-1, those of the state
     they will become; being last, they see the whole chunk.
     """
     start = {name: tensor[None] for name, tensor in state.start.items()}
     prefix = state.keys_values(base, start)
-    m = len(state.read_slots)
-    slots = state.read_slots.to(base.embed(ids[:1, :1]).dtype).expand(len(ids), -1, -1)  # (B, m, d)
-    positions = positions_of(mask) + m
+    num_slots = len(state.read_slots)
+    slots = state.read_slots.to(base.embed(ids[:1, :1]).dtype).expand(len(ids), -1, -1)  # (B, P, d)
+    positions = positions_of(mask) + prefix[0][0].shape[-2]
     hidden, keys_values = base.read(
         prefix,
         torch.cat([base.embed(ids), slots], 1),
-        torch.cat([mask, mask.new_ones(len(mask), m)], 1),
-        torch.cat([positions, torch.arange(m, device=ids.device).expand(len(ids), -1)], 1),
-        record=ids.shape[1] + m,
+        torch.cat([mask, mask.new_ones(len(mask), num_slots)], 1),
+        torch.cat([positions, torch.arange(num_slots, device=ids.device).expand(len(ids), -1)], 1),
+        record=ids.shape[1] + num_slots,
     )
-    return Reading(hidden[:, -m:].float(), keys_values, mask, positions)
+    chunk, slots = hidden.split([ids.shape[1], num_slots], 1)
+    return Reading(slots.float(), keys_values, mask, positions, base.surprisal(chunk, ids, mask) if surprisal else None)

@@ -3,12 +3,13 @@
 import torch
 from torch import Tensor, nn
 
+from ..base import ages_of
+
 
 class TokenPooling(nn.Module):
     """slot_j = sum_t share(t, j) (k_t, v_t) / mass_j with mass_j = sum_t share(t, j), over the tokens of a chunk.
 
-    The last R slots are the last R tokens, one each, the latest last. To the others every token gives most where its
-    key is nearest to the slot's centroid:
+    Every token gives most to the slot whose centroid is nearest to its key:
 
         share(t, j) = softmax_j(<norm(k_t), c_j> / sqrt(D)) * exp(<g, norm(k_t)> / sqrt(D) - rate_j * age_t)
 
@@ -16,13 +17,11 @@ class TokenPooling(nn.Module):
     is learned; c starts at real tokens' keys, g at 0. Keys are taken at position 0, where averaging them makes sense.
 
     Args:
-        centroids: (L, H, m - R, D), keys at position 0.
-        num_recent: R.
+        centroids: (L, H, P, D), keys at position 0.
     """
 
-    def __init__(self, centroids: Tensor, num_recent: int) -> None:
+    def __init__(self, centroids: Tensor) -> None:
         super().__init__()
-        self.num_recent = num_recent
         self.centroids = nn.Parameter(nn.functional.rms_norm(centroids, centroids.shape[-1:]).clone())
         self.importance = nn.Parameter(torch.zeros(*centroids.shape[:2], centroids.shape[-1]))  # (L, H, D)
 
@@ -31,21 +30,16 @@ class TokenPooling(nn.Module):
         keys: Tensor,  # (B, L, H, C, D) at position 0
         values: Tensor,  # (B, L, H, C, D)
         mask: Tensor,  # (B, C)
-        rate: Tensor,  # (L, H, m) per token, or what broadcasts to it
-    ) -> tuple[Tensor, Tensor, Tensor]:  # (B, L, H, m, D) twice, mass (B, L, H, m)
-        age = mask.flip(1).cumsum(1).flip(1) - 1  # (B, C) real tokens after this one
-        clustered = self._clustered(keys, age, rate[..., : self.centroids.shape[2]])
-        ages = torch.arange(self.num_recent - 1, -1, -1, device=age.device)
-        recent = (age.unsqueeze(-1) == ages)[:, None, None].to(keys.dtype)  # (B, 1, 1, C, R)
-        share = torch.cat([clustered, recent.expand(*clustered.shape[:-1], -1)], -1)
-        share = share * mask[:, None, None, :, None]  # (B, L, H, C, m)
-        mass = share.sum(-2)  # (B, L, H, m)
-        share = (share / mass.clamp_min(torch.finfo(mass.dtype).tiny).unsqueeze(-2)).transpose(
-            -1, -2
-        )  # (B, L, H, m, C)
+        rate: Tensor,  # (L, H, P) per token, or what broadcasts to it
+    ) -> tuple[Tensor, Tensor, Tensor]:  # (B, L, H, P, D) twice, mass (B, L, H, P)
+        age = ages_of(mask)
+        share = self._clustered(keys, age, rate) * mask[:, None, None, :, None]  # (B, L, H, C, P)
+        mass = share.sum(-2)  # (B, L, H, P)
+        share = share / mass.clamp_min(torch.finfo(mass.dtype).tiny).unsqueeze(-2)
+        share = share.transpose(-1, -2)  # (B, L, H, P, C)
         return share @ keys, share @ values, mass
 
-    def _clustered(self, keys: Tensor, age: Tensor, rate: Tensor) -> Tensor:  # (B, L, H, C, m - R)
+    def _clustered(self, keys: Tensor, age: Tensor, rate: Tensor) -> Tensor:  # (B, L, H, C, P)
         normed = nn.functional.rms_norm(keys, keys.shape[-1:]) / keys.shape[-1] ** 0.5
         share = torch.einsum("blhcd,lhmd->blhcm", normed, self.centroids).softmax(-1)
         importance = torch.einsum("blhcd,lhd->blhc", normed, self.importance)

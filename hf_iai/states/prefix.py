@@ -3,19 +3,25 @@
 import torch
 from torch import Tensor, nn
 
-from ..base import Base, KeysValues, positions_of
+from ..base import Base, KeysValues, ages_of, positions_of
+from ..heads import KEPT, NEVER, keep_tokens
 from ..signals import Reading, TokenPooling
 
 
 class PrefixState(nn.Module):
-    """State tensors `key` and `value`, (B, L, H, m, D) each, keys as the base stores them at positions 0..m-1.
+    """State tensors `key` and `value`, (B, L, H, P, D) each, keys as the base stores them at positions 0..P-1.
+
+    The K = m - P slots after them keep single tokens, `kept_key` and `kept_value`, (B, L, H, K, D), keys at position
+    0, with `kept_surprisal` and `kept_age`, (B, 1, 1, K, 1); see `heads.kept`.
 
     theta(0) starts as the keys/values of m real tokens, so that it looks to the base like text. `reads`: whether there
     are read-out slots.
     """
 
-    def __init__(self, base: Base, token_ids: Tensor, num_recent: int, *, reads: bool) -> None:  # (m,)
+    def __init__(self, base: Base, token_ids: Tensor, num_kept: int, *, reads: bool) -> None:  # (m,)
         super().__init__()
+        self.num_kept = num_kept
+        num_pooled = len(token_ids) - num_kept
         embeddings = base.embed(token_ids)[None]  # (1, m, d)
         with torch.no_grad(), base.lora(False):
             keys_values = self.encode(base, embeddings)
@@ -23,10 +29,10 @@ class PrefixState(nn.Module):
             {name: nn.Parameter(t[0].float()) for name, t in self.tensors_of(keys_values).items()}
         )
         if reads:
-            self.read_slots = nn.Parameter(embeddings[0].detach().float().clone())  # (m, d)
+            self.read_slots = nn.Parameter(embeddings[0, :num_pooled].detach().float().clone())  # (P, d)
             back = -torch.arange(len(token_ids), device=token_ids.device)[None]
             centroids = base.rotate(self.start["key"].detach()[None], back)[0]  # (L, H, m, D)
-            self.pool = TokenPooling(centroids[:, :, : len(token_ids) - num_recent], num_recent)
+            self.pool = TokenPooling(centroids[:, :, :num_pooled])
             self.own = nn.ParameterDict(
                 {name: nn.Parameter(torch.zeros_like(t[:, :, :1, :1])) for name, t in self.start.items()}
             )
@@ -42,24 +48,54 @@ class PrefixState(nn.Module):
         keys, values = zip(*keys_values, strict=True)
         return {"key": torch.stack(keys, 1), "value": torch.stack(values, 1)}
 
+    def initial(self, batch_size: int) -> dict[str, Tensor]:
+        """The state of B tasks that have read nothing."""
+        tensors = {name: t[:, :, : t.shape[2] - self.num_kept] for name, t in self.start.items()}  # (L, H, P, D)
+        if self.num_kept:
+            shape = self.start["key"][:, :, -self.num_kept :].shape  # (L, H, K, D)
+            key, age = self.start["key"].new_zeros(shape), self.start["key"].new_zeros(1, 1, self.num_kept, 1)
+            tensors |= dict(zip(KEPT, (key, key, age, age.long() + NEVER), strict=True))
+        return {name: t.expand(batch_size, *t.shape) for name, t in tensors.items()}
+
+    def visible(self, base: Base, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """`key` and `value` of all m slots, (B, L, H, m, D): what a query attends to. Empty ones show theta(0)."""
+        if not self.num_kept:
+            return {name: tensors[name] for name in ("key", "value")}
+        num_pooled, num_slots = tensors["key"].shape[-2], tensors["key"].shape[-2] + self.num_kept
+        places = torch.arange(num_pooled, num_slots, device=tensors["key"].device)[None]
+        kept = {"key": base.rotate(tensors["kept_key"], places), "value": tensors["kept_value"]}
+        empty = tensors["kept_age"] == NEVER
+        kept = {name: torch.where(empty, self.start[name][:, :, num_pooled:], t) for name, t in kept.items()}
+        return {name: torch.cat([tensors[name], t], -2) for name, t in kept.items()}
+
     def keys_values(self, base: Base, tensors: dict[str, Tensor]) -> KeysValues:
         return list(zip(tensors["key"].unbind(1), tensors["value"].unbind(1), strict=True))
 
     def read_out(self, base: Base, reading: Reading, rate: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """The chunk's keys and values pooled into slots, plus a learned share of what the read-out slots hold.
 
-        Returns the evidence in the layout of the state, and the pooled mass (B, L, H, m).
+        Returns the evidence in the layout of the state, kept tokens included, and the pooled mass (B, L, H, P).
         """
         held = {name: t.float() for name, t in self.tensors_of(reading.keys_values).items()}
         num_tokens = reading.mask.shape[1]
         tokens = {name: t[..., :num_tokens, :] for name, t in held.items()}
         own = {name: t[..., num_tokens:, :] for name, t in held.items()}
-        keys, values, mass = self.pool(
-            base.rotate(tokens["key"], -reading.positions), tokens["value"], reading.mask, rate
-        )
+        tokens["key"] = base.rotate(tokens["key"], -reading.positions)
+        keys, values, mass = self.pool(tokens["key"], tokens["value"], reading.mask, rate)
         places = torch.arange(keys.shape[-2], device=keys.device)[None]
         pooled = {"key": base.rotate(keys, places), "value": values}
-        return {name: pooled[name] + self.own[name] * own[name] for name in pooled}, mass
+        evidence = {name: pooled[name] + self.own[name] * own[name] for name in pooled}
+        return evidence | self._kept(reading, tokens), mass
+
+    def _kept(self, reading: Reading, tokens: dict[str, Tensor]) -> dict[str, Tensor]:
+        if not self.num_kept:
+            return {}
+        padding = reading.mask[:, None, None, :, None] == 0  # (B, 1, 1, C, 1)
+        surprisal, age = (t[:, None, None, :, None] for t in (reading.surprisal, ages_of(reading.mask)))
+        held = (tokens["key"].masked_fill(padding, 0), tokens["value"].masked_fill(padding, 0))
+        held = dict(zip(KEPT, (*held, surprisal, age.masked_fill(padding, NEVER)), strict=True))
+        empty = self.initial(len(age))
+        return keep_tokens({name: torch.cat([empty[name], held[name]], -2) for name in KEPT}, self.num_kept)
 
     def of_tokens(self, base: Base, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:  # (B, m) each
         """What the bare base holds of m tokens that it reads alone."""

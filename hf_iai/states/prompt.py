@@ -14,7 +14,7 @@ class PromptState(nn.Module):
     map that starts as the identity.
     """
 
-    def __init__(self, base: Base, token_ids: Tensor, num_recent: int, *, reads: bool) -> None:  # (m,)
+    def __init__(self, base: Base, token_ids: Tensor, num_kept: int, *, reads: bool) -> None:  # (m,)
         super().__init__()
         embeddings = base.embed(token_ids).detach().float()  # (m, d)
         self.start = nn.ParameterDict({"prompt": nn.Parameter(embeddings.clone()[None, None])})
@@ -24,6 +24,12 @@ class PromptState(nn.Module):
             nn.init.eye_(self.project.weight)
             length = base.model.get_input_embeddings().weight.detach().float().square().mean().sqrt()
             self.register_buffer("length", length, persistent=False)
+
+    def initial(self, batch_size: int) -> dict[str, Tensor]:
+        return {name: t.expand(batch_size, *t.shape) for name, t in self.start.items()}
+
+    def visible(self, base: Base, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"prompt": tensors["prompt"]}
 
     def keys_values(self, base: Base, tensors: dict[str, Tensor]) -> KeysValues:
         return PrefixState.encode(base, tensors["prompt"][:, 0, 0])

@@ -1,0 +1,37 @@
+"""Slots that keep single tokens as they are: the latest, and those that surprised the reader most."""
+
+import torch
+from torch import Tensor
+
+KEPT = ("kept_key", "kept_value", "kept_surprisal", "kept_age")  # the token axis of each is the last but one
+NEVER = 2**31  # the age of a slot that holds nothing yet
+FORGETTING = 0.02  # nats of surprisal that a token loses per token read after it
+LATEST = 0.25  # share of the slots that hold the latest tokens whatever their surprisal
+
+
+def keep_tokens(tokens: dict[str, Tensor], num_kept: int) -> dict[str, Tensor]:
+    """The K tokens worth keeping, the oldest first: the latest K / 4, and of the others those of the highest
+
+        surprisal - 0.02 age
+
+    A token that was predicted tells a query little that the base does not know, and takes attention from those that do.
+    All tokens age alike, so choosing among the chosen of two texts is choosing among all of their tokens.
+
+    Args:
+        tokens: `kept_key`, `kept_value` (B, L, H, T, D), keys at position 0; `kept_surprisal` (B, 1, 1, T, 1) in nats;
+            `kept_age` (B, 1, 1, T, 1), real tokens after this one, `NEVER` for no token at all; T >= K.
+        num_kept: K.
+    """
+    age = tokens["kept_age"]
+    score = torch.where(age < LATEST * num_kept, torch.inf, tokens["kept_surprisal"] - FORGETTING * age)
+    chosen = score.topk(num_kept, -2).indices  # (B, 1, 1, K, 1)
+    oldest_first = age.take_along_dim(chosen, -2).argsort(dim=-2, descending=True, stable=True)
+    chosen = chosen.take_along_dim(oldest_first, -2)
+    return {name: t.take_along_dim(chosen, -2) for name, t in tokens.items()}
+
+
+def followed_by(kept: dict[str, Tensor], later: dict[str, Tensor], num_later: Tensor) -> dict[str, Tensor]:
+    """What K slots keep of a text and of `num_later` (B,) tokens read after it, of which `later` is what they keep."""
+    age = kept["kept_age"]
+    aged = kept | {"kept_age": (age + num_later.view(-1, 1, 1, 1, 1)).where(age < NEVER, NEVER)}
+    return keep_tokens({name: torch.cat([aged[name], later[name]], -2) for name in KEPT}, age.shape[-2])
