@@ -41,7 +41,7 @@ def windows(documents, tokenizer, num_chunks: int, num: int, seed: int):
 
 
 @app.command()
-def train(seed: int = 0, steps: int = 300, batch_size: int = 8, lr: float = 3e-4, work: Path = WORK) -> None:
+def train(seed: int = 0, steps: int = 150, batch_size: int = 8, lr: float = 3e-4, work: Path = WORK) -> None:
     tokenizer = AutoTokenizer.from_pretrained(embedded_base())
     episodes = windows(library_documents("train"), tokenizer, MAX_CHUNKS, steps * batch_size, seed)
     common = {"chunk_size": CHUNK, "slots": SLOTS, "kept": KEPT, "steps": steps, "batch_size": batch_size}

@@ -13,6 +13,7 @@ from code_curve import CHUNK, windows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_iai import embedded_base
+from hf_iai.embedded import library_documents
 from hf_iai.embedded.generated_tasks import STRING_FUNCTIONS, points, recall, string_function
 from hf_iai.evaluation.losses import token_losses
 
@@ -23,7 +24,7 @@ def losses(model, ids: torch.Tensor, keep: int) -> torch.Tensor:  # (N, T) -> (N
 
 
 def loss_against_context(model, tokenizer, num: int) -> list[dict]:
-    test = windows("held_out", tokenizer, 3, num, seed=0)
+    test = windows(library_documents("held_out"), tokenizer, 3, num, seed=0)
     rows = [[t for e in (*r["support"], *r["query"]) for t in e["input_ids"]] for r in test]
     ids = torch.tensor(rows)  # (N, 4 * CHUNK)
     table = []

@@ -129,8 +129,8 @@ def test_kept_slots_against_a_loop_over_tokens():
             for t in range(chunk.shape[1]):
                 values = torch.stack([v[0, :, t] for _, v in reading.keys_values])
                 tokens.append((later + chunk.shape[1] - 1 - t, surprisals[t], values))
-    others = sorted(tokens[:-2], key=lambda token: token[1] - 0.02 * token[0])[-6:]
-    expected = sorted(others, key=lambda token: -token[0]) + tokens[-2:]
+    others = sorted(tokens[:-4], key=lambda token: min(token[1], 4) - 0.01 * token[0])[-4:]
+    expected = sorted(others, key=lambda token: -token[0]) + tokens[-4:]
     state = model.adapt([{"input_ids": c} for c in support])
     assert state.tensors["kept_age"].flatten().tolist() == [age for age, _, _ in expected]
     for j, (_, surprisal, values) in enumerate(expected):
@@ -215,7 +215,8 @@ def test_padding_and_masked_rows_change_nothing(family, config):
     after = model.adapt([{"input_ids": second, "attention_mask": mask}], state=state)
     for name in state.tensors:
         assert torch.equal(after.tensors[name][1], state.tensors[name][1])
-        assert not torch.equal(after.tensors[name][0], state.tensors[name][0])
+        if name != "kept_age":  # other tokens may be as old
+            assert not torch.equal(after.tensors[name][0], state.tensors[name][0])
     assert after.step.tolist() == [2, 1] and after.num_tokens.tolist() == [17, 10]
 
     # What stands under the mask does not matter, bitwise; nor do columns that are padding for all.

@@ -5,14 +5,15 @@ from torch import Tensor
 
 KEPT = ("kept_key", "kept_value", "kept_surprisal", "kept_age")  # the token axis of each is the last but one
 NEVER = 2**31  # the age of a slot that holds nothing yet
-FORGETTING = 0.02  # nats of surprisal that a token loses per token read after it
-LATEST = 0.25  # share of the slots that hold the latest tokens whatever their surprisal
+MOST_SURPRISAL = 4.0  # nats; beyond, the younger token is worth more, not the stranger one
+FORGETTING = 0.01  # nats of surprisal that a token loses per token read after it
+LATEST = 0.5  # share of the slots that hold the latest tokens whatever their surprisal
 
 
 def keep_tokens(tokens: dict[str, Tensor], num_kept: int) -> dict[str, Tensor]:
-    """The K tokens worth keeping, the oldest first: the latest K / 4, and of the others those of the highest
+    """The K tokens worth keeping, the oldest first: the latest K / 2, and of the others those of the highest
 
-        surprisal - 0.02 age
+        min(surprisal, 4) - 0.01 age
 
     A token that was predicted tells a query little that the base does not know, and takes attention from those that do.
     All tokens age alike, so choosing among the chosen of two texts is choosing among all of their tokens.
@@ -23,7 +24,8 @@ def keep_tokens(tokens: dict[str, Tensor], num_kept: int) -> dict[str, Tensor]:
         num_kept: K.
     """
     age = tokens["kept_age"]
-    score = torch.where(age < LATEST * num_kept, torch.inf, tokens["kept_surprisal"] - FORGETTING * age)
+    score = tokens["kept_surprisal"].clamp_max(MOST_SURPRISAL) - FORGETTING * age
+    score = torch.where(age < LATEST * num_kept, torch.inf, score)
     chosen = score.topk(num_kept, -2).indices  # (B, 1, 1, K, 1)
     oldest_first = age.take_along_dim(chosen, -2).argsort(dim=-2, descending=True, stable=True)
     chosen = chosen.take_along_dim(oldest_first, -2)
