@@ -125,7 +125,7 @@ class IAIModel(LoraModel):
 
     @property
     def max_chunk_size(self) -> int:
-        """window - 2m: a chunk is read between theta(0) and the read-out slots."""
+        """window - 2m: a chunk is read between theta(0) and at most m read-out slots."""
         return self.window - 2 * self.num_slots
 
     @property
