@@ -33,6 +33,7 @@ def train_reader(
     steps: int,
     batch_size: int = 8,
     lr: float = 3e-3,
+    state_lr: float | None = None,
     kl_weight: float = 0.0,
     seed: int = 0,
 ) -> PeftModel:
@@ -55,6 +56,7 @@ def train_reader(
         max_steps=steps,
         per_device_train_batch_size=batch_size,
         learning_rate=lr,
+        state_learning_rate=state_lr,
         lr_scheduler_type="cosine",
         warmup_steps=min(50, steps // 10),
         bf16=has_fast_bfloat16(),

@@ -1,14 +1,15 @@
 """Which tokens of a text are worth a slot? The bare base answers, nothing is trained.
 
-    python examples/token_choice.py        # about 5 minutes on 2 cores; writes work/token_choice.json
+    python examples/token_choice.py        # about 10 minutes on 2 cores; writes work/token_choice.json
 
 1. What a token is worth: minus the derivative of a query's summed loss with respect to a bias on all attention to that
    token, three chunks before the query in view, on windows of training packages; mean by surprisal and age.
-2. What a choice is worth: loss of the query behind the 64 tokens that a criterion keeps of the last n chunks, the
-   latest 16 always, on the validation packages.
+2. What a choice is worth: loss of the query behind the 64, 96 or 128 tokens that a criterion keeps of the last n
+   chunks, the latest quarter always, on the validation packages.
 """
 
 import json
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -22,8 +23,9 @@ from hf_iai import embedded_base
 from hf_iai.base import Base, ages_of, positions_of
 from hf_iai.compat import PrefixCache
 from hf_iai.embedded import library_documents
+from hf_iai.heads import trace
 
-SLOTS, LATEST, BATCH = 64, 16, 16
+SLOTS, BATCH = (64, 96, 128), 16
 SURPRISALS = (-1, 0.5, 2, 4, 6, 8, 100)  # nats
 AGES = (0, 16, 64, 128, 384)
 
@@ -42,7 +44,8 @@ class Text:
         values = torch.stack([layer.values for layer in out.past_key_values.layers], 1)
         join = lambda t: t.unflatten(0, chunks.shape[:2]).movedim(1, 3).flatten(3, 4)  # noqa: E731
         self.keys, self.values = join(base.rotate(keys, -positions_of(mask))), join(values)  # (N, L, H, n * C, D)
-        self.surprisal, self.attention = (t.unflatten(0, chunks.shape[:2]).flatten(1) for t in (surprisal, attention))
+        columns = (surprisal, trace(surprisal), attention)
+        self.surprisal, self.trace, self.attention = (t.unflatten(0, chunks.shape[:2]).flatten(1) for t in columns)
         self.age = ages_of(torch.ones_like(self.surprisal))  # (N, n * C)
 
     def prefix(self, base: Base, chosen: Tensor) -> list[tuple[Tensor, Tensor]]:  # (N, m)
@@ -99,17 +102,20 @@ def choice_table(model, chunks: Tensor, query: Tensor, num_chunks: int) -> list[
             "most attention received": text.attention,
             "surprisal": text.surprisal,
             "surprisal - 0.005 age": text.surprisal - 0.005 * text.age,
-            "surprisal - 0.02 age": text.surprisal - 0.02 * text.age,
+            "min(surprisal, 4) - 0.01 age": text.surprisal.clamp_max(4) - 0.01 * text.age,
+            "trace": text.trace,
+            "trace - 0.005 age": text.trace - 0.005 * text.age,
         }
-        for name, score in criteria.items():
-            score = torch.where(text.age < LATEST, torch.inf, score)
-            prefix = text.prefix(base, score.topk(SLOTS).indices.sort().values)
+        for (name, score), slots in product(criteria.items(), SLOTS):
+            score = torch.where(text.age < slots / 4, torch.inf, score)
+            prefix = text.prefix(base, score.topk(slots).indices.sort().values)
             answer = base.answer(prefix, query[rows], torch.ones_like(query[rows]))
-            losses.setdefault(name, []).append(query_losses(answer.logits, query[rows]))
-    losses = {name: torch.cat(parts) for name, parts in losses.items()}
+            losses.setdefault((name, slots), []).append(query_losses(answer.logits, query[rows]))
+    losses = {key: torch.cat(parts) for key, parts in losses.items()}
     return [
-        {"keeps": name, "num_chunks": num_chunks, "loss": t.mean().item(), "loss_32": t[:, 31:].mean().item()}
-        for name, t in losses.items()
+        {"keeps": name, "slots": slots, "num_chunks": num_chunks}
+        | {"loss": t.mean().item(), "loss_32": t[:, 31:].mean().item()}
+        for (name, slots), t in losses.items()
     ]
 
 
@@ -123,8 +129,8 @@ def main(num: int = 96, output: Path = Path("work/token_choice.json")) -> None:
     model = AutoModelForCausalLM.from_pretrained(embedded_base(), attn_implementation="eager").requires_grad_(False)
     model.eval()
     table = worth_table(model, *tensors(windows(library_documents("train"), tokenizer, 3, 2 * num, 0), 3))
-    validation = tensors(windows(held_out_documents(validation=True), tokenizer, 16, num, 0), 4)
-    choices = [row for n in (1, 2, 4) for row in choice_table(model, *validation, n)]
+    validation = tensors(windows(held_out_documents(validation=True), tokenizer, 16, num, 0), 8)
+    choices = [row for n in (1, 2, 4, 8) for row in choice_table(model, *validation, n)]
     for row in (*table, *choices):
         print(row)
     output.parent.mkdir(parents=True, exist_ok=True)

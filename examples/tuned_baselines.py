@@ -1,6 +1,6 @@
 """What gradient descent on each document's own chunks reaches: PEFT prompt and prefix tuning of equal size.
 
-    python examples/tuned_baselines.py --adapter adapters/code-prefix --num 16     # not timed yet
+    python examples/tuned_baselines.py --adapter adapters/code-prefix --num 12     # TIME
 
 For every held-out window, PEFT's PROMPT_TUNING and PREFIX_TUNING with m virtual tokens are trained on the n chunks
 before the query (AdamW, full batch), at each of 4 learning rates; the rate with the best mean query loss is reported,
@@ -48,7 +48,7 @@ def query_losses(model, query: torch.Tensor) -> np.ndarray:  # (1, T) -> (T - 1,
 
 def main(
     adapter: Path = Path("adapters/code-prefix"),
-    num: int = 16,
+    num: int = 12,
     counts: str = "1,4,16",
     steps: int = 20,
     output: Path = Path("work/tuned_baselines.json"),
@@ -84,7 +84,8 @@ def main(
             rows.append(row | {"seconds_per_document": float(np.mean(seconds[method]))})
             print(rows[-1])
     output.parent.mkdir(parents=True, exist_ok=True)
-    recipe = {"num": num, "steps": steps, "rates": RATES, "chunk": CHUNK, "slots": model.num_slots}
+    recipe = {"command": f"python examples/tuned_baselines.py --num {num} --counts {counts}"}
+    recipe |= {"num": num, "steps": steps, "rates": RATES, "chunk": CHUNK, "slots": model.num_slots}
     output.write_text(json.dumps({"rows": rows, "recipe": recipe}, indent=1) + "\n")
 
 

@@ -32,7 +32,7 @@ class IAIConfig(LoraConfig):
         num_state_tokens: m, the number of slots; at least 1.
         accumulation: `"average"`, the running average of the read-outs, or `"recent"`, exactly the last m tokens.
         num_kept_tokens: K < m, how many slots of an averaged prefix keep single tokens as they are: the latest, and
-            those that surprised the reader most (see `heads.kept`); for text that repeats names.
+            those after most surprise (see `heads.kept`); for text that repeats names.
         correction: whether learned precisions and the learned correction exist (`"average"` only).
         pin_bos: keep a begin-of-sequence token in slot 0, for bases that need an attention sink (`"recent"` only).
 

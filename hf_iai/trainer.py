@@ -63,6 +63,18 @@ class IAITrainer(Trainer):
     def _iai(self):
         return self.accelerator.unwrap_model(self.model).base_model
 
+    def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
+        made = self.optimizer is not None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if not made and self.args.state_learning_rate is not None:
+            start = set(self._iai.core.state.start.parameters())
+            for group in list(optimizer.param_groups):
+                moved = [p for p in group["params"] if p in start]
+                group["params"] = [p for p in group["params"] if p not in start]
+                if moved:
+                    optimizer.add_param_group({**group, "params": moved, "lr": self.args.state_learning_rate})
+        return optimizer
+
     def training_step(self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch=None) -> Tensor:
         draw = random.Random(f"{self.args.seed} {self.state.global_step}")  # equal on all ranks, and after a resume
         self._iai.objective.draw = draw

@@ -18,6 +18,8 @@ class IAITrainingArguments(TrainingArguments):
         curriculum: share of the training steps over which that bound grows; 0 for none.
         halve_chunks: probability that a step reads its chunks in halves, so that the length varies too.
         objective, truncation_window, kl_weight: see `hf_iai.objectives.Objective`.
+        state_learning_rate: learning rate of theta(0), which as a prefix or soft prompt wants a larger one than LoRA
+            does; None: `learning_rate`.
         eval_chunks: chunk counts of `eval_loss_at_chunks_{n}`; those beyond the episodes are left out.
 
     Raises:
@@ -36,6 +38,7 @@ class IAITrainingArguments(TrainingArguments):
     objective: str = field(default="unrolled", metadata={"help": "unrolled, truncated or greedy"})
     truncation_window: int = field(default=4, metadata={"help": "chunks with gradient, objective 'truncated'"})
     kl_weight: float = field(default=0.0, metadata={"help": "weight of the KL to the full-context bare base"})
+    state_learning_rate: float | None = field(default=None, metadata={"help": "of theta(0); None: learning_rate"})
     eval_chunks: tuple[int, ...] = field(default=(0, 1, 2, 4, 8, 16), metadata={"help": "chunk counts evaluated"})
     remove_unused_columns: bool = field(default=False, metadata={"help": "must be False: episodes are collated"})
 
@@ -45,6 +48,8 @@ class IAITrainingArguments(TrainingArguments):
             raise ValueError(f"chunk_size must be at least 1 or None, got {self.chunk_size}")
         if self.max_chunks < 0:
             raise ValueError(f"max_chunks must be at least 0, got {self.max_chunks}")
+        if self.state_learning_rate is not None and self.state_learning_rate <= 0:
+            raise ValueError(f"state_learning_rate must be above 0 or None, got {self.state_learning_rate}")
         for name in ("curriculum", "halve_chunks"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in 0..1, got {getattr(self, name)}")

@@ -106,6 +106,7 @@ def test_training_arguments(tmp_path):
         ({"max_chunks": -1}, "max_chunks must be at least 0"),
         ({"chunk_size": 0}, "chunk_size must be at least 1"),
         ({"curriculum": 2.0}, "curriculum must lie in 0..1"),
+        ({"state_learning_rate": 0.0}, "state_learning_rate must be above 0"),
         ({"remove_unused_columns": True}, "leave it False"),
     ]:
         with pytest.raises(ValueError, match=message):

@@ -64,14 +64,30 @@ def test_recent_trains_without_unused_parameters(tmp_path, state_type, regime):
     assert [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
 
 
-def test_training_twice_and_resuming_are_identical(tmp_path):
-    once, losses = train(tmp_path / "a")
-    twice, again = train(tmp_path / "b")
-    resumed, rest = train(tmp_path / "c", resume=str(tmp_path / "a" / "checkpoint-3"))
+@pytest.mark.parametrize("state_rate", [None, 3e-2])
+def test_training_twice_and_resuming_are_identical(tmp_path, state_rate):
+    once, losses = train(tmp_path / "a", state_learning_rate=state_rate)
+    twice, again = train(tmp_path / "b", state_learning_rate=state_rate)
+    checkpoint = str(tmp_path / "a" / "checkpoint-3")
+    resumed, rest = train(tmp_path / "c", resume=checkpoint, state_learning_rate=state_rate)
     assert losses == again and losses[3:] == rest[-3:]
     for name in once:
         assert torch.equal(once[name], twice[name]), name
         assert torch.equal(once[name], resumed[name]), name
+
+
+@pytest.mark.parametrize("state_type", STATES)
+def test_the_start_of_the_state_has_a_rate_of_its_own(tmp_path, state_type):
+    """Adam's first step is as long as the rate."""
+    model = make_model(trained=False, state_type=state_type)
+    before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    values = {"lr_scheduler_type": "constant", "max_steps": 1, "learning_rate": 1e-3, "state_learning_rate": 1e-2}
+    after, _ = train(tmp_path, model=model, **values)
+    for name in after:
+        rate = 1e-2 if ".start." in name else 1e-3
+        step = (after[name] - before[name]).abs().max().item()
+        assert step == 0 or abs(step - rate) < 0.05 * rate, name
+    assert any(".start." in name and not torch.equal(before[name], after[name]) for name in after)
 
 
 def test_training_lowers_the_loss(tmp_path):

@@ -2,7 +2,7 @@
 
 from .average import RunningAverage
 from .correction import Correction
-from .kept import KEPT, NEVER, followed_by, keep_tokens
+from .kept import KEPT, NEVER, followed_by, keep_tokens, trace
 from .recent import push_tokens
 
-__all__ = ["KEPT", "NEVER", "Correction", "RunningAverage", "followed_by", "keep_tokens", "push_tokens"]
+__all__ = ["KEPT", "NEVER", "Correction", "RunningAverage", "followed_by", "keep_tokens", "push_tokens", "trace"]

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base import Base, KeysValues, ages_of, positions_of
-from ..heads import KEPT, NEVER, keep_tokens
+from ..heads import KEPT, NEVER, keep_tokens, trace
 from ..signals import Reading, TokenPooling
 
 
@@ -91,9 +91,9 @@ class PrefixState(nn.Module):
         if not self.num_kept:
             return {}
         padding = reading.mask[:, None, None, :, None] == 0  # (B, 1, 1, C, 1)
-        surprisal, age = (t[:, None, None, :, None] for t in (reading.surprisal, ages_of(reading.mask)))
-        held = (tokens["key"].masked_fill(padding, 0), tokens["value"].masked_fill(padding, 0))
-        held = dict(zip(KEPT, (*held, surprisal, age.masked_fill(padding, NEVER)), strict=True))
+        surprisal, age = (t[:, None, None, :, None] for t in (trace(reading.surprisal), ages_of(reading.mask)))
+        held = [t.masked_fill(padding, 0) for t in (tokens["key"], tokens["value"], surprisal)]
+        held = dict(zip(KEPT, (*held, age.masked_fill(padding, NEVER)), strict=True))
         empty = self.initial(len(age))
         return keep_tokens({name: torch.cat([empty[name], held[name]], -2) for name in KEPT}, self.num_kept)
 
