@@ -14,6 +14,7 @@ import typer
 from datasets import Dataset
 from hardware import has_fast_bfloat16
 from peft import PeftModel, get_peft_model
+from provenance import provenance
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from hf_iai import IAIConfig, IAITrainer, IAITrainingArguments, episodes_from_documents
@@ -82,7 +83,7 @@ def report(curve: Curve, output: Path, **recipe) -> None:
         curve.plot(output / f"curve_from_{from_token}.png", from_token=from_token)
         for step in curve.steps(from_token=from_token):
             print(step)
-    curve.to_json(output / "curve.json", recipe=recipe, torch=torch.__version__)
+    curve.to_json(output / "curve.json", recipe=recipe, **provenance())
 
 
 def main(

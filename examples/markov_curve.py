@@ -17,6 +17,7 @@ import typer
 from datasets import Dataset
 from hardware import has_fast_bfloat16
 from peft import AutoPeftModelForCausalLM, get_peft_model
+from provenance import provenance
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from hf_iai import IAIConfig, IAITrainer, IAITrainingArguments, embedded_base
@@ -138,7 +139,7 @@ def evaluate(
         "num": num,
         "test_seed": test_seed,
     }
-    joined.to_json(work / "curve.json", recipe=recipe, torch=torch.__version__)
+    joined.to_json(work / "curve.json", recipe=recipe, **provenance())
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 import typer
 from code_curve import CHUNK, held_out_documents, windows
+from provenance import provenance
 from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -134,7 +135,7 @@ def main(num: int = 96, output: Path = Path("work/token_choice.json")) -> None:
     for row in (*table, *choices):
         print(row)
     output.parent.mkdir(parents=True, exist_ok=True)
-    recipe = {"command": f"python examples/token_choice.py --num {num}", "torch": torch.__version__}
+    recipe = {"command": f"python examples/token_choice.py --num {num}", **provenance()}
     output.write_text(json.dumps({"recipe": recipe, "worth": table, "choices": choices}, indent=1) + "\n")
 
 

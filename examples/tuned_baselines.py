@@ -16,6 +16,7 @@ import torch
 import typer
 from code_curve import CHUNK, held_out_documents, windows
 from peft import AutoPeftModelForCausalLM, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from provenance import provenance
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
@@ -85,7 +86,7 @@ def main(
             print(rows[-1])
     output.parent.mkdir(parents=True, exist_ok=True)
     recipe = {"command": f"python examples/tuned_baselines.py --num {num} --counts {counts}"}
-    recipe |= {"num": num, "steps": steps, "rates": RATES, "chunk": CHUNK, "slots": model.num_slots}
+    recipe |= provenance() | {"num": num, "steps": steps, "rates": RATES, "chunk": CHUNK, "slots": model.num_slots}
     output.write_text(json.dumps({"rows": rows, "recipe": recipe}, indent=1) + "\n")
 
 
