@@ -133,7 +133,7 @@ def main(
         seed=seed,
         static_model=readers[0],
     )
-    report(curve, output, **recipe, held_out=held_out, windows=len(test))
+    report(curve, output, model=Path(model).name, **recipe, held_out=held_out, windows=len(test))
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ def main(
     for path in (folder / "README.md", Path("model_cards") / f"{name}.md"):
         path.write_text(card)
     recipe = {"train": train, "evaluate": evaluate, "measured": measured.get("recipe"), "torch": measured.get("torch")}
-    recipe |= {"commit": measured.get("commit")}
+    recipe |= {"measured_at_commit": measured.get("commit")}
     (folder / "recipe.json").write_text(json.dumps(recipe, indent=1) + "\n")
 
 

@@ -22,7 +22,8 @@ class IAITrainer(Trainer):
         processing_class: the tokenizer; loaded with the model when the model is an id.
 
     Raises:
-        ValueError: when `peft_config` and `model` do not fit together, or the tokenizer is missing.
+        ValueError: when `peft_config` and `model` do not fit together, the tokenizer is missing, or
+            `state_learning_rate` cannot be honoured.
 
     `evaluate` logs `eval_loss`, under all chunks, and `eval_loss_at_chunks_{n}`, under the n right before the query.
     """
@@ -51,6 +52,8 @@ class IAITrainer(Trainer):
             )
         if processing_class is None:
             raise ValueError("processing_class is missing: pass the base model's tokenizer")
+        if args.state_learning_rate is not None and kwargs.get("optimizers", (None, None))[0] is not None:
+            raise ValueError("state_learning_rate was given, but optimizers= brings its own rates: pass one of the two")
         collator = EpisodeCollator(processing_class, args.chunk_size or model.max_chunk_size)
         kwargs.setdefault("data_collator", collator)
         super().__init__(model=model, args=args, processing_class=processing_class, **kwargs)
@@ -64,16 +67,25 @@ class IAITrainer(Trainer):
         return self.accelerator.unwrap_model(self.model).base_model
 
     def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
-        made = self.optimizer is not None
+        made_before = self.optimizer is not None
         optimizer = super().create_optimizer(*args, **kwargs)
-        if not made and self.args.state_learning_rate is not None:
-            start = set(self._iai.core.state.start.parameters())
-            for group in list(optimizer.param_groups):
-                moved = [p for p in group["params"] if p in start]
-                group["params"] = [p for p in group["params"] if p not in start]
-                if moved:
-                    optimizer.add_param_group({**group, "params": moved, "lr": self.args.state_learning_rate})
+        if not made_before and self.args.state_learning_rate is not None:
+            self._set_apart(optimizer, set(self._iai.core.state.start.parameters()))
         return optimizer
+
+    def _set_apart(self, optimizer: torch.optim.Optimizer, start: set[nn.Parameter]) -> None:
+        """Move theta(0) into groups with a learning rate of their own."""
+        groups, optimizer.param_groups = optimizer.param_groups, []
+        for group in groups:
+            for params, rate in (
+                ([p for p in group["params"] if p not in start], group["lr"]),
+                ([p for p in group["params"] if p in start], self.args.state_learning_rate),
+            ):
+                if params:
+                    optimizer.add_param_group({**group, "params": params, "lr": rate})
+        found = {p for group in optimizer.param_groups for p in group["params"]}
+        if not start <= found:
+            raise ValueError("state_learning_rate: this optimizer does not hold theta(0) as it is; leave it None")
 
     def training_step(self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch=None) -> Tensor:
         draw = random.Random(f"{self.args.seed} {self.state.global_step}")  # equal on all ranks, and after a resume

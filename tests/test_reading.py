@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import AVERAGES, FAMILIES, STATES, chunks, ids, largest_difference, make_base, make_model
+from tiny import AVERAGES, FAMILIES, STATES, VOCAB, chunks, ids, largest_difference, make_base, make_model
 
 from hf_iai import TaskState, batch_chunks
 from hf_iai.base import Base, positions_of
@@ -115,34 +115,46 @@ def test_pooling_against_a_loop_over_tokens():
     assert (pooled_values[0, 0, 0] - sums[1] / totals[:, None]).abs().max() < 1e-5
 
 
-def test_kept_slots_against_a_loop_over_tokens():
+@pytest.fixture
+def surprises(monkeypatch):
+    """Surprisals of 0 to 8 nats by token id: those of a tiny base all lie near the cap."""
+
+    def by_token(self, hidden, token_ids, mask):
+        of_id = 8 * torch.rand(VOCAB, generator=torch.Generator().manual_seed(3))
+        of_id[:20] /= 10
+        return of_id[token_ids] * mask
+
+    monkeypatch.setattr(Base, "surprisal", by_token)
+
+
+def test_kept_slots_against_a_loop_over_tokens(surprises):
     """Of all tokens read: the latest, and of the others those after most surprise for their age, oldest first."""
-    model = make_model(trained=False, num_state_tokens=10, num_kept_tokens=8)
+    model = make_model(trained=False, num_state_tokens=14, num_kept_tokens=12)
     base, core = model._base, model.core
     tokens = []  # (age, trace, values (L, H, D)) of every token
-    support = [ids(1, 12), ids(1, 3, seed=1), ids(1, 9, seed=2)]
+    support = [ids(1, 30), ids(1, 3, seed=1), torch.cat([ids(1, 12, seed=2), torch.arange(5, 13)[None]], 1)]
     with torch.no_grad():
         for i, chunk in enumerate(support):
             reading = read_observations(base, core.state, chunk, torch.ones_like(chunk), surprisal=True)
-            surprisals = reading.surprisal[0].clamp_max(4).tolist()
-            traces = [
-                sum(s / 2 ** (t - j + 1) for j, s in enumerate(surprisals[: t + 1]) if t - j < 8) for t in range(12)
-            ]
+            capped = reading.surprisal[0].clamp_max(4).tolist()
             later = sum(c.shape[1] for c in support[i + 1 :])
             for t in range(chunk.shape[1]):
+                felt = sum(s / 2 ** (t - j + 1) for j, s in enumerate(capped[: t + 1]) if t - j < 8)
                 values = torch.stack([v[0, :, t] for _, v in reading.keys_values])
-                tokens.append((later + chunk.shape[1] - 1 - t, traces[t], values))
-    others = sorted(tokens[:-2], key=lambda token: token[1] - 0.005 * token[0])[-6:]
-    expected = sorted(others, key=lambda token: -token[0]) + tokens[-2:]
+                tokens.append((later + chunk.shape[1] - 1 - t, felt, values))
+    by_score = sorted(tokens, key=lambda token: token[1] - 0.005 * token[0])
+    assert not {id(t) for t in tokens[-3:]} & {id(t) for t in by_score[-12:]}  # the latest are there for their age
+    others = sorted(tokens[:-3], key=lambda token: token[1] - 0.005 * token[0])[-9:]
+    expected = sorted(others, key=lambda token: -token[0]) + tokens[-3:]
     state = model.adapt([{"input_ids": c} for c in support])
     assert state.tensors["kept_age"].flatten().tolist() == [age for age, _, _ in expected]
     for j, (_, felt, values) in enumerate(expected):
-        assert abs(state.tensors["kept_surprisal"].flatten()[j].item() - felt) < 1e-4
+        assert abs(state.tensors["kept_trace"].flatten()[j].item() - felt) < 1e-4
         assert (state.tensors["kept_value"][0, :, :, j] - values).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_kept_slots_in_sequence_in_parallel_and_merged(family):
+def test_kept_slots_in_sequence_in_parallel_and_merged(surprises, family):
     model = make_model(family, num_state_tokens=10, num_kept_tokens=8, correction=False)
     support = chunks(5)
     sequence = model.adapt(support)
@@ -155,7 +167,7 @@ def test_kept_slots_in_sequence_in_parallel_and_merged(family):
         assert largest_difference(sequence, other) < 1e-5
 
 
-def test_kept_slots_of_states_that_read_different_amounts_merge():
+def test_kept_slots_of_states_that_read_different_amounts_merge(surprises):
     model = make_model(num_state_tokens=10, num_kept_tokens=8, correction=False)
     first, second = ids(2, 10), ids(2, 7, seed=1)
     ragged = [{"input_ids": second, "attention_mask": torch.tensor([[1] * 5 + [0] * 2, [0] * 7])}]

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-KEPT = ("kept_key", "kept_value", "kept_surprisal", "kept_age")  # the token axis of each is the last but one
+KEPT = ("kept_key", "kept_value", "kept_trace", "kept_age")  # the token axis of each is the last but one
 NEVER = 2**31  # the age of a slot that holds nothing yet
 # Chosen on the validation packages of examples/code_curve.py with the embedded base: other text may want others.
 MOST_SURPRISAL = 4.0  # nats; beyond, the younger token is worth more, not the stranger one
@@ -15,11 +15,12 @@ LATEST = 0.25  # share of the slots that hold the latest tokens whatever their s
 def trace(surprisal: Tensor) -> Tensor:  # (B, C) in nats -> (B, C)
     """What is left at a token of the surprises up to it: `sum_j 2^-(j + 1) min(surprisal[t - j], 4)`, j = 0..7.
 
-    The tokens right after a surprise are needed to copy what followed it, though they surprise little themselves.
+    The tokens right after a surprise are needed to copy what followed it, though they surprise little themselves. A
+    chunk begins with no trace of the one before.
     """
     before = torch.nn.functional.pad(surprisal.clamp_max(MOST_SURPRISAL), (TRACE - 1, 0))
-    weights = 0.5 ** torch.arange(TRACE, 0, -1, device=surprisal.device)
-    return before.unfold(-1, TRACE, 1) @ weights
+    weights = 0.5 ** torch.arange(TRACE, 0, -1, device=surprisal.device, dtype=surprisal.dtype)
+    return (before.unfold(-1, TRACE, 1) * weights).sum(-1)
 
 
 def keep_tokens(tokens: dict[str, Tensor], num_kept: int) -> dict[str, Tensor]:
@@ -32,12 +33,12 @@ def keep_tokens(tokens: dict[str, Tensor], num_kept: int) -> dict[str, Tensor]:
     of their tokens.
 
     Args:
-        tokens: `kept_key`, `kept_value` (B, L, H, T, D), keys at position 0; `kept_surprisal` (B, 1, 1, T, 1), the
-            trace in nats; `kept_age` (B, 1, 1, T, 1), real tokens after this one, `NEVER` for no token at all; T >= K.
+        tokens: `kept_key`, `kept_value` (B, L, H, T, D), keys at position 0; `kept_trace` (B, 1, 1, T, 1) in
+            nats; `kept_age` (B, 1, 1, T, 1), real tokens after this one, `NEVER` for no token at all; T >= K.
         num_kept: K.
     """
     age = tokens["kept_age"]
-    score = tokens["kept_surprisal"] - FORGETTING * age
+    score = tokens["kept_trace"] - FORGETTING * age
     score = torch.where(age < LATEST * num_kept, torch.inf, score)
     chosen = score.topk(num_kept, -2).indices  # (B, 1, 1, K, 1)
     oldest_first = age.take_along_dim(chosen, -2).argsort(dim=-2, descending=True, stable=True)

@@ -12,7 +12,7 @@ class PrefixState(nn.Module):
     """State tensors `key` and `value`, (B, L, H, P, D) each, keys as the base stores them at positions 0..P-1.
 
     The K = m - P slots after them keep single tokens, `kept_key` and `kept_value`, (B, L, H, K, D), keys at position
-    0, with `kept_surprisal` and `kept_age`, (B, 1, 1, K, 1); see `heads.kept`.
+    0, with `kept_trace` and `kept_age`, (B, 1, 1, K, 1); see `heads.kept`.
 
     theta(0) starts as the keys/values of m real tokens, so that it looks to the base like text. `reads`: whether there
     are read-out slots.
@@ -91,8 +91,8 @@ class PrefixState(nn.Module):
         if not self.num_kept:
             return {}
         padding = reading.mask[:, None, None, :, None] == 0  # (B, 1, 1, C, 1)
-        surprisal, age = (t[:, None, None, :, None] for t in (trace(reading.surprisal), ages_of(reading.mask)))
-        held = [t.masked_fill(padding, 0) for t in (tokens["key"], tokens["value"], surprisal)]
+        felt, age = (t[:, None, None, :, None] for t in (trace(reading.surprisal), ages_of(reading.mask)))
+        held = [t.masked_fill(padding, 0) for t in (tokens["key"], tokens["value"], felt)]
         held = dict(zip(KEPT, (*held, age.masked_fill(padding, NEVER)), strict=True))
         empty = self.initial(len(age))
         return keep_tokens({name: torch.cat([empty[name], held[name]], -2) for name in KEPT}, self.num_kept)
