@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -154,14 +156,51 @@ class TaskState:
             for name in (WEIGHTS, CONFIG):
                 os.replace(Path(temporary, name), folder / name)
 
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload task state",
+    ) -> str:
+        """Save to a model repository of the Hub, made if it is not there, and return the commit's address.
+
+        Args:
+            repo_id: `"name"` or `"owner/name"`.
+            private, token, revision, commit_message: as in `huggingface_hub.HfApi`.
+
+        Raises:
+            huggingface_hub's own errors.
+        """
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            commit = api.upload_folder(
+                repo_id=repo_id, folder_path=folder, revision=revision, commit_message=commit_message
+            )
+        return commit.commit_url
+
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike) -> "TaskState":
-        """Read a saved state.
+    def from_pretrained(
+        cls, folder: str | os.PathLike, *, revision: str | None = None, token: str | bool | None = None
+    ) -> "TaskState":
+        """Read a saved state from a folder or, where there is no such folder, from the Hub.
+
+        Args:
+            folder: a folder, or the id of a repository, `"owner/name"`.
+            revision, token: of the repository, as in `huggingface_hub.hf_hub_download`.
 
         Raises:
             FileNotFoundError: when a file is missing.
             ValueError: for another format, a damaged file, or values that are not finite.
+            huggingface_hub's own errors: for a repository that is missing, gated, or not cached while offline.
         """
+        if _is_on_hub(folder):
+            paths = [hf_hub_download(str(folder), n, revision=revision, token=token) for n in (CONFIG, WEIGHTS)]
+            folder = Path(paths[0]).parent
         folder = Path(folder)
         for name in (CONFIG, WEIGHTS):
             if not (folder / name).is_file():
@@ -181,6 +220,17 @@ class TaskState:
                 raise ValueError(f"tensor {name!r} in {folder / WEIGHTS} has values that are not finite")
         step, num_tokens = tensors.pop("step"), tensors.pop("num_tokens")
         return cls(tensors, step, num_tokens, Identity(config["fingerprint"], config["name"]), config["accumulation"])
+
+
+def _is_on_hub(name: str | os.PathLike) -> bool:
+    """Whether this can only be a repository: no folder here, and an id with an owner."""
+    if not isinstance(name, str) or name.count("/") != 1 or name.startswith(".") or os.path.isdir(name):
+        return False
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
 
 
 def _same_kind(states: Sequence[TaskState]) -> TaskState:
