@@ -9,7 +9,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from .compat import PrefixCache, check_supported, key_value_shape, lora_enabled, prepare_checkpointing
+from .compat import PrefixCache, check_supported, key_value_shape, lora_enabled, prepare_checkpointing, rotations
 
 LOGITS_AT_ONCE = 1024  # positions: logits of a long chunk over a large vocabulary would not fit in memory
 KeysValues = list[tuple[Tensor, Tensor]]  # per layer (B, H, m, D) each
@@ -50,11 +50,10 @@ class Base:
 
         Bases whose positions are absolute, or whose rotation depends on the length, keep their keys as they are.
         """
-        rotary = getattr(self.model.base_model, "rotary_emb", None)
-        if rotary is None or rotary.rope_type in ("dynamic", "longrope"):
+        found = rotations(self.model, keys, positions)
+        if found is None:
             return keys
-        cos, sin = (t / rotary.attention_scaling for t in rotary(keys, positions))  # (B, T, R), R <= D
-        cos, sin = cos[:, None, None], sin[:, None, None]
+        cos, sin = found  # (B, L or 1, 1, T, R), R <= D
         rotated, passed = keys[..., : cos.shape[-1]], keys[..., cos.shape[-1] :]
         first, second = rotated.chunk(2, -1)
         return torch.cat([rotated * cos + torch.cat([-second, first], -1) * sin, passed], -1)

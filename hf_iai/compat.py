@@ -78,23 +78,47 @@ def key_value_shape(config) -> tuple[int, int, int]:
     if not kinds <= {"full_attention", "sliding_attention"} or not hasattr(config, "num_attention_heads"):
         raise ValueError(f"a task state needs attention in every layer, {config.model_type!r} has {sorted(kinds)}")
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    if config.model_type == "falcon" and config.multi_query and not config.new_decoder_architecture:
+        heads = 1  # its newer architecture repeats its key/value heads before it stores them
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return config.num_hidden_layers, heads, width
+
+
+def rotations(model: nn.Module, like: Tensor, positions: Tensor) -> tuple[Tensor, Tensor] | None:
+    """cos and sin of unit length for every layer, (B, L, 1, T, R) each with L = 1 where all layers are alike.
+
+    None for absolute positions, and where the rotation depends on the length of the text.
+    """
+    rotary, config = getattr(model.base_model, "rotary_emb", None), model.config
+    if rotary is None:
+        return None
+    per_kind = rotary.rope_type if isinstance(rotary.rope_type, dict) else None  # Gemma3: one for each kind of layer
+    if {"dynamic", "longrope"} & set(per_kind.values() if per_kind else [rotary.rope_type]):
+        return None
+    if per_kind:
+        scale = {kind: getattr(rotary, f"{kind}_attention_scaling") for kind in per_kind}
+        turns = {kind: [t / scale[kind] for t in rotary(like, positions, kind)] for kind in per_kind}
+        layers = [turns[kind] for kind in config.layer_types]
+    else:
+        layers = [[t / rotary.attention_scaling for t in rotary(like, positions)]]
+    if not all(flags := getattr(config, "no_rope_layers", None) or [1]):
+        still = [torch.ones_like(layers[0][0]), torch.zeros_like(layers[0][1])]
+        layers = [layers[0] if flag else still for flag in flags]
+    cos, sin = (torch.stack(t, 1).unsqueeze(2) for t in zip(*layers, strict=True))
+    return cos, sin
 
 
 def check_supported(model: nn.Module) -> None:
     """Refuse what would be read wrongly without a word.
 
     Raises:
-        ValueError: for positions that differ between layers, rotations of interleaved pairs, or flash attention.
+        ValueError: for rotations of interleaved pairs, unnamed layers without positions, or flash attention.
     """
-    config, rotary = model.config, getattr(model.base_model, "rotary_emb", None)
-    if rotary is not None and not isinstance(getattr(rotary, "rope_type", None), str):
-        raise ValueError(f"{config.model_type!r} rotates keys differently in each layer: not available yet")
-    if any(flag == 0 for flag in getattr(config, "no_rope_layers", None) or []):
-        raise ValueError(f"{config.model_type!r} has layers without positions: not available yet")
-    if config.model_type.startswith(("cohere", "glm", "helium", "ernie4_5")):
+    config = model.config
+    if config.model_type.startswith(("cohere", "glm", "helium", "ernie4_5", "llama4")):
         raise ValueError(f"{config.model_type!r} rotates interleaved pairs: not available yet")
+    if config.model_type.startswith("exaone4"):
+        raise ValueError(f"{config.model_type!r} has layers without positions that its config does not name")
     if "flash" in (config._attn_implementation or ""):
         raise ValueError(
             f"attention {config._attn_implementation!r} takes the read-out slots' positions for packed sequences: "

@@ -4,7 +4,24 @@ from itertools import product
 
 import torch
 from peft import get_peft_model
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    FalconConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    Olmo2Config,
+    OPTConfig,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+    SmolLM3Config,
+    StableLmConfig,
+)
 
 from hf_iai import IAIConfig
 
@@ -30,6 +47,33 @@ _CONFIGS = {
     ),
 }  # fmt: skip
 FAMILIES = list(_CONFIGS)
+_NO_GROUPS = {name: value for name, value in _COMMON.items() if name != "num_key_value_heads"}
+_ROPE = {"rope_theta": 10000.0, "factor": 2.0, "original_max_position_embeddings": WINDOW // 2}
+_LLAMA3 = _ROPE | {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+_MORE_CONFIGS = {
+    "qwen2": lambda: Qwen2Config(**_COMMON),
+    "mistral": lambda: MistralConfig(**_COMMON, sliding_window=24),
+    "gemma2": lambda: Gemma2Config(**_COMMON, head_dim=16, sliding_window=24, query_pre_attn_scalar=16),
+    "gemma3": lambda: Gemma3TextConfig(
+        **_COMMON, head_dim=16, sliding_window=24, layer_types=["sliding_attention"] * 2 + ["full_attention"]
+    ),
+    "gpt_neox": lambda: GPTNeoXConfig(**_NO_GROUPS, hidden_dropout=0.0, attention_dropout=0.0),
+    "opt": lambda: OPTConfig(**_NO_GROUPS, ffn_dim=48, word_embed_proj_dim=32, dropout=0.0),
+    "phi3": lambda: Phi3Config(**_COMMON),
+    "smollm3": lambda: SmolLM3Config(**_COMMON, no_rope_layers=[1, 0, 1]),
+    "stablelm": lambda: StableLmConfig(**_COMMON),
+    "falcon": lambda: FalconConfig(**_NO_GROUPS, alibi=False),
+    "falcon_new": lambda: FalconConfig(**_NO_GROUPS, alibi=False, new_decoder_architecture=True, num_kv_heads=2),
+    "olmo2": lambda: Olmo2Config(**_COMMON),
+    "mixtral": lambda: MixtralConfig(**_COMMON, num_local_experts=2, num_experts_per_tok=2),
+    "llama_tied": lambda: LlamaConfig(**_COMMON, tie_word_embeddings=True),
+    "llama_linear": lambda: LlamaConfig(**_COMMON, rope_parameters={"rope_type": "linear"} | _ROPE),
+    "llama_yarn": lambda: LlamaConfig(**_COMMON, rope_parameters={"rope_type": "yarn"} | _ROPE),
+    "llama_llama3": lambda: LlamaConfig(**_COMMON, rope_parameters={"rope_type": "llama3"} | _LLAMA3),
+}
+MORE_FAMILIES = list(_MORE_CONFIGS)  # tests/test_families.py
+_CONFIGS |= _MORE_CONFIGS
+_EAGER_ONLY = ("gemma2",)
 STATES = ["prefix", "prompt"]
 REGIMES = ["explicit", "parametric"]
 AVERAGES = list(product(FAMILIES, STATES, REGIMES))
@@ -39,6 +83,7 @@ MEMBERS = AVERAGES + [("llama", "kept", regime) for regime in REGIMES]
 
 def make_base(family: str = "llama", attention: str = "sdpa"):
     torch.manual_seed(0)
+    attention = "eager" if family in _EAGER_ONLY else attention
     model = AutoModelForCausalLM.from_config(_CONFIGS[family](), attn_implementation=attention)
     for parameter in model.parameters():  # sharper predictions, so that equal tokens mean something
         parameter.data.mul_(3.0 if parameter.dim() > 1 else 1.0)
