@@ -118,7 +118,7 @@ def check_supported(model: nn.Module) -> None:
     if config.model_type.startswith(("cohere", "glm", "helium", "ernie4_5", "llama4")):
         raise ValueError(f"{config.model_type!r} rotates interleaved pairs: not available yet")
     if config.model_type.startswith("exaone4"):
-        raise ValueError(f"{config.model_type!r} has layers without positions that its config does not name")
+        raise ValueError(f"{config.model_type!r} has unnamed layers without positions: not available yet")
     if "flash" in (config._attn_implementation or ""):
         raise ValueError(
             f"attention {config._attn_implementation!r} takes the read-out slots' positions for packed sequences: "

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -191,7 +191,7 @@ class TaskState:
 
         Args:
             folder: a folder, or the id of a repository, `"owner/name"`.
-            revision, token: of the repository, as in `huggingface_hub.hf_hub_download`.
+            revision, token: of the repository, as in `huggingface_hub.snapshot_download`.
 
         Raises:
             FileNotFoundError: when a file is missing.
@@ -199,8 +199,7 @@ class TaskState:
             huggingface_hub's own errors: for a repository that is missing, gated, or not cached while offline.
         """
         if _is_on_hub(folder):
-            paths = [hf_hub_download(str(folder), n, revision=revision, token=token) for n in (CONFIG, WEIGHTS)]
-            folder = Path(paths[0]).parent
+            folder = snapshot_download(folder, revision=revision, token=token, allow_patterns=[CONFIG, WEIGHTS])
         folder = Path(folder)
         for name in (CONFIG, WEIGHTS):
             if not (folder / name).is_file():
