@@ -34,6 +34,9 @@ class IAIConfig(LoraConfig):
         num_kept_tokens: K < m, how many slots of an averaged prefix keep single tokens as they are: the latest, and
             those after most surprise (see `heads.kept`); for text that repeats names.
         correction: whether learned precisions and the learned correction exist (`"average"` only).
+        delta_rule: before a token is added to an averaged prefix, take out what the state recalls in its place (see
+            `heads.delta`); for text in which newer facts replace older ones. It needs the order of the text:
+            `TaskState.merge` cannot know which of two states is the newer, and leaves it out.
         pin_bos: keep a begin-of-sequence token in slot 0, for bases that need an attention sink (`"recent"` only).
 
     Raises:
@@ -54,6 +57,7 @@ class IAIConfig(LoraConfig):
     accumulation: str = field(default="average", metadata={"help": "backbone of the state: average or recent"})
     num_kept_tokens: int = field(default=0, metadata={"help": "K, slots of an average prefix that keep single tokens"})
     correction: bool = field(default=True, metadata={"help": "learned precisions and correction of the average"})
+    delta_rule: bool = field(default=False, metadata={"help": "what a token replaces is taken out of the average"})
     pin_bos: bool = field(default=False, metadata={"help": "keep a BOS token in slot 0 (recent only)"})
 
     def __post_init__(self) -> None:
@@ -78,6 +82,11 @@ class IAIConfig(LoraConfig):
             raise ValueError(
                 f"num_kept_tokens={self.num_kept_tokens} needs state_type='prefix' and accumulation='average', "
                 f"got {self.state_type!r} and {self.accumulation!r}"
+            )
+        if self.delta_rule and (self.state_type, self.accumulation, self.correction) != ("prefix", "average", True):
+            raise ValueError(
+                f"delta_rule=True needs state_type='prefix', accumulation='average' and correction=True, "
+                f"got {self.state_type!r}, {self.accumulation!r} and {self.correction}"
             )
         if self.bias != "none":
             raise ValueError(f"bias={self.bias!r} would change the bare base: leave it 'none'")

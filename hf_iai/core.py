@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from .base import Base, KeysValues
 from .config import IAIConfig
-from .heads import KEPT, NEVER, Correction, RunningAverage, followed_by, push_tokens
+from .heads import KEPT, NEVER, WRITES, Correction, DeltaRule, RunningAverage, followed_by, push_tokens
 from .heads.average import include
 from .signals import read_observations
 from .state import Identity, TaskState
@@ -35,6 +35,8 @@ class IAICore(nn.Module):
             _, num_slots, num_layers, num_heads, width = self.state.pack(self.state.initial(1)).shape
             self.average = RunningAverage(num_layers, num_heads, num_slots, base.config.hidden_size)
             self.correction = Correction(num_layers, num_heads, width)
+            if config.delta_rule:
+                self.delta = DeltaRule(num_layers, num_heads, width // 2)  # a packed slot is key and value
         self.to(device)
 
     def initial_state(self, base: Base, batch_size: int, identity: Identity) -> TaskState:
@@ -61,6 +63,8 @@ class IAICore(nn.Module):
             reading = read_observations(base, self.state, ids, mask, surprisal=surprisal)
         with _full_precision(ids):
             evidence, mass = self.state.read_out(base, reading, self._rate())
+            if not self.config.delta_rule:
+                evidence = {name: t for name, t in evidence.items() if name not in WRITES}
             if self.config.correction:
                 precision = self.average.precision(reading.hidden, mass)
             else:
@@ -73,8 +77,10 @@ class IAICore(nn.Module):
         if self.config.accumulation == "recent":
             tensors = self._step_recent(base, state, evidence)
         else:
-            readout = {name: t for name, t in evidence.items() if name not in (*KEPT, "mask")}
+            readout = {name: t for name, t in evidence.items() if name not in (*KEPT, *WRITES, "mask")}
             with _full_precision(num_tokens):
+                if self.config.delta_rule:
+                    readout["value"] = readout["value"] - self._replaced(state, evidence)
                 retention = (-self._rate() * num_tokens.view(-1, 1, 1, 1)).exp()
                 tensors = include(state.tensors, readout, state.step, retention)
                 if self.config.num_kept_tokens:
@@ -85,6 +91,11 @@ class IAICore(nn.Module):
             for name, t in tensors.items()
         }
         return replace(state, tensors=tensors, step=state.step + read, num_tokens=state.num_tokens + num_tokens)
+
+    def _replaced(self, state: TaskState, evidence: dict[str, Tensor]) -> Tensor:  # (B, L, H, P, D)
+        """What the chunk's tokens replace, per slot; nothing where nothing was read."""
+        replaced = self.delta(state.tensors["value"], evidence["address"], evidence["token_value"])
+        return evidence["written"] @ replaced * (state.step > 0).view(-1, 1, 1, 1, 1)
 
     def _rate(self) -> Tensor:  # (L, H, P), or what broadcasts to it
         """Forgetting per token; none without the correction."""

@@ -14,6 +14,7 @@ from .base import positions_of
 from .state import Identity, TaskState
 
 KINDS = ("unrolled", "truncated", "greedy")
+SCORED = ("doubling", "last")
 
 
 @dataclass
@@ -21,10 +22,12 @@ class Objective:
     """How an episode of K chunks becomes a loss; theta(0) is always scored too.
 
     Args:
-        kind: `"unrolled"`: gradient to every chunk, loss after 1, 2, 4, ..., K chunks. `"truncated"`: one window of
+        kind: `"unrolled"`: gradient to every chunk, loss after the chunks of `scored`. `"truncated"`: one window of
             `window` chunks, drawn, gets gradient, loss after it. `"greedy"`: a window of one, the paper's objective;
             memory does not grow with K in the last two.
         window: chunks with gradient, `"truncated"` only.
+        scored: of `"unrolled"`; `"doubling"`: loss after the last 1, 2, 4, ..., K chunks; `"last"`: after all K alone,
+            for queries that may be about any chunk.
         kl_weight: weight of KL(teacher || student) under the last state; the teacher is the bare base that sees as
             much of the real context as its window holds.
         draw: source of randomness; the trainer sets it from (seed, step), equal on all ranks.
@@ -32,12 +35,15 @@ class Objective:
 
     kind: str = "unrolled"
     window: int = 4
+    scored: str = "doubling"
     kl_weight: float = 0.0
     draw: random.Random = field(default_factory=lambda: random.Random(0))
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"objective must be one of {list(KINDS)}, got {self.kind!r}")
+        if self.scored not in SCORED:
+            raise ValueError(f"scored must be one of {list(SCORED)}, got {self.scored!r}")
         if self.window < 1:
             raise ValueError(f"window must be at least 1, got {self.window}")
 
@@ -77,7 +83,8 @@ def _states(model, objective: Objective, chunk_ids: Tensor, chunk_mask: Tensor) 
     if num_chunks == 0:
         return [start]
     if objective.kind == "unrolled":
-        return [start, *_unrolled(core, base, start, chunk_ids, chunk_mask)]
+        powers = {2**i for i in range(num_chunks.bit_length())} if objective.scored == "doubling" else set()
+        return [start, *_unrolled(core, base, start, chunk_ids, chunk_mask, sorted(powers | {num_chunks}))]
     last = objective.draw.randint(1, num_chunks)
     first = max(0, last - (objective.window if objective.kind == "truncated" else 1))
     # The chunks that lie right before the query: the state is then as old as it will be in use.
@@ -93,15 +100,17 @@ def _read_on(core, base, state: TaskState, chunk_ids: Tensor, chunk_mask: Tensor
     return state
 
 
-def _unrolled(core, base, start: TaskState, chunk_ids: Tensor, chunk_mask: Tensor) -> list[TaskState]:
-    """States of the last 1, 2, 4, ..., K chunks; the base reads all chunks in one batch."""
+def _unrolled(
+    core, base, start: TaskState, chunk_ids: Tensor, chunk_mask: Tensor, counts: list[int]
+) -> list[TaskState]:
+    """States of the last n chunks for each n of `counts`; the base reads all chunks in one batch."""
     batch, num_chunks = chunk_ids.shape[:2]
     evidence = core.read(base, chunk_ids.flatten(0, 1), chunk_mask.flatten(0, 1))  # (B * K, ...)
     evidence = [
         {name: t.unflatten(0, (batch, num_chunks))[:, k] for name, t in evidence.items()} for k in range(num_chunks)
     ]
     states = []
-    for count in sorted({2**i for i in range(num_chunks.bit_length())} | {num_chunks}):
+    for count in counts:
         state = start
         for chunk in evidence[num_chunks - count :]:
             state = core.step(base, state, chunk)

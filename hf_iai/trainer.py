@@ -97,8 +97,10 @@ class IAITrainer(Trainer):
     def _draw_num_chunks(self, draw: random.Random) -> int:
         ramp = self.args.curriculum * self.state.max_steps
         grown = 1.0 if ramp == 0 else min(1.0, (self.state.global_step + 1) / ramp)
-        most = max(1, round(self.args.max_chunks * grown))
-        return min(self.args.max_chunks, int(math.exp(draw.uniform(0, math.log(most + 1)))))
+        fewest = self.args.min_chunks
+        most = max(fewest, round(self.args.max_chunks * grown))
+        drawn = int(math.exp(draw.uniform(math.log(fewest), math.log(most + 1))))
+        return min(self.args.max_chunks, max(fewest, drawn))
 
     @staticmethod
     def _halved(inputs: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -13,11 +13,12 @@ class IAITrainingArguments(TrainingArguments):
 
     Args:
         chunk_size: C in tokens; None: the most the base can read, window - 2m.
-        max_chunks: K, the most chunks a training step reads. The number of each step is drawn log-uniformly from 1
-            to a bound that grows to `max_chunks` over the first `curriculum` share of the steps.
+        max_chunks: K, the most chunks a training step reads. The number of each step is drawn log-uniformly from
+            `min_chunks` to a bound that grows to `max_chunks` over the first `curriculum` share of the steps.
+        min_chunks: the fewest; `max_chunks` where a query may be about any chunk.
         curriculum: share of the training steps over which that bound grows; 0 for none.
         halve_chunks: probability that a step reads its chunks in halves, so that the length varies too.
-        objective, truncation_window, kl_weight: see `hf_iai.objectives.Objective`.
+        objective, truncation_window, scored_states, kl_weight: see `hf_iai.objectives.Objective`.
         state_learning_rate: learning rate of theta(0), which as a prefix or soft prompt wants a larger one than LoRA
             does; None: `learning_rate`.
         eval_chunks: chunk counts of `eval_loss_at_chunks_{n}`; those beyond the episodes are left out.
@@ -33,10 +34,12 @@ class IAITrainingArguments(TrainingArguments):
 
     chunk_size: int | None = field(default=None, metadata={"help": "tokens per chunk; None: window - 2m"})
     max_chunks: int = field(default=8, metadata={"help": "the most chunks a training step reads"})
+    min_chunks: int = field(default=1, metadata={"help": "the fewest chunks a training step reads"})
     curriculum: float = field(default=0.5, metadata={"help": "share of steps over which max_chunks is reached"})
     halve_chunks: float = field(default=0.25, metadata={"help": "probability of a step with chunks of half length"})
     objective: str = field(default="unrolled", metadata={"help": "unrolled, truncated or greedy"})
     truncation_window: int = field(default=4, metadata={"help": "chunks with gradient, objective 'truncated'"})
+    scored_states: str = field(default="doubling", metadata={"help": "states with a loss: doubling or last"})
     kl_weight: float = field(default=0.0, metadata={"help": "weight of the KL to the full-context bare base"})
     state_learning_rate: float | None = field(default=None, metadata={"help": "of theta(0); None: learning_rate"})
     eval_chunks: tuple[int, ...] = field(default=(0, 1, 2, 4, 8, 16), metadata={"help": "chunk counts evaluated"})
@@ -48,6 +51,8 @@ class IAITrainingArguments(TrainingArguments):
             raise ValueError(f"chunk_size must be at least 1 or None, got {self.chunk_size}")
         if self.max_chunks < 0:
             raise ValueError(f"max_chunks must be at least 0, got {self.max_chunks}")
+        if not 1 <= self.min_chunks <= max(1, self.max_chunks):
+            raise ValueError(f"min_chunks must lie in 1..max_chunks = {self.max_chunks}, got {self.min_chunks}")
         if self.state_learning_rate is not None and self.state_learning_rate <= 0:
             raise ValueError(f"state_learning_rate must be above 0 or None, got {self.state_learning_rate}")
         for name in ("curriculum", "halve_chunks"):
@@ -58,4 +63,4 @@ class IAITrainingArguments(TrainingArguments):
         self.make_objective()
 
     def make_objective(self) -> Objective:
-        return Objective(self.objective, self.truncation_window, self.kl_weight)
+        return Objective(self.objective, self.truncation_window, self.scored_states, self.kl_weight)

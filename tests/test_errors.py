@@ -26,6 +26,9 @@ CAUSAL = {"task_type": "CAUSAL_LM"}
         ({"num_kept_tokens": 16}, "from 0 to num_state_tokens - 1 = 15, got 16"),
         ({"num_kept_tokens": 4, "state_type": "prompt"}, "num_kept_tokens=4 needs state_type='prefix'"),
         ({"num_kept_tokens": 4, "accumulation": "recent"}, "'average', got 'prefix' and 'recent'"),
+        ({"delta_rule": True, "state_type": "prompt"}, "delta_rule=True needs .*got 'prompt', 'average' and True"),
+        ({"delta_rule": True, "accumulation": "recent"}, "got 'prefix', 'recent' and True"),
+        ({"delta_rule": True, "correction": False}, "got 'prefix', 'average' and False"),
         ({"bias": "all"}, "bias='all'"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"init_lora_weights": "pissa"}, "'pissa'"),
@@ -104,6 +107,8 @@ def test_training_arguments(tmp_path):
     for values, message in [
         ({"objective": "magic"}, "objective must be one of"),
         ({"max_chunks": -1}, "max_chunks must be at least 0"),
+        ({"max_chunks": 4, "min_chunks": 5}, "min_chunks must lie in 1..max_chunks = 4, got 5"),
+        ({"scored_states": "first"}, "scored must be one of .*'first'"),
         ({"chunk_size": 0}, "chunk_size must be at least 1"),
         ({"curriculum": 2.0}, "curriculum must lie in 0..1"),
         ({"state_learning_rate": 0.0}, "state_learning_rate must be above 0"),

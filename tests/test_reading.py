@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import AVERAGES, FAMILIES, STATES, VOCAB, chunks, ids, largest_difference, make_base, make_model
+from tiny import AVERAGES, FAMILIES, STATES, VARIANTS, VOCAB, chunks, ids, largest_difference, make_base, make_model
 
 from hf_iai import TaskState, batch_chunks
 from hf_iai.base import Base, positions_of
@@ -101,7 +101,7 @@ def test_pooling_against_a_loop_over_tokens():
     pool.importance.data.normal_()
     keys, values = torch.randn(1, 1, 1, 5, 8), torch.randn(1, 1, 1, 5, 8)
     rate, mask = torch.tensor([[[0.0, 0.1, 0.5]]]), torch.tensor([[1, 0, 1, 1, 0]])
-    pooled_keys, pooled_values, mass = pool(keys, values, mask, rate)
+    pooled = pool(keys, values, mask, rate)
     sums, totals = torch.zeros(2, 3, 8), torch.zeros(3)
     for t, age in ((0, 2), (2, 1), (3, 0)):
         key, value = keys[0, 0, 0, t], values[0, 0, 0, t]
@@ -110,9 +110,57 @@ def test_pooling_against_a_loop_over_tokens():
         share = share * (-rate[0, 0] * age).exp()
         sums += share[:, None] * torch.stack([key, value])[:, None]
         totals += share
-    assert (mass[0, 0, 0] - totals).abs().max() < 1e-5
-    assert (pooled_keys[0, 0, 0] - sums[0] / totals[:, None]).abs().max() < 1e-5
-    assert (pooled_values[0, 0, 0] - sums[1] / totals[:, None]).abs().max() < 1e-5
+    assert (pooled.mass[0, 0, 0] - totals).abs().max() < 1e-5
+    assert (pooled.keys[0, 0, 0] - sums[0] / totals[:, None]).abs().max() < 1e-5
+    assert (pooled.values[0, 0, 0] - sums[1] / totals[:, None]).abs().max() < 1e-5
+
+
+def test_the_delta_rule_starts_as_the_plain_average():
+    """Nothing is taken out before anything is learned: mean, parallel and merge are those of the average."""
+    support, plain = chunks(5), make_model(trained=False)
+    model = make_model(trained=False, delta_rule=True)
+    expected = plain.adapt(support)
+    assert largest_difference(model.adapt(support), expected) == 0
+    assert largest_difference(TaskState.merge([model.adapt([chunk]) for chunk in support]), expected) < 1e-5
+
+
+def test_the_delta_rule_against_a_loop_over_tokens():
+    """The second chunk is averaged in after what the first one's slots recall at each of its tokens is taken out."""
+    model = make_model(delta_rule=True)
+    base, core = model._base, model.core
+    with torch.no_grad():
+        core.average.forgetting.zero_()
+        core.delta.write.weight.normal_(std=0.3)
+    first, second = chunks(2, batch=1)
+    one, alone, both = model.adapt([first]), model.adapt([second]), model.adapt([first, second])
+    with torch.no_grad():
+        reading = read_observations(base, core.state, second["input_ids"], torch.ones(1, 10, dtype=torch.long))
+        values = torch.stack([v for _, v in reading.keys_values], 1)[..., :10, :]  # (1, L, H, C, D)
+        keys = torch.stack([k for k, _ in reading.keys_values], 1)[..., :10, :]
+        pooled = core.state.pool(base.rotate(keys, -reading.positions), values, reading.mask, core._rate())
+        expected = alone.tensors["value"].clone()
+        for t in range(10):
+            address = pooled.address[:, :, :, t]  # (1, L, H, P)
+            recalled = (address.unsqueeze(-1) * one.tensors["value"]).sum(-2).flatten()  # (L * H * D,)
+            hidden = torch.nn.functional.gelu(core.delta.read(recalled / recalled.square().mean().sqrt()))
+            length = (values[:, :, :, t].square().mean(-1, keepdim=True) + 1e-6).sqrt()
+            replaced = length * core.delta.write(hidden).view(values[:, :, :, t].shape)
+            expected -= pooled.written[..., t].unsqueeze(-1) * replaced.unsqueeze(-2)
+    weights = torch.stack([one.tensors["precision"], alone.tensors["precision"]]).unsqueeze(-1)
+    expected = (weights * torch.stack([one.tensors["value"], expected])).sum(0) / weights.sum(0)
+    assert (both.tensors["value"] - expected).abs().max() < 1e-4
+    without = (weights * torch.stack([one.tensors["value"], alone.tensors["value"]])).sum(0) / weights.sum(0)
+    assert (both.tensors["value"] - without).abs().max() > 1e-2, "the delta rule is not at work"
+
+
+def test_the_delta_rule_reads_in_parallel_and_stays_bounded():
+    model = make_model(delta_rule=True)
+    with torch.no_grad():
+        model.core.delta.write.weight.normal_(std=1.0)
+    support = chunks(5)
+    assert largest_difference(model.adapt(support), model.adapt(support, parallel=3)) < 1e-4
+    sizes = [s.tensors["value"].abs().max() for s in model.adapt_steps(chunks(60))]
+    assert max(sizes[40:]) < 2 * max(sizes[:40])
 
 
 @pytest.fixture
@@ -216,7 +264,8 @@ def test_rotation_re_places_keys_exactly(family):
 
 @pytest.mark.parametrize(
     "config",
-    [{"state_type": s, "accumulation": a} for s in STATES for a in ("average", "recent")] + [{"state_type": "kept"}],
+    [{"state_type": s, "accumulation": a} for s in STATES for a in ("average", "recent")]
+    + [{"state_type": "kept"}, {"state_type": "delta"}],
     ids=str,
 )
 @pytest.mark.parametrize("family", FAMILIES)
@@ -250,7 +299,7 @@ def test_padding_and_masked_rows_change_nothing(family, config):
         assert largest_difference(both.select(0), row) < 1e-5
 
 
-@pytest.mark.parametrize("state_type", [*STATES, "kept"])
+@pytest.mark.parametrize("state_type", [*STATES, *VARIANTS])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_batched_equals_single(family, state_type):
     model = make_model(family, state_type=state_type)

@@ -51,7 +51,7 @@ def train(folder, resume=None, model=None, **values):
 def test_every_trainable_parameter_moves(tmp_path, state_type, regime, objective):
     model = make_model(trained=False, state_type=state_type, regime=regime)
     before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
-    after, _ = train(tmp_path, model=model, objective=objective)
+    after, _ = train(tmp_path, model=model, objective=objective, max_steps=12)
     assert before.keys() == after.keys()
     assert [name for name in after if torch.equal(before[name], after[name])] == []
 
@@ -84,10 +84,12 @@ def test_the_start_of_the_state_has_a_rate_of_its_own(tmp_path, state_type):
     values = {"lr_scheduler_type": "constant", "max_steps": 1, "learning_rate": 1e-3, "state_learning_rate": 1e-2}
     after, _ = train(tmp_path, model=model, **values)
     for name in after:
-        rate = 1e-2 if ".start." in name else 1e-3
         step = (after[name] - before[name]).abs().max().item()
-        # LoRA's A and what lies behind zero weights has no gradient yet.
-        assert (step == 0 and ".start." not in name) or abs(step - rate) < 0.05 * rate, name
+        if ".start." in name:
+            assert abs(step - 1e-2) < 5e-4, name
+        else:  # what lies behind zero weights has no gradient yet, or only rounding errors
+            assert step < 1.05e-3, name
+    assert any(torch.isclose((after[n] - before[n]).abs().max(), torch.tensor(1e-3), rtol=0.05) for n in after)
 
 
 def test_a_rate_of_theta_0_that_cannot_be_honoured_is_refused(tmp_path):
@@ -174,6 +176,23 @@ def test_unrolled_loss_is_the_mean_over_the_scored_states():
     model.eval()
     expected = [model(**last_chunks(inputs, n)).loss for n in (0, 1, 2, 3)]
     assert (total - torch.stack(expected).mean()).abs() < 1e-5
+
+
+def test_loss_after_all_chunks_alone():
+    model, inputs = make_model(), batch(num_chunks=3, queries=1)
+    model.base_model.objective = Objective("unrolled", scored="last")
+    for module in model.modules():
+        module.training = True
+    total = model(**inputs).loss
+    model.eval()
+    expected = [model(**last_chunks(inputs, n)).loss for n in (0, 3)]
+    assert (total - torch.stack(expected).mean()).abs() < 1e-5
+
+
+def test_fewest_chunks_of_a_step(tmp_path):
+    args = arguments(tmp_path, min_chunks=3, curriculum=0.0)
+    trainer = IAITrainer(make_model(), args, train_dataset=episodes(), processing_class=tokenizer())
+    assert {trainer._draw_num_chunks(random.Random(i)) for i in range(200)} == {3, 4}
 
 
 def test_greedy_gives_gradient_to_one_chunk_only():

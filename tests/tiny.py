@@ -77,8 +77,9 @@ _EAGER_ONLY = ("gemma2",)
 STATES = ["prefix", "prompt"]
 REGIMES = ["explicit", "parametric"]
 AVERAGES = list(product(FAMILIES, STATES, REGIMES))
-# "kept": a prefix whose last two slots keep single tokens.
-MEMBERS = AVERAGES + [("llama", "kept", regime) for regime in REGIMES]
+# A prefix whose last two slots keep single tokens, and one whose tokens replace what they rewrite.
+VARIANTS = {"kept": {"num_kept_tokens": 2}, "delta": {"delta_rule": True}}
+MEMBERS = AVERAGES + [("llama", variant, regime) for variant in VARIANTS for regime in REGIMES]
 
 
 def make_base(family: str = "llama", attention: str = "sdpa"):
@@ -97,8 +98,8 @@ def make_model(base="llama", attention: str = "sdpa", *, trained: bool = True, *
     """
     base = make_base(base, attention) if isinstance(base, str) else base
     torch.manual_seed(1)
-    if config.get("state_type") == "kept":
-        config |= {"state_type": "prefix", "num_kept_tokens": 2}
+    if config.get("state_type") in VARIANTS:
+        config |= {"state_type": "prefix"} | VARIANTS[config["state_type"]]
     defaults = {"task_type": "CAUSAL_LM", "num_state_tokens": SLOTS, "r": 2, "target_modules": "all-linear"}
     model = get_peft_model(base, IAIConfig(**(defaults | config))).eval()
     if trained:

@@ -1,6 +1,6 @@
 """What a chunk says about the state."""
 
 from .observations import Reading, read_observations
-from .pooling import TokenPooling
+from .pooling import Pooled, TokenPooling
 
-__all__ = ["Reading", "TokenPooling", "read_observations"]
+__all__ = ["Pooled", "Reading", "TokenPooling", "read_observations"]

@@ -1,9 +1,22 @@
 """A chunk's own keys and values, pooled into slots."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
 from ..base import ages_of
+
+
+@dataclass
+class Pooled:
+    """P slots pooled from C tokens."""
+
+    keys: Tensor  # (B, L, H, P, D)
+    values: Tensor  # (B, L, H, P, D)
+    mass: Tensor  # (B, L, H, P)
+    address: Tensor  # (B, L, H, C, P) nearness of each token to the slots, sums to 1 over them
+    written: Tensor  # (B, L, H, P, C) what each slot is made of, sums to 1 over the tokens
 
 
 class TokenPooling(nn.Module):
@@ -31,16 +44,12 @@ class TokenPooling(nn.Module):
         values: Tensor,  # (B, L, H, C, D)
         mask: Tensor,  # (B, C)
         rate: Tensor,  # (L, H, P) per token, or what broadcasts to it
-    ) -> tuple[Tensor, Tensor, Tensor]:  # (B, L, H, P, D) twice, mass (B, L, H, P)
-        age = ages_of(mask)
-        share = self._clustered(keys, age, rate) * mask[:, None, None, :, None]  # (B, L, H, C, P)
-        mass = share.sum(-2)  # (B, L, H, P)
-        share = share / mass.clamp_min(torch.finfo(mass.dtype).tiny).unsqueeze(-2)
-        share = share.transpose(-1, -2)  # (B, L, H, P, C)
-        return share @ keys, share @ values, mass
-
-    def _clustered(self, keys: Tensor, age: Tensor, rate: Tensor) -> Tensor:  # (B, L, H, C, P)
+    ) -> Pooled:
         normed = nn.functional.rms_norm(keys, keys.shape[-1:]) / keys.shape[-1] ** 0.5
-        share = torch.einsum("blhcd,lhmd->blhcm", normed, self.centroids).softmax(-1)
-        importance = torch.einsum("blhcd,lhd->blhc", normed, self.importance)
-        return share * (importance.unsqueeze(-1) - rate.unsqueeze(-2) * age[:, None, None, :, None]).exp()
+        address = torch.einsum("blhcd,lhmd->blhcm", normed, self.centroids).softmax(-1)
+        importance = torch.einsum("blhcd,lhd->blhc", normed, self.importance).unsqueeze(-1)
+        age = ages_of(mask)[:, None, None, :, None]
+        share = address * (importance - rate.unsqueeze(-2) * age).exp() * mask[:, None, None, :, None]
+        mass = share.sum(-2)  # (B, L, H, P)
+        written = (share / mass.clamp_min(torch.finfo(mass.dtype).tiny).unsqueeze(-2)).transpose(-1, -2)
+        return Pooled(written @ keys, written @ values, mass, address, written)

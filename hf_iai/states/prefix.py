@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base import Base, KeysValues, ages_of, positions_of
-from ..heads import KEPT, NEVER, keep_tokens, trace
+from ..heads import KEPT, NEVER, WRITES, keep_tokens, trace
 from ..signals import Reading, TokenPooling
 
 
@@ -74,18 +74,20 @@ class PrefixState(nn.Module):
     def read_out(self, base: Base, reading: Reading, rate: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """The chunk's keys and values pooled into slots, plus a learned share of what the read-out slots hold.
 
-        Returns the evidence in the layout of the state, kept tokens included, and the pooled mass (B, L, H, P).
+        Returns the evidence in the layout of the state, kept tokens included, with its `WRITES`, and the pooled mass
+        (B, L, H, P).
         """
         held = {name: t.float() for name, t in self.tensors_of(reading.keys_values).items()}
         num_tokens = reading.mask.shape[1]
         tokens = {name: t[..., :num_tokens, :] for name, t in held.items()}
         own = {name: t[..., num_tokens:, :] for name, t in held.items()}
         tokens["key"] = base.rotate(tokens["key"], -reading.positions)
-        keys, values, mass = self.pool(tokens["key"], tokens["value"], reading.mask, rate)
-        places = torch.arange(keys.shape[-2], device=keys.device)[None]
-        pooled = {"key": base.rotate(keys, places), "value": values}
-        evidence = {name: pooled[name] + self.own[name] * own[name] for name in pooled}
-        return evidence | self._kept(reading, tokens), mass
+        pooled = self.pool(tokens["key"], tokens["value"], reading.mask, rate)
+        places = torch.arange(pooled.keys.shape[-2], device=pooled.keys.device)[None]
+        evidence = {"key": base.rotate(pooled.keys, places), "value": pooled.values}
+        evidence = {name: t + self.own[name] * own[name] for name, t in evidence.items()}
+        evidence |= zip(WRITES, (pooled.address, pooled.written, tokens["value"]), strict=True)
+        return evidence | self._kept(reading, tokens), pooled.mass
 
     def _kept(self, reading: Reading, tokens: dict[str, Tensor]) -> dict[str, Tensor]:
         if not self.num_kept:

@@ -1,0 +1,417 @@
+"""Associative recall: the state as a memory of key/value pairs, some of them rewritten.
+
+    python examples/associative_recall.py base              # a base that recalls in context: 12 minutes on one core
+    python examples/associative_recall.py train --seed 0    # an adapter: 12 minutes on one core
+    python examples/associative_recall.py evaluate          # all that were trained: recall.json and three pictures
+
+A task writes `num_pairs` pairs of a key and a value symbol, 4 pairs to a chunk, in random order; a share `rewrite_rate`
+of the keys is written again in a later chunk, with another value, and the newest value counts. Every key is asked. The
+pairings of a task are drawn anew, so nothing but the state can answer; chance is 1 / 64.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import typer
+from datasets import IterableDataset
+from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
+from provenance import provenance
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
+from tqdm import tqdm
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    TrainerCallback,
+    set_seed,
+)
+
+from hf_iai import EpisodeCollator, IAIConfig, IAITrainer, IAITrainingArguments
+from hf_iai.evaluation import bootstrap_mean
+
+NUM_KEYS, NUM_VALUES = 64, 64
+ALL_KEYS = 128  # in the vocabulary, for tasks of more than 64 pairs
+PAIRS_PER_CHUNK, PAIRS, REWRITE_RATE, SLOTS = 4, 64, 0.25, 16
+CHUNK = 2 * PAIRS_PER_CHUNK  # tokens
+WINDOW = 512
+WORK = Path("work/recall")
+
+app = typer.Typer(help=__doc__)
+
+
+# ---------------------------------------------------------------- the task
+
+
+def key_ids(keys: np.ndarray) -> np.ndarray:
+    return keys + 1  # token 0 is padding
+
+
+def value_ids(values: np.ndarray) -> np.ndarray:
+    return values + 1 + ALL_KEYS
+
+
+def recall_episode(
+    rng: np.random.Generator,
+    num_pairs: int = PAIRS,
+    rewrite_rate: float = 0.0,
+    *,
+    pairs_per_chunk: int = PAIRS_PER_CHUNK,
+    num_keys: int = NUM_KEYS,
+    num_values: int = NUM_VALUES,
+) -> dict:
+    """One task: `support`, an example for each chunk; `query`, an example `key value` for each key, newest values.
+
+    `rewritten` says of each query whether its key was written twice, `age` how many chunks before the query its newest
+    value was written, from 1.
+
+    Raises:
+        ValueError: when there are fewer keys than pairs, or a rewritten key would have no later chunk.
+    """
+    num_again = round(rewrite_rate * num_pairs)
+    num_chunks = -(-(num_pairs + num_again) // pairs_per_chunk)
+    if not 0 < num_pairs <= num_keys:
+        raise ValueError(f"{num_pairs} pairs need as many keys, got num_keys={num_keys}")
+    if num_again > num_pairs or (num_again and num_chunks < 2):
+        raise ValueError(f"{num_again} rewrites of {num_pairs} pairs in {num_chunks} chunks: a later chunk is needed")
+    order = write_order(rng, num_pairs, num_again, pairs_per_chunk)  # (W,), rewritten pairs stand in it twice
+    keys = rng.permutation(num_keys)[:num_pairs]
+    first = rng.integers(num_values, size=num_pairs)
+    newest = np.where(np.arange(num_pairs) < num_again, (first + rng.integers(1, num_values, num_pairs)), first)
+    newest %= num_values
+    seen, values, age = set(), np.empty_like(order), np.empty(num_pairs, dtype=int)
+    for place, pair in enumerate(order):
+        is_newest = pair in seen or pair >= num_again
+        values[place] = newest[pair] if is_newest else first[pair]
+        age[pair] = num_chunks - place // pairs_per_chunk
+        seen.add(pair)
+    writes = np.stack([key_ids(keys[order]), value_ids(values)], 1)  # (W, 2)
+    chunks = [writes[i : i + pairs_per_chunk].flatten().tolist() for i in range(0, len(writes), pairs_per_chunk)]
+    asked = np.stack([key_ids(keys), value_ids(newest)], 1).tolist()
+    return {
+        "support": [{"input_ids": chunk} for chunk in chunks],
+        "query": [{"input_ids": [key, value], "labels": [-100, value]} for key, value in asked],
+        "rewritten": [pair < num_again for pair in range(num_pairs)],
+        "age": age.tolist(),
+    }
+
+
+def write_order(rng: np.random.Generator, num_pairs: int, num_again: int, pairs_per_chunk: int) -> np.ndarray:
+    """Every pair once and the first `num_again` twice, in random order, never twice in one chunk."""
+    pairs = np.concatenate([np.arange(num_pairs), np.arange(num_again)])
+    while True:
+        order = rng.permutation(pairs)
+        chunks = [order[i : i + pairs_per_chunk] for i in range(0, len(order), pairs_per_chunk)]
+        if all(len(np.unique(chunk)) == len(chunk) for chunk in chunks):
+            return order
+
+
+def recall_episodes(num: int, num_pairs: int = PAIRS, rewrite_rate: float = 0.0, *, seed: int, **sizes) -> list[dict]:
+    return [recall_episode(np.random.default_rng((seed, i)), num_pairs, rewrite_rate, **sizes) for i in range(num)]
+
+
+def growing_episodes(num: int, num_pairs: int, rewrite_rate: float, num_asked: int, seed: int, **sizes) -> Iterator:
+    """A stream for training: the most pairs of a task grows over the first half; half of the tasks rewrite."""
+    for i in range(num):
+        rng = np.random.default_rng((seed, i))
+        most = max(8, round(num_pairs * min(1.0, 2 * i / num)))
+        pairs = int(rng.integers(4, most + 1)) if rng.random() < 0.3 else most
+        rate = rewrite_rate if rng.random() < 0.75 and pairs > 8 else 0.0
+        episode = recall_episode(rng, pairs, rate, **sizes)
+        asked = rng.permutation(pairs)[:num_asked]
+        yield {"support": episode["support"], "query": [episode["query"][j] for j in asked]}
+
+
+# ---------------------------------------------------------------- the base
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    symbols = ["<pad>", *(f"k{i}" for i in range(ALL_KEYS)), *(f"v{i}" for i in range(NUM_VALUES))]
+    words = Tokenizer(models.WordLevel({symbol: i for i, symbol in enumerate(symbols)}))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", model_max_length=WINDOW)
+
+
+def base_batch(rng: np.random.Generator, most_keys: int) -> tuple[Tensor, Tensor]:  # (B, T), (B, T)
+    """Text in which keys come back with their newest value, and labels only where they do.
+
+    `most_keys` = 0: random symbols, repeated three times, from which a model learns first to look back.
+    """
+    if most_keys == 0:
+        length = int(rng.integers(8, 33))
+        ids = rng.integers(1, 1 + ALL_KEYS + NUM_VALUES, (4096 // (3 * length), length))
+        ids = np.concatenate([ids] * 3, 1)
+        return torch.from_numpy(ids), torch.from_numpy(np.where(np.arange(3 * length) < length, -100, ids))
+    num = min(224, 2 * most_keys + 6)
+    batch = max(8, 2048 // num)
+    keys = rng.permuted(np.tile(np.arange(ALL_KEYS), (batch, 1)), axis=1)
+    used = rng.integers(2, most_keys + 1, (batch, 1))
+    keys = np.take_along_axis(keys, (rng.random((batch, num)) * used).astype(int), 1)  # (B, num)
+    memory, rows = np.full((batch, ALL_KEYS), -1), np.arange(batch)
+    values, known = np.empty_like(keys), np.empty(keys.shape, dtype=bool)
+    for t in range(num):
+        old = memory[rows, keys[:, t]]
+        known[:, t] = (old >= 0) & (rng.random(batch) > 0.1)  # else written, or written anew
+        values[:, t] = np.where(known[:, t], old, rng.integers(NUM_VALUES, size=batch))
+        memory[rows, keys[:, t]] = values[:, t]
+    ids = np.stack([key_ids(keys), value_ids(values)], 2)
+    labels = np.where(np.stack([np.zeros_like(known), known], 2), ids, -100)
+    return torch.from_numpy(ids.reshape(batch, -1)), torch.from_numpy(labels.reshape(batch, -1))
+
+
+@app.command()
+def base(steps: int = 2500, lr: float = 2e-3, seed: int = 0, work: Path = WORK) -> None:
+    """Train a small Llama until it recalls in context; the number of keys grows whenever it knows nine of ten."""
+    set_seed(seed)
+    rng = np.random.default_rng(seed)
+    config = LlamaConfig(
+        vocab_size=1 + ALL_KEYS + NUM_VALUES,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=8,
+        max_position_embeddings=WINDOW,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    model = LlamaForCausalLM(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1.0, (step + 1) / 50, (steps - step) / (0.4 * steps))
+    )
+    most_keys, smooth = 0, 0.0
+    for _ in (bar := tqdm(range(steps), mininterval=10)):
+        ids, labels = base_batch(rng, most_keys)
+        output = model(input_ids=ids, labels=labels)
+        output.loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        asked = labels[:, 1:] != -100
+        right = (output.logits[:, :-1].argmax(-1) == labels[:, 1:])[asked].float().mean().item()
+        smooth = 0.9 * smooth + 0.1 * right
+        if smooth > 0.9 and most_keys < ALL_KEYS:
+            most_keys, smooth = min(ALL_KEYS, max(12, 3 * most_keys // 2)), 0.5
+        bar.set_postfix(keys=most_keys, right=f"{right:.3f}", refresh=False)
+    model.save_pretrained(work / "base")
+    make_tokenizer().save_pretrained(work / "base")
+    for num_pairs in (PAIRS, ALL_KEYS):
+        tasks = recall_episodes(32, num_pairs, seed=9, num_keys=ALL_KEYS)
+        print(f"full context, {num_pairs} pairs: {in_context(model.eval(), tasks).mean():.4f}")
+
+
+@torch.no_grad()
+def in_context(model, tasks: list[dict], num_tokens: int = WINDOW, num_asked: int = 16) -> np.ndarray:  # (E, Q)
+    """Exact match of the bare base that sees the last `num_tokens` tokens before each of `num_asked` queries."""
+    right = []
+    for task in tqdm(tasks, f"in context, {num_tokens} tokens", leave=False):
+        context = [i for chunk in task["support"] for i in chunk["input_ids"]][-num_tokens:]
+        asked = torch.tensor([query["input_ids"] for query in task["query"]])  # (Q, 2)
+        asked = asked[:: max(1, len(asked) // num_asked)]
+        ids = torch.cat([torch.tensor(context).expand(len(asked), -1), asked[:, :1]], 1)
+        right.append((model(input_ids=ids).logits[:, -1].argmax(-1) == asked[:, 1]).numpy())
+    return np.stack(right)
+
+
+# ---------------------------------------------------------------- the adapter
+
+
+@torch.no_grad()
+def from_state(model: PeftModel, tasks: list[dict], num_chunks: int, batch_size: int = 16) -> np.ndarray:  # (E, Q)
+    """Exact match under the state that read the last `num_chunks` chunks."""
+    collate = EpisodeCollator(AutoTokenizer.from_pretrained(model.active_peft_config.base_model_name_or_path), CHUNK)
+    right = []
+    for first in tqdm(range(0, len(tasks), batch_size), f"after {num_chunks} chunks", leave=False):
+        batch = collate(tasks[first : first + batch_size])
+        chunks, masks = batch["chunk_input_ids"], batch["chunk_attention_mask"]  # (B, K, C)
+        asked = batch["input_ids"]  # (B, Q, 2)
+        read = [{"input_ids": chunks[:, k], "attention_mask": masks[:, k]} for k in range(chunks.shape[1])]
+        read = read[len(read) - num_chunks :]
+        state = model.adapt(read, parallel=8) if read else model.initial_state(len(chunks))
+        index = torch.arange(len(chunks)).repeat_interleave(asked.shape[1])  # a state for each query
+        logits = model(
+            input_ids=asked[..., :1].flatten(0, 1), task_state=state.map(lambda t, index=index: t[index])
+        ).logits[:, -1]
+        right.append((logits.argmax(-1) == asked[..., 1].flatten()).view(asked.shape[:2]).numpy())
+    return np.concatenate(right)
+
+
+class History(TrainerCallback):
+    """Exact match on tasks of their own every `every` steps, kept in a file beside the adapter."""
+
+    def __init__(self, path: Path, num_keys: int, every: int = 100) -> None:
+        self.path, self.every = path, every
+        self.tasks = {rate: recall_episodes(32, PAIRS, rate, seed=5, num_keys=num_keys) for rate in (0.0, REWRITE_RATE)}
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step % self.every:
+            return
+        rows = json.loads(self.path.read_text()) if self.path.exists() else []
+        row = {"step": state.global_step}
+        for rate, tasks in self.tasks.items():
+            right = from_state(model, tasks, num_chunks=len(tasks[0]["support"]))
+            row["rewritten" if rate else "once"] = right[np.array([t["rewritten"] for t in tasks]) == (rate > 0)].mean()
+        rows = [r for r in rows if r["step"] < state.global_step]  # a run that goes on from a checkpoint repeats some
+        self.path.write_text(json.dumps([*rows, row], indent=1) + "\n")
+
+
+def folder_of(work: Path, slots: int, keys: int, delta: bool, seed: int) -> Path:
+    return work / f"m{slots}-keys{keys}-{'delta' if delta else 'average'}-{seed}"
+
+
+@app.command()
+def train(
+    seed: int = 0,
+    slots: int = SLOTS,
+    keys: int = NUM_KEYS,
+    delta: bool = True,
+    steps: int = 2000,
+    batch_size: int = 8,
+    lr: float = 2e-3,
+    work: Path = WORK,
+) -> None:
+    """Train one adapter, from its checkpoint if there is one: tasks of up to 64 pairs, with and without rewrites."""
+    set_seed(seed)
+    output = folder_of(work, slots, keys, delta, seed)
+    output.mkdir(parents=True, exist_ok=True)
+    config = IAIConfig(
+        task_type="CAUSAL_LM",
+        num_state_tokens=slots,
+        delta_rule=delta,
+        r=16,
+        lora_alpha=32,
+        target_modules="all-linear",
+    )
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(work / "base"), config)
+    most_chunks = round(PAIRS * (1 + REWRITE_RATE)) // PAIRS_PER_CHUNK
+    args = IAITrainingArguments(
+        output_dir=str(output / "trainer"),
+        chunk_size=CHUNK,
+        min_chunks=most_chunks,  # every query may be about any chunk
+        max_chunks=most_chunks,
+        halve_chunks=0.0,
+        scored_states="last",
+        max_steps=steps,
+        per_device_train_batch_size=batch_size,
+        learning_rate=lr,
+        lr_scheduler_type="warmup_stable_decay",
+        lr_scheduler_kwargs={"num_decay_steps": 2 * steps // 5, "decay_type": "linear"},
+        warmup_steps=30,
+        weight_decay=0.0,
+        adam_beta2=0.98,
+        use_cpu=not torch.cuda.is_available(),
+        logging_steps=50,
+        save_steps=500,
+        save_total_limit=1,
+        seed=seed,
+        report_to=[],
+    )
+    tasks = IterableDataset.from_generator(
+        growing_episodes,
+        gen_kwargs={
+            "num": steps * batch_size,
+            "num_pairs": PAIRS,
+            "rewrite_rate": REWRITE_RATE,
+            "num_asked": PAIRS,
+            "seed": 1000 + seed,
+            "num_keys": keys,
+        },
+    )
+    trainer = IAITrainer(
+        model,
+        args,
+        train_dataset=tasks,
+        processing_class=AutoTokenizer.from_pretrained(work / "base"),
+        callbacks=[History(output / "history.json", keys)],
+    )
+    has_checkpoint = any((output / "trainer").glob("checkpoint-*"))
+    trainer.train(resume_from_checkpoint=has_checkpoint)
+    model.save_pretrained(output / "adapter")
+
+
+# ---------------------------------------------------------------- what it remembers
+
+
+def settings_of(num_keys: int) -> dict[str, dict]:
+    """What is asked of an adapter that was trained on 64 pairs, some of them rewritten."""
+    if num_keys > NUM_KEYS:
+        return {f"64 of {num_keys} keys": {"num_keys": num_keys}, "128 pairs": {"num_pairs": 128, "num_keys": num_keys}}
+    return {"64 pairs": {}, "25% rewritten": {"rewrite_rate": REWRITE_RATE}, "100% rewritten": {"rewrite_rate": 1.0}}
+
+
+def row(right: np.ndarray, asked: np.ndarray | None = None, **names) -> dict:  # (E, Q) each
+    """Exact match of the queries where `asked`, and its interval over tasks."""
+    values = right.astype(float) if asked is None else np.where(asked, right, np.nan)
+    match = dict(zip(("exact_match", "low", "high"), bootstrap_mean(values, np.arange(len(values))), strict=True))
+    return names | match | {"num_asked": int((~np.isnan(values)).sum())}
+
+
+def rows_of_adapter(folder: Path, num_tasks: int) -> list[dict]:
+    slots, keys, method, seed = folder.name.split("-")
+    model = AutoPeftModelForCausalLM.from_pretrained(folder / "adapter").eval()
+    rows = []
+    for setting, values in settings_of(int(keys[4:])).items():
+        tasks = recall_episodes(num_tasks, seed=77, **values)
+        rewritten, age = (np.array([task[name] for task in tasks]) for name in ("rewritten", "age"))
+        most = len(tasks[0]["support"])
+        for n in sorted({n for n in (0, 1, 2, 4, 8, 16) if n < most} | {most}):
+            right = from_state(model, tasks, n)
+            names = {"setting": setting, "slots": int(slots[1:]), "method": method, "seed": int(seed), "num_chunks": n}
+            rows.append(row(right, asked="all", **names))
+            if n:
+                rows.append(row(right, age <= n, asked="read", **names))
+            if n == most and rewritten.any():
+                rows.append(row(right, rewritten, asked="rewritten", **names))
+    state = model.adapt([{"input_ids": torch.tensor([tasks[0]["support"][0]["input_ids"]])}])
+    return [r | {"state_bytes": state.nbytes} for r in rows]
+
+
+def rows_of_base(model, num_tasks: int) -> list[dict]:
+    """The bare base in context: the last m tokens, and all of them."""
+    rows = []
+    for num_keys in (NUM_KEYS, ALL_KEYS):
+        for setting, values in settings_of(num_keys).items():
+            tasks = recall_episodes(num_tasks, seed=77, **values)
+            for method, tokens in (("fewer_shots", SLOTS), ("full_context", WINDOW)):
+                names = {"setting": setting, "slots": SLOTS, "method": method, "num_chunks": len(tasks[0]["support"])}
+                rows.append(row(in_context(model, tasks, tokens), asked="all", **names))
+    return rows
+
+
+@app.command()
+def evaluate(num_tasks: int = 64, work: Path = WORK) -> None:
+    """Every adapter under `work` on tasks that no training has seen: recall.json and three pictures."""
+    base = AutoModelForCausalLM.from_pretrained(work / "base").eval()
+    rows = rows_of_base(base, num_tasks)
+    histories = []
+    for folder in tqdm(sorted(work.glob("m*-keys*-*-*")), "adapters"):
+        rows += rows_of_adapter(folder, num_tasks)
+        histories.append({"adapter": folder.name, "history": json.loads((folder / "history.json").read_text())})
+    recipe = {"command": "python examples/associative_recall.py evaluate", "num_tasks": num_tasks, **provenance()}
+    report = {"recipe": recipe, "chance": 1 / NUM_VALUES, "rows": rows, "training": histories}
+    (work / "recall.json.tmp").write_text(json.dumps(report, indent=1) + "\n")
+    (work / "recall.json.tmp").replace(work / "recall.json")
+    pictures(work / "recall.json", work)
+
+
+@app.command()
+def pictures(report: Path = WORK / "recall.json", output: Path = WORK) -> None:
+    """The table and the three pictures of a report."""
+    from recall_pictures import draw_chunks, draw_sizes, draw_steps, print_table
+
+    found = json.loads(report.read_text())
+    print_table(found)
+    draw_chunks(found, output / "recall.png")
+    draw_sizes(found, output / "recall_size.png")
+    draw_steps(found, output / "recall_steps.png")
+
+
+if __name__ == "__main__":
+    app()
