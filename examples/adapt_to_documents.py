@@ -2,13 +2,15 @@
 
     python examples/adapt_to_documents.py --model MODEL_ID_OR_FOLDER --data FOLDER_OF_TXT --held-out NAME.txt
 
-Trains an explicit prefix adapter on all documents but the held-out ones, and a static state of the same size that
-reads nothing, then writes the curve as a table, PNG and JSON. A few minutes for a small base on 2 cores.
+Trains an explicit prefix adapter on all documents but the held-out one, and a static state of the same size that reads
+nothing, then writes the curve as a table, PNG and JSON. A few minutes for a small base on 2 cores. `--held-out all`
+holds every document out once and joins the curves; a single file counts as five documents, its consecutive fifths.
 """
 
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import torch
 import typer
 from datasets import Dataset
@@ -86,11 +88,26 @@ def report(curve: Curve, output: Path, **recipe) -> None:
     curve.to_json(output / "curve.json", recipe=recipe, **provenance())
 
 
+def documents_of(path: Path, parts: int = 5) -> dict[str, str]:
+    """Name -> text of every .txt file of a folder, or of the consecutive fifths of one file."""
+    if path.is_dir():
+        return {file.name: file.read_text(encoding="utf-8") for file in sorted(path.glob("*.txt"))}
+    text = path.read_text(encoding="utf-8")
+    size = -(-len(text) // parts)
+    return {f"{path.stem}-{i}": text[i * size : (i + 1) * size] for i in range(parts)}
+
+
+def side_by_side(curves: list[Curve], groups: np.ndarray) -> Curve:
+    """What all of several curves, measured on other episodes, have measured, as one; `groups` of all episodes."""
+    keys = set.intersection(*(set(curve.losses) for curve in curves))
+    return Curve({key: np.concatenate([curve.losses[key] for curve in curves]) for key in sorted(keys)}, groups)
+
+
 def main(
     model: Annotated[str, typer.Option(help="Hub id or folder of the base.")],
-    data: Annotated[Path, typer.Option(help="Folder of .txt files.")],
+    data: Annotated[Path, typer.Option(help="Folder of .txt files, or one file.")],
     held_out: Annotated[
-        str | None, typer.Option(help="The file to evaluate on; the last by name if not given.")
+        str | None, typer.Option(help="The document to evaluate on, or all in turn; the last by name if not given.")
     ] = None,
     output: Path = Path("work/documents"),
     chunk_size: int = 64,
@@ -102,38 +119,50 @@ def main(
     seed: int = 0,
     num_eval: int = 200,
 ) -> None:
-    texts = {path.name: path.read_text(encoding="utf-8") for path in sorted(data.glob("*.txt"))}
+    texts = documents_of(data)
     held_out = held_out or max(texts, default=None)
-    if held_out not in texts:
+    if held_out not in (*texts, "all"):
         raise typer.BadParameter(f"--held-out {held_out!r} is not in {data}: it holds {sorted(texts)}")
+    recipe = {"chunk_size": chunk_size, "slots": slots, "steps": steps, "lr": lr, "seed": seed}
+    recipe["kept"] = slots * 7 // 8 if kept is None else kept
+    folds = list(texts) if held_out == "all" else [held_out]
+    curves = {}
+    for name in folds:
+        folder = output / name if len(folds) > 1 else output
+        curves[name] = curve_of(model, texts, name, folder, max_chunks=max_chunks, num_eval=num_eval, **recipe)
+        report(curves[name], folder, model=Path(model).name, **recipe, held_out=name, windows=len(curves[name].groups))
+    if len(folds) > 1:
+        # The documents are the clusters of the intervals.
+        of_document = np.repeat(folds, [len(curve.groups) for curve in curves.values()])
+        curve = side_by_side(list(curves.values()), of_document)
+        report(curve, output, model=Path(model).name, **recipe, held_out=held_out, windows=len(curve.groups))
+
+
+def curve_of(
+    model: str, texts: dict[str, str], held_out: str, output: Path, *, max_chunks: int, num_eval: int, **recipe
+) -> Curve:
+    """Train a reader and a static state on all texts but one; their losses on windows of that one."""
     tokenizer = AutoTokenizer.from_pretrained(model)
-    documents = [{"text": text, "path": name} for name, text in texts.items()]
-    build = lambda docs, n: episodes_from_documents(  # noqa: E731
-        docs, tokenizer, chunk_size=chunk_size, num_chunks=n, seed=seed
+    chunk_size, seed = recipe["chunk_size"], recipe["seed"]
+    build = lambda names, n: episodes_from_documents(  # noqa: E731
+        ({"text": texts[name], "path": name} for name in names),
+        tokenizer,
+        chunk_size=chunk_size,
+        num_chunks=n,
+        seed=seed,
     )
-    train = build([d for d in documents if d["path"] != held_out], max_chunks).shuffle(seed)
+    train = build([name for name in texts if name != held_out], max_chunks).shuffle(seed)
     counts = [n for n in (0, 1, 2, 4, 8, 16) if n <= 2 * max_chunks]
-    test = build([d for d in documents if d["path"] == held_out], counts[-1])
+    test = build([held_out], counts[-1])
     # One book is one document: its windows, hundreds of tokens apart, are the clusters of the intervals.
     test = test.remove_columns("group").add_column("group", [str(i) for i in range(len(test))])
     test = test.shuffle(seed).select(range(min(num_eval, len(test))))
-
-    kept = slots * 7 // 8 if kept is None else kept
-    recipe = {"chunk_size": chunk_size, "slots": slots, "kept": kept, "steps": steps, "lr": lr, "seed": seed}
-    readers = {
-        n: train_reader(model, tokenizer, train, output / f"chunks-{n}", max_chunks=n, **recipe)
-        for n in (max_chunks, 0)
-    }
-    curve = evaluate_curve(
-        readers[max_chunks],
-        test,
-        counts,
-        tokenizer=tokenizer,
-        chunk_size=chunk_size,
-        seed=seed,
-        static_model=readers[0],
+    reader, static = (
+        train_reader(model, tokenizer, train, output / f"chunks-{n}", max_chunks=n, **recipe) for n in (max_chunks, 0)
     )
-    report(curve, output, model=Path(model).name, **recipe, held_out=held_out, windows=len(test))
+    return evaluate_curve(
+        reader, test, counts, tokenizer=tokenizer, chunk_size=chunk_size, seed=seed, static_model=static
+    )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,199 @@
+"""A long conversation whose early facts are asked for late: a state of fixed size against a truncated window.
+
+    python examples/chat_memory.py train --seed 0        # 40 minutes on one core
+    python examples/chat_memory.py evaluate --seeds 0    # writes work/chat/chat.json and .png
+    python examples/chat_memory.py talk --seed 0         # one conversation, turn by turn
+
+The user tells 8 facts (`b=47`) among small talk, all in the first quarter; two of them are told anew with another
+value. At the end every fact is asked (`b?`). The embedded base reads the conversation as `{"messages": ...}`, in chunks
+of 64 tokens; its window holds 7 of them. Conversations are drawn anew, so only what was read can answer.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import typer
+from datasets import IterableDataset
+from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
+from provenance import provenance
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, set_seed
+
+from hf_iai import IAIConfig, IAITrainer, IAITrainingArguments, chunk_examples, embedded_base
+from hf_iai.embedded.generated_tasks import LETTERS
+from hf_iai.evaluation import bootstrap_mean
+
+FACTS, RETOLD, CHUNK, SLOTS = 8, 2, 64, 16
+MAX_CHUNKS, COUNTS = 12, (2, 4, 6, 8, 12, 16, 24, 32)
+# A user's line and the answer to it are one line of text, which is how the base writes what it recalls.
+TEMPLATE = "{% for m in messages %}{{ m['content'] }}{{ '\\n' if m['role'] == 'assistant' }}{% endfor %}"
+WORK = Path("work/chat")
+
+app = typer.Typer(help=__doc__)
+
+
+def chat_tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = AutoTokenizer.from_pretrained(embedded_base())
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+def exchange(user: str, assistant: str) -> list[dict]:
+    return [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
+
+
+def small_talk(rng: np.random.Generator) -> list[dict]:
+    words = ["".join(rng.choice(list(LETTERS), size=rng.integers(2, 6))) for _ in range(rng.integers(3, 8))]
+    return exchange(" ".join(words), " ok")
+
+
+def conversation(rng: np.random.Generator, tokenizer, num_chunks: int) -> tuple[list[dict], dict[str, str]]:
+    """Messages that fill `num_chunks` chunks, and what is right at the end: the newest value of every key."""
+    length = lambda turn: len(tokenizer.apply_chat_template(turn)["input_ids"])  # noqa: E731
+    keys = rng.permutation(list(LETTERS))[:FACTS]
+    told = [*rng.permutation(keys), *rng.permutation(keys)[:RETOLD]]
+    facts, turns = {}, []
+    for key in told:
+        facts[str(key)] = str(rng.integers(10, 100))
+        turns.append(exchange(f"{key}={facts[str(key)]}", " ok"))
+    room = num_chunks * CHUNK - sum(map(length, turns))
+    talk = []
+    while (room := room - length(turn := small_talk(rng))) >= 0:
+        talk.append(turn)
+    early = max(1, len(talk) // 4)  # facts are spread over the first quarter
+    for place, turn in zip(np.sort(rng.integers(0, early + 1, len(turns)))[::-1], turns[::-1], strict=True):
+        talk.insert(place, turn)
+    return [message for turn in talk for message in turn], facts
+
+
+def question(key: str, value: str) -> dict:
+    user, assistant = exchange(f"{key}?", value)
+    return {"prompt": [user], "completion": [assistant]}
+
+
+def conversations(num: int, seed: int) -> Iterator[dict]:
+    """Episodes for training; conversations grow over the first half."""
+    tokenizer = chat_tokenizer()
+    for i in range(num):
+        rng = np.random.default_rng((seed, i))
+        longest = max(2, round(MAX_CHUNKS * min(1.0, 2 * i / num)))
+        messages, facts = conversation(rng, tokenizer, int(rng.integers(2, longest + 1)))
+        yield {"support": [{"messages": messages}], "query": [question(*fact) for fact in facts.items()]}
+
+
+@app.command()
+def train(seed: int = 0, steps: int = 1500, batch_size: int = 8, lr: float = 2e-3, work: Path = WORK) -> None:
+    """Train an adapter that remembers what it was told."""
+    set_seed(seed)
+    output = work / f"reader-{seed}"
+    config = IAIConfig(
+        task_type="CAUSAL_LM", num_state_tokens=SLOTS, delta_rule=True, r=16, lora_alpha=32, target_modules="all-linear"
+    )
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(embedded_base()), config)
+    args = IAITrainingArguments(
+        output_dir=str(output / "trainer"),
+        chunk_size=CHUNK,
+        min_chunks=MAX_CHUNKS,  # a question may be about any chunk
+        max_chunks=MAX_CHUNKS,
+        halve_chunks=0.0,
+        scored_states="last",
+        max_steps=steps,
+        per_device_train_batch_size=batch_size,
+        learning_rate=lr,
+        lr_scheduler_type="cosine",
+        warmup_steps=30,
+        use_cpu=not torch.cuda.is_available(),
+        logging_steps=25,
+        save_steps=250,
+        save_total_limit=1,
+        seed=seed,
+        report_to=[],
+    )
+    episodes = IterableDataset.from_generator(
+        conversations, gen_kwargs={"num": steps * batch_size, "seed": 1000 + seed}
+    )
+    trainer = IAITrainer(model, args, train_dataset=episodes, processing_class=chat_tokenizer())
+    has_checkpoint = any((output / "trainer").glob("checkpoint-*"))
+    trainer.train(resume_from_checkpoint=has_checkpoint)
+    model.save_pretrained(output / "adapter")
+
+
+def answers(model, tokenizer, keys: list[str], context: list[int] = (), **under) -> list[str]:
+    """What is generated after each question, greedily, up to the end of the line."""
+    asked = [[*context, *tokenizer(f"{key}?")["input_ids"]] for key in keys]
+    asked = torch.tensor(asked)  # (Q, T): a key is one token
+    tokens = model.generate(input_ids=asked, max_new_tokens=2, do_sample=False, **under)
+    return [text.strip() for text in tokenizer.batch_decode(tokens[:, asked.shape[1] :])]
+
+
+def right_answers(model: PeftModel, tokenizer, messages: list[dict], facts: dict[str, str]) -> dict[str, list[bool]]:
+    """Of every fact, whether the state, and the bare base with a full window, answer it."""
+    keys, chunks = list(facts), list(chunk_examples([{"messages": messages}], tokenizer, chunk_size=CHUNK))
+    text = torch.cat([chunk["input_ids"][0] for chunk in chunks]).tolist()
+    with_state = answers(model, tokenizer, keys, task_state=model.adapt(chunks))
+    with model.disable_adapter():
+        in_window = answers(model, tokenizer, keys, context=text[-(model.window - 8) :])
+    found = {"state": with_state, "truncated_window": in_window}
+    return {name: [a == v for a, v in zip(given, facts.values(), strict=True)] for name, given in found.items()}
+
+
+@app.command()
+def evaluate(seeds: str = "0", num: int = 50, work: Path = WORK) -> None:
+    """Exact match of all facts against the length of the conversation."""
+    tokenizer, rows = chat_tokenizer(), []
+    for seed in map(int, seeds.split(",")):
+        model = AutoPeftModelForCausalLM.from_pretrained(work / f"reader-{seed}" / "adapter").eval()
+        for n in COUNTS:
+            right = [
+                right_answers(model, tokenizer, *conversation(np.random.default_rng((77, n, i)), tokenizer, n))
+                for i in tqdm(range(num), f"{n} chunks")
+            ]
+            for method in right[0]:
+                values = np.array([r[method] for r in right], dtype=float)
+                mean, low, high = bootstrap_mean(values, np.arange(num))
+                rows.append({"method": method, "num_chunks": n, "seed": seed, "exact_match": mean})
+                rows[-1] |= {"low": low, "high": high}
+                print(rows[-1])
+    work.mkdir(parents=True, exist_ok=True)
+    recipe = {"command": f"python examples/chat_memory.py evaluate --seeds {seeds}", "num": num, **provenance()}
+    (work / "chat.json.tmp").write_text(json.dumps({"recipe": recipe, "rows": rows}, indent=1) + "\n")
+    (work / "chat.json.tmp").replace(work / "chat.json")
+    draw(rows, work / "chat.png")
+
+
+def draw(rows: list[dict], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for method in dict.fromkeys(row["method"] for row in rows):
+        means = [[r["exact_match"] for r in rows if (r["method"], r["num_chunks"]) == (method, n)] for n in COUNTS]
+        axes.plot(COUNTS, [np.mean(m) for m in means], marker="o", label=method.replace("_", " "))
+    axes.axvline(MAX_CHUNKS, color="grey", linewidth=0.5, label="longest in training")
+    axes.set_xlabel(f"length of the conversation, chunks of {CHUNK} tokens")
+    axes.set_ylabel("facts answered right")
+    axes.set_ylim(0, 1.02)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, format="png", dpi=130)
+
+
+@app.command()
+def talk(seed: int = 0, num_chunks: int = 24, work: Path = WORK) -> None:
+    """One conversation: the state after every 8 chunks is asked for every fact."""
+    tokenizer = chat_tokenizer()
+    model = AutoPeftModelForCausalLM.from_pretrained(work / f"reader-{seed}" / "adapter").eval()
+    messages, facts = conversation(np.random.default_rng(5), tokenizer, num_chunks)
+    chunks = chunk_examples([{"messages": messages}], tokenizer, chunk_size=CHUNK)
+    for number, state in enumerate(model.adapt_steps(chunks), 1):
+        if number % 8 == 0:
+            given = answers(model, tokenizer, list(facts), task_state=state)
+            print(f"after {number} chunks:", " ".join(f"{k}?{a}" for k, a in zip(facts, given, strict=True)))
+    print("told:           ", " ".join(f"{k}={v}" for k, v in facts.items()))
+
+
+if __name__ == "__main__":
+    app()

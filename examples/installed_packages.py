@@ -1,0 +1,49 @@
+"""`adapters/code-prefix` on the source of three packages installed beside the project, which no training has seen.
+
+    python examples/installed_packages.py        # 5 minutes on one core; writes work/packages/curve.json and pictures
+
+scikit-learn, scipy and matplotlib are in neither split of `hf_iai.embedded.library_documents`: no base, adapter or
+choice of a setting has used them. Tests and vendored code are left out.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import sklearn
+import typer
+from adapt_to_documents import report, side_by_side
+from code_curve import CHUNK, COUNTS, windows
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer
+
+from hf_iai import embedded_base
+from hf_iai.embedded.library_code import MAX_BYTES, MIN_BYTES
+from hf_iai.evaluation import evaluate_curve
+
+PACKAGES = ("sklearn", "scipy", "matplotlib")
+SITE = Path(sklearn.__file__).parent.parent
+
+
+def files_of(package: str):
+    """`{"text", "path"}` of the package's source files, tests left out."""
+    for path in sorted((SITE / package).rglob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        if not {"tests", "externals"}.intersection(path.parts) and MIN_BYTES <= len(text) <= MAX_BYTES:
+            yield {"text": text, "path": path.relative_to(SITE).as_posix()}
+
+
+def main(adapter: str = "adapters/code-prefix", num: int = 160, work: Path = Path("work/packages")) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(embedded_base())
+    model = AutoPeftModelForCausalLM.from_pretrained(adapter).eval()
+    curves = []
+    for package in PACKAGES:
+        test = windows(files_of(package), tokenizer, max(COUNTS), num, seed=0)
+        curves.append(evaluate_curve(model, test, COUNTS, tokenizer=tokenizer, chunk_size=CHUNK))
+        report(curves[-1], work / package, package=package, windows=len(test), files=len(set(test["group"])))
+    report(
+        side_by_side(curves), work, command="python examples/installed_packages.py", packages=PACKAGES, max_windows=num
+    )
+
+
+if __name__ == "__main__":
+    typer.run(main)
