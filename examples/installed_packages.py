@@ -40,9 +40,8 @@ def main(adapter: str = "adapters/code-prefix", num: int = 160, work: Path = Pat
         test = windows(files_of(package), tokenizer, max(COUNTS), num, seed=0)
         curves.append(evaluate_curve(model, test, COUNTS, tokenizer=tokenizer, chunk_size=CHUNK))
         report(curves[-1], work / package, package=package, windows=len(test), files=len(set(test["group"])))
-    report(
-        side_by_side(curves), work, command="python examples/installed_packages.py", packages=PACKAGES, max_windows=num
-    )
+    whole = side_by_side(curves, np.concatenate([curve.groups for curve in curves]))
+    report(whole, work, command="python examples/installed_packages.py", packages=PACKAGES, windows=len(whole.groups))
 
 
 if __name__ == "__main__":
