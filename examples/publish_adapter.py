@@ -2,7 +2,7 @@
 
     python examples/publish_adapter.py --name markov-prefix --adapter work/markov/reader-0/adapter
 
-`adapters/NAME/recipe.json` is written by hand before: the commands that train and evaluate, the data, the curve and
+`adapters/NAME/recipe.json` is written by hand before: the commands that train and evaluate, the data, the curves and
 picture in `docs/`, the measured limits; see the recipes that are there. What the curve's file says of its own making
 is copied into it.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from render_cards import ROOT
+from render_cards import ROOT, origin
 from render_cards import main as render_cards
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -28,8 +28,7 @@ def main(name: Annotated[str, typer.Option()], adapter: Annotated[Path, typer.Op
         shutil.copyfile(adapter / file, folder / f"{file}.tmp")
         (folder / f"{file}.tmp").replace(folder / file)
     recipe = json.loads(path.read_text())
-    measured = json.loads((ROOT / recipe["curve"]["file"]).read_text())
-    recipe |= {"measured": measured["recipe"], "torch": measured["torch"], "measured_at_commit": measured["commit"]}
+    recipe |= origin(json.loads((ROOT / recipe["curves"][0]["file"]).read_text()))
     path.write_text(json.dumps(recipe, indent=1, ensure_ascii=False) + "\n")
     render_cards()
 

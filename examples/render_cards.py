@@ -2,8 +2,9 @@
 
     python examples/render_cards.py
 
-`adapters/NAME/recipe.json` holds what a card says, and names the curve and the picture in `docs/`. Written are
+`adapters/NAME/recipe.json` holds what a card says, and names the curves and the picture in `docs/`. Written are
 `adapters/NAME/README.md` with its `curve.png`, as they lie on the Hub, and the same card as `model_cards/NAME.md`.
+A curve is a list of rows in a JSON file, under the key `rows`; `where` picks those with the given values.
 """
 
 import json
@@ -24,10 +25,10 @@ def render(name: str) -> dict[Path, bytes]:
     """What the files of the card of `adapters/NAME` must hold."""
     folder = ROOT / "adapters" / name
     recipe = json.loads((folder / "recipe.json").read_text())
-    missing = {"train", "evaluate", "curve", "limits", "license"} - recipe.keys()
+    missing = {"train", "evaluate", "curves", "picture", "limits", "license"} - recipe.keys()
     if missing:
         raise ValueError(f"{folder / 'recipe.json'} lacks {sorted(missing)}: a card states them")
-    picture = (ROOT / recipe["curve"]["picture"]).read_bytes()
+    picture = (ROOT / recipe["picture"]).read_bytes()
     return {
         folder / "README.md": _card(name, recipe, "curve.png"),
         folder / "curve.png": picture,
@@ -41,19 +42,31 @@ def _card(name: str, recipe: dict, picture: str) -> bytes:
         name=name,
         model_id=f"adapters/{name}",
         command=recipe["train"],
-        measurements=(measurement(recipe, picture),),
+        measurements=tuple(measurements(recipe, picture)),
         versions={"PEFT": config.peft_version, "PyTorch": recipe["torch"]},
         **{key: recipe[key] for key in OF_CARD if key in recipe},
     )
     return f"{model_card(config, facts)}\n".encode()
 
 
-def measurement(recipe: dict, picture: str) -> Measurement:
-    """The curve that a recipe names."""
-    curve = dict(recipe["curve"])
-    measured = json.loads((ROOT / curve.pop("file")).read_text())
-    curve |= {"rows": measured[curve["rows"]], "picture": picture}
-    return Measurement(measured_by=f"`{recipe['evaluate']}` at commit {measured['commit']}", **curve)
+def measurements(recipe: dict, picture: str) -> list[Measurement]:
+    """The curves that a recipe names; the picture stands under the first."""
+    found = []
+    for curve in recipe["curves"]:
+        values = dict(curve)
+        measured, where = json.loads((ROOT / values.pop("file")).read_text()), values.pop("where", {})
+        rows = [row for row in measured[values["rows"]] if where.items() <= row.items()]
+        values |= {"rows": rows, "picture": None if found else picture}
+        source = f"`{recipe['evaluate']}` at commit {origin(measured)['measured_at_commit']}"
+        found.append(Measurement(measured_by=source, **values))
+    return found
+
+
+def origin(measured: dict) -> dict:
+    """How a curve's file was made, as a recipe states it."""
+    recipe = dict(measured["recipe"])  # newer files hold the versions in it, older ones beside it
+    versions = {name: recipe.pop(name, None) or measured[name] for name in ("torch", "commit")}
+    return {"measured": recipe, "torch": versions["torch"], "measured_at_commit": versions["commit"]}
 
 
 def main() -> None:

@@ -23,7 +23,6 @@ RENDERED = "<!-- Rendered by hf_iai; rendered again when the configuration chang
 PLACEHOLDER = "# Model Card for Model ID"  # the title that PEFT and transformers give to a card that nobody wrote
 
 LABELS = {
-    "iai": "**this adapter**",
     "no_context": "bare base, no context",
     "fewer_shots": "fewer shots: bare base, sees as many of the latest tokens as the state has slots",
     "last_chunk": "the state after the last chunk alone",
@@ -85,7 +84,7 @@ class Measurement:
         lines = [["chunks read", *(f"{n:g}" for n in self.counts)], ["---"] * (len(self.counts) + 1)]
         for method in dict.fromkeys(row["method"] for row in self.rows):
             values = [self.values(method, n) for n in self.counts]
-            label = (LABELS | self.labels).get(method, method)
+            label = (LABELS | {self.method: "**this adapter**"} | self.labels).get(method, method)
             lines.append([label, *(f"{sum(v) / len(v):.3f}" if v else "" for v in values)])
         return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 

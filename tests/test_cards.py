@@ -53,18 +53,33 @@ def test_published_card_is_what_make_cards_renders(name):
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_card_says_what_was_measured(name):
     card, recipe = card_of(ROOT / "adapters" / name), json.loads((ROOT / "adapters" / name / "recipe.json").read_text())
-    curve, metric = recipe["curve"], recipe["curve"]["metric"]
-    rows = [r for r in json.loads((ROOT / curve["file"]).read_text())[curve["rows"]] if r["method"] == "iai"]
-    own = {row["num_chunks"]: [r[metric] for r in rows if r["num_chunks"] == row["num_chunks"]] for row in rows}
-    for result in card.data.eval_results:
-        assert result.metric_type == metric and result.dataset_type == curve["data_type"]
-        values = own.pop(result.metric_args["num_chunks"])
-        assert result.metric_value == pytest.approx(sum(values) / len(values), abs=5.1e-5)
-        assert f" {sum(values) / len(values):.3f} |" in card.text
-    assert own == {}
+    results = {(r.dataset_type, r.metric_type, r.metric_args["num_chunks"]): r for r in card.data.eval_results}
+    for curve in recipe["curves"]:
+        metric, own = curve["metric"], {}
+        for row in json.loads((ROOT / curve["file"]).read_text())[curve["rows"]]:
+            if row["method"] == curve.get("method", "iai") and curve.get("where", {}).items() <= row.items():
+                own.setdefault(row["num_chunks"], []).append(row[metric])
+        for num_chunks, values in own.items():
+            mean = sum(values) / len(values)
+            assert results.pop((curve["data_type"], metric, num_chunks)).metric_value == pytest.approx(mean, abs=5.1e-5)
+            assert f" {mean:.3f} |" in card.text
+    assert results == {}
     assert card.data.license == "apache-2.0" and "## Citation" in card.text and "base_model" not in card.data.to_dict()
     assert recipe["train"] in card.text and f"`{recipe['evaluate']}`" in card.text
     assert all(f"- {limit}\n" in card.text for limit in recipe["limits"]) and len(recipe["limits"]) > 0
+
+
+def test_a_recipe_picks_rows_and_its_method(tmp_path, monkeypatch):
+    row = lambda setting, method, value: {"setting": setting, "method": method, "num_chunks": 4, "exact_match": value}  # noqa: E731
+    rows = [row("a", "delta", 0.75), row("b", "delta", 0.5), row("a", "average", 0.25)]
+    made = {"command": "c", "commit": "abc1234", "torch": "2"}
+    (tmp_path / "recall.json").write_text(json.dumps({"recipe": made, "rows": rows}))
+    monkeypatch.setattr(render_cards, "ROOT", tmp_path)
+    curve = {"file": "recall.json", "rows": "rows", "metric": "exact_match", "unit": "share", "method": "delta"}
+    names = {"data_name": "pairs", "data_type": "pairs", "where": {"setting": "a"}}
+    (measured,) = render_cards.measurements({"evaluate": "c", "curves": [curve | names]}, "curve.png")
+    assert measured.curve() == {4: 0.75} and measured.measured_by == "`c` at commit abc1234"
+    assert measured.table().endswith("| **this adapter** | 0.750 |\n| average | 0.250 |")
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
