@@ -1,7 +1,7 @@
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test test-slow lint
+.PHONY: demo test test-slow lint cards
 
 demo: $(INSTALLED)
 	$(BIN)/hf-iai demo
@@ -15,6 +15,9 @@ test-slow: $(INSTALLED)
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+cards: $(INSTALLED)
+	$(BIN)/python examples/render_cards.py
 
 # The environment is made once, and brought up to date when what it is made from changes.
 $(INSTALLED): pyproject.toml constraints.txt

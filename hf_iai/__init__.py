@@ -1,5 +1,6 @@
 """Iterative amortized inference for Hugging Face models; importing registers the method "IAI" with PEFT."""
 
+from .compat import carry_cards
 from .config import IAIConfig
 from .data import (
     EpisodeCollator,
@@ -11,13 +12,15 @@ from .data import (
 )
 from .embedded import embedded_base
 from .evaluation import evaluate_curve
+from .hub import update_card
 from .model import IAIModel
-from .registration import register
+from .registration import IAIType, register
 from .state import TaskState
 from .trainer import IAITrainer
 from .training_args import IAITrainingArguments
 
 register(IAIConfig, IAIModel)
+carry_cards(IAIType.IAI, update_card)
 
 __version__ = "0.1.0"
 __all__ = [

@@ -80,6 +80,7 @@ def train(
     )
     trainer.train()
     trainer.model.save_pretrained(output)
+    trainer.create_model_card(dataset=data.name)
     typer.echo(f"adapter written to {output}")
 
 

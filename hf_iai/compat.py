@@ -1,9 +1,12 @@
 """Every touch of a private or fragile API of PEFT and transformers; tests/test_compat.py has a canary for each."""
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 
 import torch
+from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import Cache
@@ -172,3 +175,26 @@ class _CheckpointWithLora:
                 return forward(*args)
 
         return self.checkpoint(forward_as_now, *args)
+
+
+def carry_cards(method: str, update: Callable[[PeftModel, str, str], None]) -> None:
+    """Call `update(model, folder, name)` once a card lies in the folder that an adapter of `method` is saved in.
+
+    Saving, PEFT writes the card; pushing, transformers then puts one of its own in that place, just before the upload.
+    """
+    create, upload = PeftModel.create_or_update_model_card, PeftModel._upload_modified_files
+
+    @wraps(create)
+    def create_and_update(self, output_dir: str) -> None:
+        create(self, output_dir)
+        if self.peft_type == method:
+            update(self, output_dir, os.path.basename(os.path.abspath(output_dir)))
+
+    @wraps(upload)
+    def update_and_upload(self, working_dir: str, repo_id: str, *args, **kwargs):
+        if self.peft_type == method:
+            update(self, working_dir, repo_id)
+        return upload(self, working_dir, repo_id, *args, **kwargs)
+
+    PeftModel.create_or_update_model_card = create_and_update
+    PeftModel._upload_modified_files = update_and_upload

@@ -1,4 +1,4 @@
-"""Where the published adapters lie: `adapters/` of a checkout, `hf_iai/adapters/` of an installation."""
+"""Where the published adapters and the card template lie: beside the package in a checkout, in it once installed."""
 
 from pathlib import Path
 
@@ -20,12 +20,13 @@ def published_adapter(name: str) -> str:
         >>> Path(published_adapter("code-prefix")).name
         'code-prefix'
     """
-    published = {path.parent.name: path.parent for path in _adapters_folder().glob("*/adapter_config.json")}
+    published = {path.parent.name: path.parent for path in data_folder("adapters").glob("*/adapter_config.json")}
     if name not in published:
         raise ValueError(f"adapter {name!r} is not published; choose one of {sorted(published)}")
     return str(published[name])
 
 
-def _adapters_folder() -> Path:
-    installed = _PACKAGE / "adapters"
-    return installed if installed.is_dir() else _PACKAGE.parent / "adapters"
+def data_folder(name: str) -> Path:
+    """`adapters` or `model_cards`."""
+    installed = _PACKAGE / name
+    return installed if installed.is_dir() else _PACKAGE.parent / name

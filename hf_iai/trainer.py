@@ -2,14 +2,21 @@
 
 import math
 import random
+import re
+from pathlib import Path
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, Trainer
+from transformers.modelcard import extract_hyperparameters_from_trainer
+from transformers.trainer_utils import has_length
 
 from .data import EpisodeCollator
+from .hub import CardFacts, Measurement, installed_versions, model_card
 from .training_args import IAITrainingArguments
+
+CURVE = re.compile(r"(.+)_loss_at_chunks_(\d+)")  # as `evaluate` logs it
 
 
 class IAITrainer(Trainer):
@@ -26,6 +33,7 @@ class IAITrainer(Trainer):
             `state_learning_rate` cannot be honoured.
 
     `evaluate` logs `eval_loss`, under all chunks, and `eval_loss_at_chunks_{n}`, under the n right before the query.
+    `push_to_hub` carries a card with the run's facts and the last of these curves.
     """
 
     def __init__(
@@ -137,8 +145,77 @@ class IAITrainer(Trainer):
         sums = self.accelerator.reduce(sums, "sum")
         return {n: (loss / tokens).item() for n, (loss, tokens) in zip(counts, sums, strict=True) if tokens}
 
+    def create_model_card(
+        self,
+        language: str | list[str] | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+    ) -> None:
+        """Write `README.md` of `output_dir`; `push_to_hub` calls it.
+
+        Args:
+            dataset, dataset_args: names of the data and of its configuration, in words.
+            dataset_tags: Hub ids of the data.
+            finetuned_from, tasks: of `transformers.Trainer`; not used, the adapter's configuration decides them.
+        """
+        if not self.is_world_process_zero():
+            return
+        output = Path(self.args.output_dir)
+        config = self.accelerator.unwrap_model(self.model).active_peft_config
+        data = ", ".join([*_listed(dataset), *_listed(dataset_args)] or _listed(dataset_tags)) or "data without a name"
+        facts = CardFacts(
+            name=model_name or output.name,
+            model_id=self.hub_model_id or output.name,
+            chunk_size=self.args.chunk_size,
+            training_data=f"{data}{_num_episodes(self.train_dataset)}",
+            hyperparameters=self._hyperparameters(),
+            measurements=self._measurements(data, _listed(dataset_tags)),
+            license=license,
+            language=language,
+            datasets=_listed(dataset_tags) or None,
+            tags=tuple(_listed(tags)),
+            versions=installed_versions(),
+        )
+        model_card(config, facts).save(output / "README.md")
+
+    def _hyperparameters(self) -> dict[str, object]:
+        own = "chunk_size max_chunks curriculum halve_chunks objective truncation_window kl_weight state_learning_rate"
+        return extract_hyperparameters_from_trainer(self) | {name: getattr(self.args, name) for name in own.split()}
+
+    def _measurements(self, data: str, dataset_tags: list[str]) -> tuple[Measurement, ...]:
+        """The last curve of each evaluation set, or that of the step whose weights were loaded at the end."""
+        best = self.state.best_global_step if self.args.load_best_model_at_end else None
+        last = {}
+        for entry in self.state.log_history:
+            curve = [(found[1], int(found[2]), entry[key]) for key in entry if (found := CURVE.fullmatch(key))]
+            if curve and best in (None, entry["step"]):
+                last[curve[0][0]] = entry["step"], [{"method": "iai", "num_chunks": n, "loss": x} for _, n, x in curve]
+        return tuple(
+            Measurement(
+                rows,
+                data_name=f"the evaluation set `{name}` ({data})",
+                data_type=dataset_tags[0] if dataset_tags else name,
+                measured_by=f"`IAITrainer.evaluate` at step {step} of {self.state.max_steps}",
+            )
+            for name, (step, rows) in last.items()
+        )
+
 
 def last_chunks(inputs: dict[str, Tensor], n: int) -> dict[str, Tensor]:
     """The episode with only the n chunks that lie right before the query."""
     start = max(0, inputs["chunk_input_ids"].shape[1] - n)
     return {name: t[:, start:] if name.startswith("chunk_") else t for name, t in inputs.items()}
+
+
+def _listed(value: str | list[str] | None) -> list[str]:
+    return [value] if isinstance(value, str) else list(value or [])
+
+
+def _num_episodes(dataset) -> str:
+    return f", {len(dataset)} episodes" if has_length(dataset) else ""

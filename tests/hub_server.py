@@ -8,6 +8,8 @@ import threading
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import card_rules
+
 GATED = "tester/gated"
 
 
@@ -71,7 +73,7 @@ class Requests(BaseHTTPRequestHandler):
                 self.server.commit(repo, {})
             return self._json({"url": f"{self.server.url}/{repo}", "id": repo, "name": repo}, status)
         if path == "/api/validate-yaml":
-            return self._json({"errors": [], "warnings": []})
+            return self._validate(json.loads(body))
         if re.fullmatch(r"/api/models/[^/]+/[^/]+/preupload/[^/]+", path):
             files = [
                 {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in json.loads(body)["files"]
@@ -82,6 +84,11 @@ class Requests(BaseHTTPRequestHandler):
         return self._error(HTTPStatus.NOT_FOUND, "EntryNotFound")
 
     # ---------------------------------------------------------------- answers
+
+    def _validate(self, card: dict) -> None:
+        wrong, doubtful = card_rules.errors(card["content"]), card_rules.warnings(card["content"])
+        found = {"errors": [{"message": m} for m in wrong], "warnings": [{"message": m} for m in doubtful]}
+        self._json(found, HTTPStatus.BAD_REQUEST if wrong else HTTPStatus.OK)
 
     def _of_repository(self, answer, repo: str, revision: str | None, *rest: str) -> None:
         if repo == GATED:

@@ -4,6 +4,7 @@ import inspect
 
 import pytest
 import torch
+from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTuner
 from tiny import ids, make_base, make_model
@@ -26,6 +27,15 @@ def test_transformers_still_has_what_we_set():
     layer = next(m for m in make_base().modules() if isinstance(m, GradientCheckpointingLayer))
     assert layer.gradient_checkpointing is False
     assert "past_key_values" in inspect.signature(type(layer).forward).parameters
+
+
+def test_cards_are_still_written_where_we_follow():
+    create, upload = PeftModel.create_or_update_model_card, PeftModel._upload_modified_files
+    assert list(inspect.signature(create).parameters) == ["self", "output_dir"], "see compat.carry_cards"
+    assert list(inspect.signature(upload).parameters)[:3] == ["self", "working_dir", "repo_id"]
+    assert "self.create_or_update_model_card(save_directory)" in inspect.getsource(PeftModel.save_pretrained)
+    push = inspect.getsource(PeftModel.push_to_hub)
+    assert push.index("model_card.save(") < push.index("self._upload_modified_files("), "see compat.carry_cards"
 
 
 def test_another_peft_is_refused(monkeypatch):

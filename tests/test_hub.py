@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from hub_server import GATED, Hub
+from huggingface_hub import ModelCard
 
 START = """
 import warnings; warnings.simplefilter("ignore")
@@ -32,7 +33,8 @@ def run(hub, tmp_path):
 
     def run(script: str, **environment: str) -> str:
         own = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": "hf_test", "HF_HUB_OFFLINE": "0"}
-        own |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONPATH": str(Path(__file__).parent)}
+        here = Path(__file__).parent
+        own |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONPATH": f"{here}:{here.parent}"}
         done = subprocess.run(
             [sys.executable, "-c", START + script],
             env=os.environ | own | environment,
@@ -91,6 +93,60 @@ assert torch.equal(*answers)
         if "adapter_model.safetensors" in files
     ]
     assert len(pushes) >= 2 and pushes[0] != pushes[-1]
+
+
+def test_pushed_adapters_carry_our_card(hub, run):
+    run("""
+import test_training as t
+from huggingface_hub import ModelCard
+from hf_iai import IAIConfig, embedded_base
+
+make_base().push_to_hub("tester/base")
+model = make_model(AutoModelForCausalLM.from_pretrained("tester/base"))
+model.push_to_hub("tester/carded", tags=["small"])
+card = ModelCard.load("tester/carded")
+card.text += "\\nA note.\\n"
+card.push_to_hub("tester/carded")
+model.push_to_hub("tester/carded")
+
+config = IAIConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"])
+get_peft_model(AutoModelForCausalLM.from_pretrained(embedded_base()), config).push_to_hub("tester/embedded")
+
+args = t.arguments("run", hub_model_id="tester/evaluated", eval_chunks=(0, 2))
+trainer = IAITrainer(model, args, train_dataset=t.episodes(), eval_dataset=t.episodes(), processing_class=t.tokenizer())
+trainer.evaluate()
+trainer.push_to_hub(license="mit")
+""")
+    first, *_, last = (ModelCard(files["README.md"].decode()) for _, files in hub.commits["tester/carded"][1:])
+    assert "import hf_iai" in first.text and 'from_pretrained("tester/carded")' in first.text
+    assert first.data.base_model == "tester/base" and {"hf_iai", "small"} <= set(first.data.tags)
+    assert first.data.library_name == "peft" and last.text == first.text + "\nA note.\n"
+    embedded = ModelCard(hub.files("tester/embedded")["README.md"].decode())
+    assert "base_model" not in embedded.data.to_dict() and "`hf_iai:embedded`" in embedded.text
+    evaluated = ModelCard(hub.files("tester/evaluated")["README.md"].decode())
+    assert [result.metric_args["num_chunks"] for result in evaluated.data.eval_results] == [0, 2]
+    assert evaluated.data.license == "mit" and 'from_pretrained("tester/evaluated")' in evaluated.text
+
+
+def test_published_cards_validate(run):
+    root = Path(__file__).parent.parent
+    out = run(f"""
+from pathlib import Path
+from huggingface_hub import ModelCard
+root = Path({str(root)!r})
+for path in [*root.glob("adapters/*/README.md"), *root.glob("model_cards/*-*.md")]:
+    ModelCard.load(path).validate()
+    print(path.relative_to(root))
+wrong = ModelCard.load(path)
+wrong.data.base_model = "hf_iai:embedded"
+try:
+    wrong.validate()
+except ValueError as error:
+    print("refused" if "base_model" in str(error) else error)
+""")
+    adapters = [path.name for path in (root / "adapters").iterdir()]
+    cards = {f"adapters/{name}/README.md" for name in adapters} | {f"model_cards/{name}.md" for name in adapters}
+    assert set(out.split()) == cards | {"refused"}
 
 
 @pytest.mark.parametrize(

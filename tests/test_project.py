@@ -22,7 +22,7 @@ def installed(tmp_path_factory) -> Path:
     """The wheel, built from a copy of what is packaged (a stale build folder must not help) and unpacked elsewhere."""
     folder = tmp_path_factory.mktemp("wheel")
     source, target = folder / "source", folder / "site"
-    for name in ("hf_iai", "adapters"):
+    for name in ("hf_iai", "adapters", "model_cards"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source / name)
@@ -45,13 +45,14 @@ def files_in(folder: Path) -> set[str]:
 def test_every_package_is_listed():
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     present = {p.parent.relative_to(ROOT).as_posix().replace("/", ".") for p in ROOT.glob("hf_iai/**/__init__.py")}
-    assert set(listed) == present | {"hf_iai.adapters", "hf_iai.embedded.base"}  # folders of data
+    assert set(listed) == present | {"hf_iai.adapters", "hf_iai.embedded.base", "hf_iai.model_cards"}  # data
 
 
 @pytest.mark.slow
 def test_wheel_carries_everything(installed):
     assert files_in(ROOT / "hf_iai") <= files_in(installed / "hf_iai")
     assert files_in(ROOT / "adapters") == files_in(installed / "hf_iai" / "adapters")
+    assert files_in(installed / "hf_iai" / "model_cards") == {"template.md"}
 
 
 def test_installed_wheel_runs_the_first_step_of_the_demo(installed, tmp_path):
