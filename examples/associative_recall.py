@@ -65,10 +65,10 @@ def recall_episode(
     num_keys: int = NUM_KEYS,
     num_values: int = NUM_VALUES,
 ) -> dict:
-    """One task: `support`, an example for each chunk; `query`, an example `key value` for each key, newest values.
+    """One task: `support`, all that is written; `query`, an example `key value` for each key, newest values.
 
-    `rewritten` says of each query whether its key was written twice, `age` how many chunks before the query its newest
-    value was written, from 1.
+    `num_chunks` is what the support fills; `rewritten` says of each query whether its key was written twice, `age` how
+    many chunks before the query its newest value was written, from 1.
 
     Raises:
         ValueError: when there are fewer keys than pairs, or a rewritten key would have no later chunk.
@@ -91,11 +91,11 @@ def recall_episode(
         age[pair] = num_chunks - place // pairs_per_chunk
         seen.add(pair)
     writes = np.stack([key_ids(keys[order]), value_ids(values)], 1)  # (W, 2)
-    chunks = [writes[i : i + pairs_per_chunk].flatten().tolist() for i in range(0, len(writes), pairs_per_chunk)]
     asked = np.stack([key_ids(keys), value_ids(newest)], 1).tolist()
     return {
-        "support": [{"input_ids": chunk} for chunk in chunks],
+        "support": [{"input_ids": writes.flatten().tolist()}],
         "query": [{"input_ids": [key, value], "labels": [-100, value]} for key, value in asked],
+        "num_chunks": num_chunks,
         "rewritten": [pair < num_again for pair in range(num_pairs)],
         "age": age.tolist(),
     }
@@ -212,7 +212,7 @@ def in_context(model, tasks: list[dict], num_tokens: int = WINDOW, num_asked: in
     """Exact match of the bare base that sees the last `num_tokens` tokens before each of `num_asked` queries."""
     right = []
     for task in tqdm(tasks, f"in context, {num_tokens} tokens", leave=False):
-        context = [i for chunk in task["support"] for i in chunk["input_ids"]][-num_tokens:]
+        context = task["support"][0]["input_ids"][-num_tokens:]
         asked = torch.tensor([query["input_ids"] for query in task["query"]])  # (Q, 2)
         asked = asked[:: max(1, len(asked) // num_asked)]
         ids = torch.cat([torch.tensor(context).expand(len(asked), -1), asked[:, :1]], 1)
@@ -256,7 +256,7 @@ class History(TrainerCallback):
         rows = json.loads(self.path.read_text()) if self.path.exists() else []
         row = {"step": state.global_step}
         for rate, tasks in self.tasks.items():
-            right = from_state(model, tasks, num_chunks=len(tasks[0]["support"]))
+            right = from_state(model, tasks, num_chunks=tasks[0]["num_chunks"])
             row["rewritten" if rate else "once"] = right[np.array([t["rewritten"] for t in tasks]) == (rate > 0)].mean()
         rows = [r for r in rows if r["step"] < state.global_step]  # a run that goes on from a checkpoint repeats some
         self.path.write_text(json.dumps([*rows, row], indent=1) + "\n")
@@ -360,7 +360,7 @@ def rows_of_adapter(folder: Path, num_tasks: int) -> list[dict]:
     for setting, values in settings_of(int(keys[4:])).items():
         tasks = recall_episodes(num_tasks, seed=77, **values)
         rewritten, age = (np.array([task[name] for task in tasks]) for name in ("rewritten", "age"))
-        most = len(tasks[0]["support"])
+        most = tasks[0]["num_chunks"]
         for n in sorted({n for n in (0, 1, 2, 4, 8, 16) if n < most} | {most}):
             right = from_state(model, tasks, n)
             names = {"setting": setting, "slots": int(slots[1:]), "method": method, "seed": int(seed), "num_chunks": n}
@@ -369,7 +369,7 @@ def rows_of_adapter(folder: Path, num_tasks: int) -> list[dict]:
                 rows.append(row(right, age <= n, asked="read", **names))
             if n == most and rewritten.any():
                 rows.append(row(right, rewritten, asked="rewritten", **names))
-    state = model.adapt([{"input_ids": torch.tensor([tasks[0]["support"][0]["input_ids"]])}])
+    state = model.adapt([{"input_ids": torch.tensor([tasks[0]["support"][0]["input_ids"][:CHUNK]])}])
     return [r | {"state_bytes": state.nbytes} for r in rows]
 
 
@@ -380,7 +380,7 @@ def rows_of_base(model, num_tasks: int) -> list[dict]:
         for setting, values in settings_of(num_keys).items():
             tasks = recall_episodes(num_tasks, seed=77, **values)
             for method, tokens in (("fewer_shots", SLOTS), ("full_context", WINDOW)):
-                names = {"setting": setting, "slots": SLOTS, "method": method, "num_chunks": len(tasks[0]["support"])}
+                names = {"setting": setting, "slots": SLOTS, "method": method, "num_chunks": tasks[0]["num_chunks"]}
                 rows.append(row(in_context(model, tasks, tokens), asked="all", **names))
     return rows
 

@@ -207,11 +207,12 @@ def describe(config: IAIConfig) -> str:
     """The adapter's configuration as a markdown list."""
     answers = {"explicit": "base and LoRA answer a query", "parametric": "the bare base answers a query"}
     kept = f", {config.num_kept_tokens} of which keep single tokens" if config.num_kept_tokens else ""
-    rule = " with the delta rule" if config.delta_rule else ""
+    rule = ", delta rule" if config.delta_rule else ""
+    state = f"{config.state_type} with {config.num_state_tokens} slots{kept}"
     lines = [
         f"Base: {_base_in_words(config)}",
         f"Regime: {config.regime} ({answers[config.regime]} under the state)",
-        f"State: {config.state_type} with {config.num_state_tokens} slots{kept}; accumulation: {config.accumulation}{rule}",
+        f"State: {state}; accumulation: {config.accumulation}{rule}",
         f"Signal: {config.signal}",
     ]
     return "\n".join(f"- {line}" for line in lines)

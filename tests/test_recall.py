@@ -16,14 +16,14 @@ from associative_recall import growing_episodes, key_ids, make_tokenizer, recall
 def test_the_newest_value_counts(pairs, rate, chunks):
     for episode in recall_episodes(5, pairs, rate, seed=3):
         memory, times, age = {}, Counter(), {}
-        for number, chunk in enumerate(episode["support"]):
-            ids = chunk["input_ids"]
-            assert len(set(ids[::2])) == len(ids[::2]) <= 4, "a key twice in one chunk"
-            for key, value in zip(ids[::2], ids[1::2], strict=True):
+        (written,) = episode["support"]
+        for number, ids in enumerate(np.array_split(written["input_ids"], range(8, len(written["input_ids"]), 8))):
+            assert len(set(ids[::2].tolist())) == len(ids[::2]) <= 4, "a key twice in one chunk"
+            for key, value in zip(ids[::2].tolist(), ids[1::2].tolist(), strict=True):
                 assert memory.get(key) != value, "rewritten with the same value"
                 memory[key], age[key] = value, chunks - number
                 times[key] += 1
-        assert len(episode["support"]) == chunks and len(memory) == pairs
+        assert episode["num_chunks"] == chunks and len(memory) == pairs
         assert {tuple(query["input_ids"]) for query in episode["query"]} == set(memory.items())
         assert sum(times.values()) == pairs + round(rate * pairs)
         for query, rewritten, since in zip(episode["query"], episode["rewritten"], episode["age"], strict=True):
@@ -42,7 +42,7 @@ def test_symbols_are_single_tokens_and_drawn_anew():
 
 
 def test_training_tasks_grow():
-    sizes = [4 * len(e["support"]) for e in growing_episodes(60, 64, 0.25, 64, seed=0)]
+    sizes = [len(e["support"][0]["input_ids"]) // 2 for e in growing_episodes(60, 64, 0.25, 64, seed=0)]
     assert max(sizes[:8]) <= 20 and sizes[30:].count(80) > 5 and sizes[30:].count(64) > 3
 
 
