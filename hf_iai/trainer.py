@@ -185,7 +185,10 @@ class IAITrainer(Trainer):
         model_card(config, facts).save(output / "README.md")
 
     def _hyperparameters(self) -> dict[str, object]:
-        own = "chunk_size max_chunks curriculum halve_chunks objective truncation_window kl_weight state_learning_rate"
+        own = (
+            "chunk_size min_chunks max_chunks curriculum halve_chunks objective truncation_window scored_states "
+            "kl_weight state_learning_rate"
+        )
         return extract_hyperparameters_from_trainer(self) | {name: getattr(self.args, name) for name in own.split()}
 
     def _measurements(self, data: str, dataset_tags: list[str]) -> tuple[Measurement, ...]:
