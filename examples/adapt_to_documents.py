@@ -83,9 +83,10 @@ def report(curve: Curve, output: Path, **recipe) -> None:
         print(f"\nquery tokens from {from_token} on, nats per token")
         curve.print(from_token=from_token)
         curve.plot(output / f"curve_from_{from_token}.png", from_token=from_token)
-        for step in curve.steps(from_token=from_token):
-            print(step)
-    curve.to_json(output / "curve.json", recipe=recipe, **provenance())
+    steps = {f"steps_from_token_{k}": curve.steps(from_token=k) for k in (0, 32)}
+    for step in (step for found in steps.values() for step in found):
+        print(step)
+    curve.to_json(output / "curve.json", recipe=recipe, **steps, **provenance())
 
 
 def documents_of(path: Path, parts: int = 5) -> dict[str, str]:
