@@ -11,7 +11,7 @@ from peft.tuners.lora import LoraLayer, LoraModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from .compat import key_value_shape
 from .config import IAIConfig, is_embedded_base
@@ -27,6 +27,8 @@ CONFIGS = {
 }
 # What a state can become; the first is the default. A soft prompt that was encoded once is a prefix too.
 POSSIBLE = {"prompt": ["PROMPT_TUNING", "PREFIX_TUNING", "CARTRIDGE"], "prefix": ["PREFIX_TUNING", "CARTRIDGE"]}
+# Their cache has a name of its own, so PEFT takes every step of generate for the first one.
+WRONG_IN_PEFT = ("mamba", "mamba2", "falcon_mamba")
 CARD, BASE = "README.md", "base"
 
 
@@ -48,7 +50,7 @@ def export_to_peft(
 
     Raises:
         ValueError: for a model that is no IAI model, a state of another base or adapter, a type that the state cannot
-            become, or a base that cannot be merged.
+            become, a base that PEFT generates wrongly on, or one that cannot be written.
         FileExistsError: when `path` holds something else.
 
     Example:
@@ -67,7 +69,7 @@ def export_to_peft(
     if not isinstance(tuner, IAIModel):
         raise ValueError(f"export_to_peft needs an IAI model, got {type(model).__name__}: pass the one of the state")
     config, path = model.active_peft_config, Path(os.path.abspath(path))
-    peft_type = _checked_type(peft_type, config.state_type)
+    peft_type = _checked_type(peft_type, config.state_type, tuner.model.config)
     _check_free(path)
     tables = _virtual_tokens(tuner, state, peft_type)
     name = _name_of_base(config)
@@ -90,12 +92,20 @@ def export_to_peft(
         new.rename(path)
 
 
-def _checked_type(peft_type: str | None, state_type: str) -> str:
+def _checked_type(peft_type: str | None, state_type: str, base: PreTrainedConfig) -> str:
+    if base.model_type in WRONG_IN_PEFT:
+        raise ValueError(
+            f"PEFT generates wrongly behind virtual tokens on {base.model_type!r}: answer with hf_iai instead"
+        )
     possible = POSSIBLE[state_type]
+    if not set(getattr(base, "layer_types", None) or []) <= {"full_attention", "sliding_attention"}:
+        possible = ["PROMPT_TUNING"]  # not all layers have keys and values
     peft_type = possible[0] if peft_type is None else getattr(peft_type, "value", peft_type)
     if peft_type not in possible:
         why = ", since 'LORA' needs a lora state, which is not available yet" if peft_type == "LORA" else ""
-        raise ValueError(f"a {state_type} state cannot become {peft_type!r}{why}: pass one of {possible}")
+        raise ValueError(
+            f"a {state_type} state of {base.model_type!r} cannot become {peft_type!r}{why}: pass one of {possible}"
+        )
     return peft_type
 
 

@@ -12,15 +12,24 @@ import card_rules
 import pytest
 import torch
 from hub_server import Hub
-from peft import AutoPeftModelForCausalLM, PeftType, get_peft_model
+from peft import AutoPeftModelForCausalLM, PeftType, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import MORE_FAMILIES, REGIMES, chunks, disturb, ids, make_base, make_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    FalconMambaConfig,
+    Mamba2Config,
+    MambaConfig,
+    MambaForCausalLM,
+    Qwen3NextConfig,
+)
 from typer.testing import CliRunner
 
 import hf_iai.export
 from hf_iai import IAIConfig, chunk_text, embedded_base, export_to_peft
 from hf_iai.cli import app
+from hf_iai.export import _checked_type
 from hf_iai.published import published_adapter
 
 FAMILIES = ["llama", "qwen3", "gpt2", "gemma3"]
@@ -304,7 +313,7 @@ def test_state_of_another_adapter_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("state_type", "peft_type", "message"),
     [
-        ("prefix", PROMPT, r"prefix state cannot become 'PROMPT_TUNING'.*\['PREFIX_TUNING', 'CARTRIDGE'\]"),
+        ("prefix", PROMPT, r"prefix state of 'llama' cannot become 'PROMPT_TUNING'.*\['PREFIX_TUNING', 'CARTRIDGE'\]"),
         ("prefix", "LORA", "cannot become 'LORA', since 'LORA' needs a lora state, which is not available yet"),
         ("prompt", "IA3", r"'IA3': pass one of \['PROMPT_TUNING', 'PREFIX_TUNING', 'CARTRIDGE'\]"),
     ],
@@ -313,6 +322,28 @@ def test_impossible_types(tmp_path, state_type, peft_type, message):
     model = make_model(state_type=state_type)
     with pytest.raises(ValueError, match=message):
         export_to_peft(model, model.initial_state(), tmp_path / "export", peft_type=peft_type)
+
+
+def test_bases_without_keys_and_values_everywhere():
+    """There is no cache that all of a prefix could lie in, and of a Mamba's cache PEFT's generate knows nothing."""
+    hybrid = Qwen3NextConfig()
+    assert _checked_type(None, "prompt", hybrid) == PROMPT
+    with pytest.raises(ValueError, match=r"'qwen3_next' cannot become 'CARTRIDGE': pass one of \['PROMPT_TUNING'\]"):
+        _checked_type(CARTRIDGE, "prompt", hybrid)
+    for config in (MambaConfig(), Mamba2Config(), FalconMambaConfig()):
+        with pytest.raises(ValueError, match=f"generates wrongly .* on '{config.model_type}'"):
+            _checked_type(None, "prompt", config)
+
+
+def test_peft_still_generates_wrongly_on_mamba():
+    torch.manual_seed(0)
+    base = MambaForCausalLM(MambaConfig(vocab_size=97, hidden_size=32, state_size=8, num_hidden_layers=2))
+    for parameter in base.parameters():
+        parameter.data.mul_(3.0 if parameter.dim() > 1 else 1.0)
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, num_attention_heads=1)
+    model = get_peft_model(base, config).eval()
+    cached, plain = (model.generate(input_ids=ids(2, 9), use_cache=cache, **GREEDY) for cache in (True, False))
+    assert not torch.equal(cached, plain), "PEFT can do Mamba now: see WRONG_IN_PEFT in hf_iai/export.py"
 
 
 def test_bases_that_cannot_be_written(tmp_path):
