@@ -12,6 +12,7 @@ from .data import (
 )
 from .embedded import embedded_base
 from .evaluation import evaluate_curve
+from .export import export_to_peft
 from .hub import update_card
 from .model import IAIModel
 from .registration import IAIType, register
@@ -37,4 +38,5 @@ __all__ = [
     "episodes_from_documents",
     "episodes_from_labels",
     "evaluate_curve",
+    "export_to_peft",
 ]

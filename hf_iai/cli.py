@@ -1,4 +1,4 @@
-"""The `hf-iai` command: `demo`, `train`, `adapt`."""
+"""The `hf-iai` command: `demo`, `train`, `adapt`, `export`."""
 
 import json
 from collections.abc import Iterator
@@ -107,6 +107,25 @@ def adapt(
     state = model.adapt(cut(source, tokenizer, chunk_size=chunk_size, model=model), show_progress=True)
     state.save_pretrained(output)
     typer.echo(f"read {int(state.num_tokens)} tokens in {int(state.step)} chunks; state written to {output}")
+
+
+@app.command()
+def export(
+    adapter: Annotated[str, typer.Option(help="Hub id or folder of the adapter that made the state.")],
+    state: Annotated[str, typer.Option(help="Hub id or folder of the task state.")],
+    output: Annotated[Path, typer.Option(help="Folder for the export.")],
+    type: Annotated[
+        str | None, typer.Option(help="PROMPT_TUNING, PREFIX_TUNING or CARTRIDGE; by default as the state is.")
+    ] = None,
+) -> None:
+    """Write a task state as a plain PEFT adapter, which loads without hf_iai."""
+    from peft import AutoPeftModelForCausalLM
+
+    from . import TaskState, export_to_peft
+
+    model = AutoPeftModelForCausalLM.from_pretrained(adapter)
+    export_to_peft(model, TaskState.from_pretrained(state), output, peft_type=type)
+    typer.echo(f"export written to {output}; its README.md says how to load it")
 
 
 def _base_folder(model: str) -> str:

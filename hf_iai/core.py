@@ -103,13 +103,17 @@ class IAICore(nn.Module):
 
     def slots(self, base: Base, state: TaskState) -> KeysValues:
         """What a query attends to: the state, corrected, as keys and values."""
+        return self.state.keys_values(base, self.corrected(base, state))
+
+    def corrected(self, base: Base, state: TaskState) -> dict[str, Tensor]:
+        """The state as a query sees it: all m slots, in the layout of the state type, after the learned correction."""
         with _full_precision(state.step):
             tensors = self.state.visible(base, state.tensors)
             if self.config.accumulation == "average" and self.config.correction:
                 packed = self.state.pack(tensors)
                 corrected = self.correction(packed, self._weights(state), state.step, state.num_tokens)
                 tensors = self.state.unpack(corrected)
-        return self.state.keys_values(base, tensors)
+        return tensors
 
     def _weights(self, state: TaskState) -> Tensor:  # (B, L, H, m)
         """How much each slot has seen: its weight in the average; of a kept token, how much was read after it."""

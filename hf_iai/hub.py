@@ -162,7 +162,7 @@ def model_card(config: IAIConfig, facts: CardFacts) -> ModelCard:
     data = ModelCardData(
         library_name="peft",
         pipeline_tag=TASK,
-        base_model=_base_on_hub(config),
+        base_model=base_on_hub(config),
         license=facts.license,
         language=facts.language,
         datasets=facts.datasets,
@@ -191,15 +191,15 @@ def update_card(model: PeftModel, folder: str | os.PathLike, name: str) -> None:
     card = ModelCard.load(path)
     data = card.data
     tags = [*(data.tags or []), *(model.get_base_model().model_tags or [])]
-    tags = [tag for tag in tags if not tag.startswith("base_model:") or _base_on_hub(config)]
+    tags = [tag for tag in tags if not tag.startswith("base_model:") or base_on_hub(config)]
     if PLACEHOLDER in card.text or (RENDERED in card.text and describe(config) not in card.text):
         facts = CardFacts(name=name.split("/")[-1], model_id=name, tags=tuple(tags), versions=installed_versions())
         model_card(config, facts).save(path)
         return
     data.library_name = "peft"
     data.tags = list(dict.fromkeys([*TAGS, *tags]))
-    if isinstance(data.base_model, str) and not _is_hub_id(data.base_model):
-        data.base_model = _base_on_hub(config)
+    if isinstance(data.base_model, str) and not is_hub_id(data.base_model):
+        data.base_model = base_on_hub(config)
     card.save(path)
 
 
@@ -210,7 +210,7 @@ def describe(config: IAIConfig) -> str:
     rule = ", delta rule" if config.delta_rule else ""
     state = f"{config.state_type} with {config.num_state_tokens} slots{kept}"
     lines = [
-        f"Base: {_base_in_words(config)}",
+        f"Base: {base_in_words(config)}",
         f"Regime: {config.regime} ({answers[config.regime]} under the state)",
         f"State: {state}; accumulation: {config.accumulation}{rule}",
         f"Signal: {config.signal}",
@@ -226,23 +226,23 @@ def installed_versions() -> dict[str, str]:
     return {name: module.__version__ for name, module in modules.items()}
 
 
-def _base_in_words(config: IAIConfig) -> str:
+def base_in_words(config: IAIConfig) -> str:
     name = config.to_dict()["base_model_name_or_path"]
     if name == EMBEDDED_NAME:
         return f"`{EMBEDDED_NAME}`, the small base inside the package"
-    if _is_hub_id(name):
+    if is_hub_id(name):
         return f"[{name}](https://huggingface.co/{name})"
     folder = os.path.basename(name.rstrip("/")) if name else None  # no more of a path on this machine
     return f"`{folder}`, which is not on the Hub" if folder else "a model without a name"
 
 
-def _base_on_hub(config: IAIConfig) -> str | None:
+def base_on_hub(config: IAIConfig) -> str | None:
     """The Hub refuses a card whose `base_model` is no Hub id, and with it the whole upload."""
     name = config.to_dict()["base_model_name_or_path"]
-    return name if _is_hub_id(name) else None
+    return name if is_hub_id(name) else None
 
 
-def _is_hub_id(name: str | None) -> bool:
+def is_hub_id(name: str | None) -> bool:
     if not name or os.path.isdir(name):
         return False
     try:

@@ -101,7 +101,7 @@ def test_published_adapter_names_what_there_is():
 
 def test_help_lists_the_commands():
     output = CliRunner().invoke(app, ["--help"]).output
-    assert all(command in output for command in ("demo", "train", "adapt"))
+    assert all(command in output for command in ("demo", "train", "adapt", "export"))
 
 
 def test_documents_of_a_folder_and_of_json_lines(tmp_path):
