@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from .base import Base, KeysValues
+from .base import Base, Prefix
 from .config import IAIConfig
 from .heads import KEPT, NEVER, Correction, RunningAverage, followed_by, push_tokens
 from .heads.average import include
@@ -90,15 +90,15 @@ class IAICore(nn.Module):
         """Forgetting per token; none without the correction."""
         return self.average.rate() if self.config.correction else self.state.read_slots.new_zeros(1, 1, 1)
 
-    def slots(self, base: Base, state: TaskState) -> KeysValues:
-        """What a query attends to: the state, corrected, as keys and values."""
+    def prefix(self, base: Base, state: TaskState) -> Prefix:
+        """What a query is read behind: the state, corrected."""
         with _full_precision(state.step):
             tensors = self.state.visible(base, state.tensors)
             if self.config.accumulation == "average" and self.config.correction:
                 packed = self.state.pack(tensors)
                 corrected = self.correction(packed, self._weights(state), state.step, state.num_tokens)
                 tensors = self.state.unpack(corrected)
-        return self.state.keys_values(base, tensors)
+        return self.state.prefix(base, tensors)
 
     def _weights(self, state: TaskState) -> Tensor:  # (B, L, H, m)
         """How much each slot has seen: its weight in the average; of a kept token, how much was read after it."""

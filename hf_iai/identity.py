@@ -38,7 +38,8 @@ def fingerprint(base_model: nn.Module, config: IAIConfig, adapter: Iterable[tupl
 
 def _architecture(base_model: nn.Module) -> dict:
     config = base_model.config
-    shape = (config.hidden_size, config.num_hidden_layers, config.num_attention_heads, config.vocab_size)
+    num_heads = getattr(config, "num_attention_heads", None)  # Mamba has none
+    shape = (config.hidden_size, config.num_hidden_layers, num_heads, config.vocab_size)
     return {"class": type(base_model).__name__, "model_type": config.model_type, "shape": shape}
 
 
