@@ -123,6 +123,8 @@ _RECURRENT_CONFIGS = {  # bases with layers that are not attention
 }  # fmt: skip
 ATTENTION_FAMILIES, RECURRENT_FAMILIES = FAMILIES + list(_MORE_CONFIGS), list(_RECURRENT_CONFIGS)
 _CONFIGS |= _MORE_CONFIGS | _RECURRENT_CONFIGS
+# Blocks of 64 weights are what 4-bit kernels read.
+_CONFIGS["llama_64"] = lambda: LlamaConfig(**(_COMMON | {"hidden_size": 64, "intermediate_size": 128}))
 _EAGER_ONLY = ("gemma2", "mamba", "mamba2", "falcon_mamba")  # the Mambas have no attention to choose
 STATES = ["prefix", "prompt"]
 REGIMES = ["explicit", "parametric"]
