@@ -161,8 +161,6 @@ def check_supported(model: nn.Module) -> None:
         raise ValueError(f"{config.model_type!r} rotates interleaved pairs: not available yet")
     if config.model_type.startswith("exaone4"):
         raise ValueError(f"{config.model_type!r} has unnamed layers without positions: not available yet")
-    if config.model_type == "falcon_h1":
-        raise ValueError("'falcon_h1' scales its embeddings only when it is given ids: not available yet")
     if "flash" in (config._attn_implementation or ""):
         raise ValueError(
             f"attention {config._attn_implementation!r} takes the read-out slots' positions for packed sequences: "

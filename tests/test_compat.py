@@ -1,7 +1,6 @@
 """Canaries: each fails with a readable message when a private API we lean on has moved."""
 
 import inspect
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +14,6 @@ import hf_iai.registration
 from hf_iai.compat import (
     READ_BY_WEIGHT,
     PrefixCache,
-    check_supported,
     has_recurrent_layers,
     lora_enabled,
     read_by_weight,
@@ -69,16 +67,11 @@ def test_lora_switch_leaves_requires_grad_alone_and_restores_after_exceptions():
 
 
 @pytest.mark.parametrize(
-    "config", [RwkvConfig(), RecurrentGemmaConfig(num_hidden_layers=3)], ids=lambda c: c.model_type
+    "config", [RwkvConfig(), RecurrentGemmaConfig(num_hidden_layers=3), FalconH1Config()], ids=lambda c: c.model_type
 )
-def test_recurrences_that_read_padding_are_refused(config):
+def test_recurrences_that_would_be_read_wrongly_are_refused(config):
     with pytest.raises(ValueError, match=f"'{config.model_type}' has layers that are not attention.*one of .*'mamba'"):
         has_recurrent_layers(config)
-
-
-def test_embeddings_scaled_only_as_ids_are_refused():
-    with pytest.raises(ValueError, match="'falcon_h1' scales its embeddings"):
-        check_supported(SimpleNamespace(config=FalconH1Config()))
 
 
 def test_lora_on_layers_that_mamba_reads_by_weight():

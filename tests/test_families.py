@@ -50,7 +50,7 @@ def test_answers_equal_a_reference(family, state_type):
                 kept = model._base.rotate(state.tensors["kept_key"], torch.tensor([[2, 3]]))
                 keys, values = torch.cat([keys, kept], -2), torch.cat([values, state.tensors["kept_value"]], -2)
             written = DynamicCache(config=model.config)
-            for layer in range(3):
+            for layer in range(keys.shape[1]):
                 written.update(keys[:, layer], values[:, layer], layer)
             expected = model.base_model.model(input_ids=query, past_key_values=written).logits
     out = model(input_ids=query, labels=query, task_state=state)
@@ -236,9 +236,9 @@ def test_a_parametric_episode_trains_everything(family, state_type, regime):
     assert still == []
 
 
-# Root mean square of the difference in deviations of the logits. Measured: at most 0.015, and what rounding to 8 bits
-# gives the bare base is 0.005 to 0.012; linear attention multiplies it: 0.02 to 0.04 in the Qwens, 0.15 in OLMo-hybrid.
-BFLOAT16 = {"qwen3_next": 0.1, "qwen3_5_text": 0.06, "olmo_hybrid": 0.4}
+# Root mean square of the difference in deviations of the logits. Measured: at most 0.014, and the bare base alone has
+# 0.005 to 0.013 from rounding to 8 bits; OLMo-hybrid's recurrence multiplies it to 0.054.
+BFLOAT16 = {"olmo_hybrid": 0.15}
 
 
 @every_case
