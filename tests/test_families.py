@@ -21,11 +21,17 @@ from transformers import DynamicCache
 from hf_iai import TaskState, batch_chunks
 from hf_iai.base import positions_of
 
-# Kept tokens differ by how keys are moved: one family of each way, the others with the slow tests.
+# Kept tokens differ by how keys are moved, prompts do not by how the same base rotates them: one of each is fast.
 KEPT = ("llama", "gpt2", "gemma3", "smollm3", "gpt_neox", "phi3_longrope")
-CASES = [(f, s) for s in STATES for f in ATTENTION_FAMILIES] + [(f, "prompt") for f in RECURRENT_FAMILIES]
-RECENT_CASES = list(CASES)
-CASES += [pytest.param(f, "kept", marks=[] if f in KEPT else pytest.mark.slow) for f in ATTENTION_FAMILIES]
+
+
+def with_marks(cases: list[tuple[str, str]], fast) -> list:
+    return [case if fast(*case) else pytest.param(*case, marks=pytest.mark.slow) for case in cases]
+
+
+NO_KEPT_CASES = [(f, s) for s in STATES for f in ATTENTION_FAMILIES] + [(f, "prompt") for f in RECURRENT_FAMILIES]
+RECENT_CASES = with_marks(NO_KEPT_CASES, lambda family, state: state == "prefix" or "llama_" not in family)
+CASES = RECENT_CASES + with_marks([(f, "kept") for f in ATTENTION_FAMILIES], lambda family, state: family in KEPT)
 ABSOLUTE = ("gpt2", "opt")  # positions are added to the embeddings: keys cannot be moved
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 GRAPH_BREAKS = ("llama_dynamic",)  # transformers' own rotation branches on the length of the text
@@ -259,12 +265,9 @@ def test_bfloat16_base(family, state_type):
     assert model.generate(query, task_state=state, max_new_tokens=2, **GREEDY).shape == (2, 11)
 
 
-def compiled(*names: str):
-    """Compiling takes seconds: `names` stay among the fast tests."""
-    return [case if case in names else pytest.param(*case, marks=pytest.mark.slow) for case in RECENT_CASES]
-
-
-@pytest.mark.parametrize(("family", "state_type"), compiled(("llama", "prefix"), ("lfm2", "prompt")))
+@pytest.mark.parametrize(
+    ("family", "state_type"), with_marks(NO_KEPT_CASES, lambda family, state: (family, state) == ("llama", "prefix"))
+)
 def test_compiled_base(family, state_type):
     """`base.compile()`: one graph without breaks; the answers are those of the base as it is."""
     torch._dynamo.reset()
