@@ -8,11 +8,22 @@ from contextlib import AbstractContextManager
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from transformers import DynamicCache
 
-from .compat import PrefixCache, check_supported, key_value_shape, lora_enabled, prepare_checkpointing, rotations
+from .compat import (
+    PrefixCache,
+    check_supported,
+    has_longrope,
+    key_value_shape,
+    lora_enabled,
+    prepare_checkpointing,
+    rotations,
+    window_of,
+)
 
 LOGITS_AT_ONCE = 1024  # positions: logits of a long chunk over a large vocabulary would not fit in memory
 KeysValues = list[tuple[Tensor, Tensor]]  # per layer (B, H, m, D) each
+Prefix = KeysValues | Tensor  # what a base takes before a text; a `RecurrentBase` takes embeddings (B, m, d)
 
 
 class Base:
@@ -21,15 +32,16 @@ class Base:
     Not a module: it owns no parameters and is made anew for each use.
     """
 
+    state_types = ("prefix", "prompt")
+
     def __init__(self, model: nn.Module) -> None:
         self.model, self.config = model, model.config
-        self.num_layers, self.num_heads, self.head_width = key_value_shape(model.config)
         check_supported(model)
 
     @property
     def window(self) -> int:
-        """The most positions a pass can have."""
-        return self.config.max_position_embeddings
+        """The most positions a pass can have; `sys.maxsize` for a base without positions."""
+        return window_of(self.config)
 
     @property
     def vocab_size(self) -> int:
@@ -41,14 +53,25 @@ class Base:
     def embed(self, ids: Tensor) -> Tensor:  # (B, T) -> (B, T, d)
         return self.model.get_input_embeddings()(ids)
 
-    def no_prefix(self, rows: int) -> KeysValues:
-        empty = self.model.get_input_embeddings().weight.new_zeros(rows, self.num_heads, 0, self.head_width)
-        return [(empty, empty)] * self.num_layers
+    def no_prefix(self, rows: int) -> Prefix:
+        num_layers, num_heads, width = key_value_shape(self.config)
+        empty = self.model.get_input_embeddings().weight.new_zeros(rows, num_heads, 0, width)
+        return [(empty, empty)] * num_layers
+
+    def encode(self, embeddings: Tensor) -> Prefix:  # (B, m, d)
+        """The prefix that m embeddings are, alone at positions 0..m-1."""
+        mask = torch.ones(embeddings.shape[:2], dtype=torch.long, device=embeddings.device)
+        return self.read(self.no_prefix(len(embeddings)), embeddings, mask, positions_of(mask), mask.shape[1])[1]
+
+    @staticmethod
+    def num_slots(prefix: Prefix) -> int:
+        """m."""
+        return prefix[0][0].shape[-2]
 
     def rotate(self, keys: Tensor, positions: Tensor) -> Tensor:  # (B, L, H, T, D), (B, T) or (1, T)
         """Keys moved by so many positions; rotations compose, so minus its own position brings a key to position 0.
 
-        Bases whose positions are absolute, or whose rotation depends on the length, keep their keys as they are.
+        Bases whose positions are absolute keep their keys as they are.
         """
         found = rotations(self.model, keys, positions)
         if found is None:
@@ -60,7 +83,7 @@ class Base:
 
     def read(
         self,
-        prefix: KeysValues,
+        prefix: Prefix,
         embeddings: Tensor,  # (B, T, d)
         mask: Tensor,  # (B, T)
         positions: Tensor,  # (B, T)
@@ -92,7 +115,7 @@ class Base:
         cap = getattr(self.config, "final_logit_softcapping", None)
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
-    def answer(self, prefix: KeysValues, ids: Tensor, mask: Tensor, labels: Tensor | None = None, **kwargs):
+    def answer(self, prefix: Prefix, ids: Tensor, mask: Tensor, labels: Tensor | None = None, **kwargs):
         """transformers' own output for the T tokens of a query (B, T) behind the prefix."""
         cache = PrefixCache(self.config, _match_rows(prefix, len(ids)))
         prepare_checkpointing(self.model)
@@ -105,6 +128,33 @@ class Base:
             labels=labels,
             **kwargs,
         )
+
+    def generate(self, prefix: Prefix, ids: Tensor, mask: Tensor, **kwargs):  # (B, T) each
+        """transformers' own `generate` behind the prefix; prompt and new ids, (B, T + new)."""
+        if has_longrope(self.config):
+            self._check_stays_within_window(self.num_slots(prefix), ids.shape[1], kwargs.get("max_new_tokens"))
+        kwargs["past_key_values"] = self._written_to_by_generate(prefix, len(ids), kwargs)
+        kwargs["attention_mask"] = torch.cat([mask.new_ones(len(mask), self.num_slots(prefix)), mask], 1)
+        kwargs["use_cache"] = True  # the prefix lies in the cache
+        return self.model.generate(ids, **kwargs)
+
+    def _check_stays_within_window(self, num_slots: int, num_tokens: int, new: int | None) -> None:
+        """Beyond it, generate of Phi-3 throws the cache away without a word, and the state with it."""
+        room = self.window - num_slots - num_tokens
+        if new is None or new > room:
+            raise ValueError(
+                f"longrope turns keys differently beyond {self.window} positions: with {num_slots} slots and a query "
+                f"of {num_tokens} tokens pass max_new_tokens <= {room}, got {new}"
+            )
+
+    def _written_to_by_generate(self, prefix: KeysValues, rows: int, kwargs: dict) -> DynamicCache:
+        """The prefix in a cache of its own, with the rows it will have after generate's repetition for beams."""
+        settings = kwargs.get("generation_config") or self.model.generation_config
+        given = [kwargs.get(n) or getattr(settings, n, None) or 1 for n in ("num_beams", "num_return_sequences")]
+        cache = DynamicCache(config=self.config)
+        for layer, keys_values in enumerate(_match_rows(prefix, rows * max(given))):
+            cache.update(*(t.to(self.model.dtype) for t in keys_values), layer)
+        return cache
 
 
 def positions_of(mask: Tensor) -> Tensor:  # (B, T) -> (B, T)

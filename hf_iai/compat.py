@@ -1,6 +1,7 @@
 """Every touch of a private or fragile API of PEFT and transformers; tests/test_compat.py has a canary for each."""
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -71,15 +72,31 @@ class PrefixCache(Cache):
         return [layer.recorded for layer in self.layers]
 
 
-def key_value_shape(config) -> tuple[int, int, int]:
-    """(number of layers, key/value heads, head width) of a decoder, alike in all its layers.
+# Padding on the left changes nothing, and generate takes embeddings: measured in tests/test_families.py.
+RECURRENT = (
+    "mamba falcon_mamba mamba2 jamba granitemoehybrid lfm2 lfm2_moe qwen3_next qwen3_5_text olmo_hybrid"
+).split()
+
+
+def has_recurrent_layers(config) -> bool:
+    """Whether any layer is not attention, so that there are no keys and values of it.
 
     Raises:
-        ValueError: for a base whose layers are not all attention: it has no key/value prefix.
+        ValueError: for a family with such layers that is not among those tested.
     """
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if not kinds <= {"full_attention", "sliding_attention"} or not hasattr(config, "num_attention_heads"):
-        raise ValueError(f"a task state needs attention in every layer, {config.model_type!r} has {sorted(kinds)}")
+    if kinds <= {"full_attention", "sliding_attention"} and hasattr(config, "num_attention_heads"):
+        return False
+    if config.model_type not in RECURRENT:
+        raise ValueError(
+            f"{config.model_type!r} has layers that are not attention (of {sorted(kinds)}) and is not among those "
+            f"known to work: use one with attention in every layer, or one of {RECURRENT}"
+        )
+    return True
+
+
+def key_value_shape(config) -> tuple[int, int, int]:
+    """(number of layers, key/value heads, head width) of a decoder whose layers are all attention, and alike."""
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     if config.model_type == "falcon" and config.multi_query and not config.new_decoder_architecture:
         heads = 1  # its newer architecture repeats its key/value heads before it stores them
@@ -87,17 +104,30 @@ def key_value_shape(config) -> tuple[int, int, int]:
     return config.num_hidden_layers, heads, width
 
 
+def has_longrope(config) -> bool:
+    return (getattr(config, "rope_parameters", None) or {}).get("rope_type") == "longrope"
+
+
+def window_of(config) -> int:
+    """The most positions of a pass within which keys of one pass are those of another.
+
+    Longrope turns all keys differently in a text of more than its original length. Dynamic NTK does so beyond
+    `max_position_embeddings` only. A base without positions, such as Mamba, has no limit.
+    """
+    if has_longrope(config):
+        return config.rope_parameters["original_max_position_embeddings"]
+    return getattr(config, "max_position_embeddings", sys.maxsize)
+
+
 def rotations(model: nn.Module, like: Tensor, positions: Tensor) -> tuple[Tensor, Tensor] | None:
     """cos and sin of unit length for every layer, (B, L, 1, T, R) each with L = 1 where all layers are alike.
 
-    None for absolute positions, and where the rotation depends on the length of the text.
+    None for absolute positions. Rotations that depend on the length of the text do not change within `window_of`.
     """
     rotary, config = getattr(model.base_model, "rotary_emb", None), model.config
     if rotary is None:
         return None
     per_kind = rotary.rope_type if isinstance(rotary.rope_type, dict) else None  # Gemma3: one for each kind of layer
-    if {"dynamic", "longrope"} & set(per_kind.values() if per_kind else [rotary.rope_type]):
-        return None
     if per_kind:
         scale = {kind: getattr(rotary, f"{kind}_attention_scaling") for kind in per_kind}
         turns = {kind: [t / scale[kind] for t in rotary(like, positions, kind)] for kind in per_kind}
@@ -109,6 +139,18 @@ def rotations(model: nn.Module, like: Tensor, positions: Tensor) -> tuple[Tensor
         layers = [layers[0] if flag else still for flag in flags]
     cos, sin = (torch.stack(t, 1).unsqueeze(2) for t in zip(*layers, strict=True))
     return cos, sin
+
+
+READ_BY_WEIGHT = ("conv1d", "x_proj", "dt_proj", "out_proj")
+
+
+def read_by_weight(model: nn.Module) -> set[str]:
+    """`parent.name` of the layers of Mamba's mixers whose weights fused kernels read: LoRA on them would not be seen.
+
+    Without these kernels some of them are called; what an adapter means must not depend on what is installed.
+    """
+    mixers = [n for n, m in model.named_modules() if {"A_log", "D"} <= dict(m.named_parameters(recurse=False)).keys()]
+    return {f"{parent}.{name}" for parent in {n.split(".")[-1] for n in mixers} for name in READ_BY_WEIGHT}
 
 
 def check_supported(model: nn.Module) -> None:

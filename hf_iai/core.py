@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from .base import Base, KeysValues
+from .base import Base, Prefix
 from .config import IAIConfig
 from .heads import KEPT, NEVER, WRITES, Correction, DeltaRule, RunningAverage, followed_by, push_tokens
 from .heads.average import include
@@ -101,9 +101,9 @@ class IAICore(nn.Module):
         """Forgetting per token; none without the correction."""
         return self.average.rate() if self.config.correction else self.state.read_slots.new_zeros(1, 1, 1)
 
-    def slots(self, base: Base, state: TaskState) -> KeysValues:
-        """What a query attends to: the state, corrected, as keys and values."""
-        return self.state.keys_values(base, self.corrected(base, state))
+    def prefix(self, base: Base, state: TaskState) -> Prefix:
+        """What a query is read behind: the state, corrected."""
+        return self.state.prefix(base, self.corrected(base, state))
 
     def corrected(self, base: Base, state: TaskState) -> dict[str, Tensor]:
         """The state as a query sees it: all m slots, in the layout of the state type, after the learned correction."""

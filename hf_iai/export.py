@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
-from .compat import key_value_shape
+from .compat import has_recurrent_layers, key_value_shape
 from .config import IAIConfig, is_embedded_base
 from .export_card import MARK, export_card
 from .hub import is_hub_id
@@ -98,7 +98,7 @@ def _checked_type(peft_type: str | None, state_type: str, base: PreTrainedConfig
             f"PEFT generates wrongly behind virtual tokens on {base.model_type!r}: answer with hf_iai instead"
         )
     possible = POSSIBLE[state_type]
-    if not set(getattr(base, "layer_types", None) or []) <= {"full_attention", "sliding_attention"}:
+    if has_recurrent_layers(base):
         possible = ["PROMPT_TUNING"]  # not all layers have keys and values
     peft_type = possible[0] if peft_type is None else getattr(peft_type, "value", peft_type)
     if peft_type not in possible:
@@ -133,7 +133,7 @@ def _virtual_tokens(tuner: IAIModel, state: TaskState, peft_type: str) -> Tensor
         if peft_type == "PROMPT_TUNING":
             rows = tuner.core.corrected(base, state)["prompt"][:, 0, 0]  # (B, m, d)
         else:
-            layers = [torch.stack(pair, 1) for pair in tuner.core.slots(base, state)]  # (B, 2, H, m, D) each
+            layers = [torch.stack(pair, 1) for pair in tuner.core.prefix(base, state)]  # (B, 2, H, m, D) each
             rows = torch.stack(layers, 1).permute(0, 4, 1, 2, 3, 5).flatten(2)  # (B, m, L * 2 * H * D)
     return rows.to("cpu", tuner.model.dtype).contiguous()
 

@@ -25,12 +25,17 @@ def fingerprint(base_model: nn.Module, config: IAIConfig, adapter: Iterable[tupl
     digest = hashlib.sha256()
     described = {name: getattr(config, name) for name in CONFIG_FIELDS} | _architecture(base_model)
     digest.update(json.dumps(described, sort_keys=True, default=str).encode())
-    weights = sorted((n.replace(".base_layer.", "."), p) for n, p in base_model.named_parameters() if "lora_" not in n)
+    weights = sorted(
+        (n.replace(".base_layer.", "."), p)
+        for n, p in base_model.named_parameters()
+        # Kernels lay quantized weights out anew at their first use.
+        if "lora_" not in n and p.is_floating_point()
+    )
     for name, tensor in weights[:: max(1, len(weights) // SAMPLED_TENSORS)]:
         flat = tensor.detach().flatten()
         sample = flat[:: max(1, len(flat) // SAMPLED_VALUES)][:SAMPLED_VALUES]
         # In bfloat16 a checkpoint is the same base whether it was loaded in that type or in float32.
-        _update(digest, name, sample.to(torch.bfloat16) if sample.is_floating_point() else sample)
+        _update(digest, name, sample.to(torch.bfloat16))
     for name, tensor in sorted(adapter):
         _update(digest, name, tensor.detach())
     return Identity(digest.hexdigest(), _display_name(base_model, config, digest.hexdigest()))
@@ -38,8 +43,12 @@ def fingerprint(base_model: nn.Module, config: IAIConfig, adapter: Iterable[tupl
 
 def _architecture(base_model: nn.Module) -> dict:
     config = base_model.config
-    shape = (config.hidden_size, config.num_hidden_layers, config.num_attention_heads, config.vocab_size)
-    return {"class": type(base_model).__name__, "model_type": config.model_type, "shape": shape}
+    num_heads = getattr(config, "num_attention_heads", None)  # Mamba has none
+    shape = (config.hidden_size, config.num_hidden_layers, num_heads, config.vocab_size)
+    described = {"class": type(base_model).__name__, "model_type": config.model_type, "shape": shape}
+    if (quantization := getattr(config, "quantization_config", None)) is not None:
+        described["quantization"] = quantization.to_dict()
+    return described
 
 
 def _display_name(base_model: nn.Module, config: IAIConfig, digest: str) -> str:

@@ -1,5 +1,6 @@
 """IAIModel: the PEFT tuner. Reads chunks into a task state, answers queries under it."""
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
@@ -9,17 +10,19 @@ import torch
 from peft.tuners.lora import LoraModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import DynamicCache
 
 from .base import Base
+from .compat import READ_BY_WEIGHT, read_by_weight
 from .config import IAIConfig
 from .core import IAICore
 from .identity import fingerprint
 from .objectives import Objective, episode_loss
+from .recurrent import base_of
 from .state import Identity, TaskState
 
 Chunk = Mapping[str, Tensor]
-OWN_ARGUMENTS = {"use_cache", "past_key_values", "position_ids"}  # of the base's forward: the state decides them
+# Of the base's forward: the state decides them.
+OWN_ARGUMENTS = {"use_cache", "past_key_values", "position_ids", "inputs_embeds"}
 
 
 class IAIModel(LoraModel):
@@ -53,10 +56,25 @@ class IAIModel(LoraModel):
             self.iai = nn.ModuleDict()
             self.objective = Objective()
             self._disabled, self._using, self._identities = False, [], {}
+        base, config = base_of(model), self.peft_config[adapter_name]
+        if config.state_type not in base.state_types:
+            raise ValueError(
+                f"state_type={config.state_type!r} needs keys and values in every layer, which "
+                f"{model.config.model_type!r} does not have: use state_type='prompt'"
+            )
+        if config.target_modules == "all-linear" and not isinstance(config.exclude_modules, str):
+            config.exclude_modules = {*(config.exclude_modules or ()), *read_by_weight(model)} or None
         super().inject_adapter(model, adapter_name, **kwargs)
-        config = self.peft_config[adapter_name]
         trained = adapter_name in self.active_adapters and not config.inference_mode
-        self.iai[adapter_name] = IAICore(Base(model), config).requires_grad_(trained)
+        self.iai[adapter_name] = IAICore(base, config).requires_grad_(trained)
+
+    def _check_target_module_compatiblity(self, peft_config: IAIConfig, model: nn.Module, target_name: str) -> None:
+        super()._check_target_module_compatiblity(peft_config, model, target_name)
+        if target_name in READ_BY_WEIGHT and read_by_weight(model):
+            raise ValueError(
+                f"target_modules names {target_name!r}, whose weight {model.config.model_type!r} reads without calling "
+                "it, so LoRA would have no effect: leave it out, or use target_modules='all-linear'"
+            )
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         if not isinstance(adapter_name, str) and len(adapter_name) > 1:
@@ -111,11 +129,11 @@ class IAIModel(LoraModel):
 
     @property
     def _base(self) -> Base:
-        return Base(self.model)
+        return base_of(self.model)
 
     @property
     def window(self) -> int:
-        """Positions the base has."""
+        """Positions the base has; `sys.maxsize` for one without positions."""
         return self._base.window
 
     @property
@@ -125,7 +143,13 @@ class IAIModel(LoraModel):
 
     @property
     def max_chunk_size(self) -> int:
-        """window - 2m: a chunk is read between theta(0) and at most m read-out slots."""
+        """window - 2m: a chunk is read between theta(0) and at most m read-out slots.
+
+        Raises:
+            ValueError: for a base without positions, such as Mamba, which has no window.
+        """
+        if self.window == sys.maxsize:
+            raise ValueError(f"{self.model.config.model_type!r} has no window that a chunk could fill: pass chunk_size")
         return self.window - 2 * self.num_slots
 
     @property
@@ -256,6 +280,8 @@ class IAIModel(LoraModel):
             with self._predictor_lora():
                 kwargs |= {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
                 return self.model(**kwargs)
+        if input_ids is None:
+            raise ValueError("forward under a state needs input_ids (B, T); inputs_embeds cannot be used with it")
         self._check_query(state, input_ids)
         kwargs = {name: value for name, value in kwargs.items() if name not in OWN_ARGUMENTS}
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
@@ -263,8 +289,8 @@ class IAIModel(LoraModel):
 
     def _answer(self, state: TaskState, ids: Tensor, mask: Tensor, labels: Tensor | None, **kwargs):
         with self._predictor_lora():
-            slots = self.core.slots(self._base, state)
-            return self._base.answer(slots, ids, mask, labels, **kwargs)
+            prefix = self.core.prefix(self._base, state)
+            return self._base.answer(prefix, ids, mask, labels, **kwargs)
 
     def _episode(self, ids, mask, labels, chunk_ids, chunk_mask):  # (B, Q, T) and (B, K, C)
         self._refuse_when_disabled("an episode")
@@ -291,27 +317,11 @@ class IAIModel(LoraModel):
         if input_ids is None:
             raise ValueError("generate under a state needs input_ids (B, T); inputs_embeds cannot be used with it")
         self._check_query(state, input_ids)
-        kwargs["use_cache"] = True  # the state lies in the cache
         mask = kwargs.pop("attention_mask", None)
         mask = torch.ones_like(input_ids) if mask is None else mask
         with torch.no_grad(), self._predictor_lora():
-            slots = self.core.slots(self._base, state)
-            kwargs["past_key_values"] = self._cache_for(slots, len(input_ids), kwargs)
-            kwargs["attention_mask"] = torch.cat([mask.new_ones(len(mask), self.num_slots), mask], 1)
-            return self.model.generate(input_ids, **kwargs)
-
-    def _cache_for(self, slots, rows: int, kwargs: dict) -> DynamicCache:
-        """A cache that generate may write to, with the rows it will have after its own repetition for beams."""
-        settings = kwargs.get("generation_config") or self.model.generation_config
-        given = [kwargs.get(n) or getattr(settings, n, None) or 1 for n in ("num_beams", "num_return_sequences")]
-        cache = DynamicCache(config=self.model.config)
-        for layer, (keys, values) in enumerate(slots):
-            repeats = rows * max(given) // len(keys)
-            dtype = self.model.dtype
-            cache.update(
-                keys.repeat_interleave(repeats, 0).to(dtype), values.repeat_interleave(repeats, 0).to(dtype), layer
-            )
-        return cache
+            prefix = self.core.prefix(self._base, state)
+            return self._base.generate(prefix, input_ids, mask, **kwargs)
 
     @contextmanager
     def using(self, state: TaskState) -> Iterator[None]:
@@ -403,10 +413,11 @@ class IAIModel(LoraModel):
             )
 
     def _check_chunk_length(self, length: int) -> None:
-        if length > self.max_chunk_size:
+        most = self.window - 2 * self.num_slots
+        if length > most:
             raise ValueError(
                 f"a chunk of {length} tokens does not fit: window {self.window} - 2 x {self.num_slots} slots "
-                f"= {self.max_chunk_size}; pass chunk_size <= {self.max_chunk_size}"
+                f"= {most}; pass chunk_size <= {most}"
             )
 
     def _check_ids(self, ids: Tensor) -> None:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import kl_div
 
-from .base import positions_of
 from .state import Identity, TaskState
 
 KINDS = ("unrolled", "truncated", "greedy")
@@ -124,14 +123,10 @@ def _teacher_loss(model, logits, ids, mask, labels, chunk_ids, chunk_mask) -> Te
     room = model.window - ids.shape[1]
     context = chunk_ids.flatten(1)[:, -room:].repeat_interleave(queries, 0)  # (B * Q, R)
     context_mask = chunk_mask.flatten(1)[:, -room:].repeat_interleave(queries, 0)
-    full_mask = torch.cat([context_mask, mask], 1)
-    with torch.no_grad(), model._eval_mode(), model._base.lora(False):
-        teacher = model.model(
-            input_ids=torch.cat([context, ids], 1),
-            attention_mask=full_mask,
-            position_ids=positions_of(full_mask),
-            use_cache=False,
-        ).logits[:, -ids.shape[1] :]
+    full_ids, full_mask = torch.cat([context, ids], 1), torch.cat([context_mask, mask], 1)
+    base = model._base
+    with torch.no_grad(), model._eval_mode(), base.lora(False):
+        teacher = base.answer(base.no_prefix(len(ids)), full_ids, full_mask).logits[:, -ids.shape[1] :]
     scored = labels[:, 1:] != -100
     student, teacher = (x[:, :-1][scored].float().log_softmax(-1) for x in (logits, teacher))
     return kl_div(student, teacher, reduction="batchmean", log_target=True)

@@ -162,3 +162,22 @@ def test_bfloat16_base_keeps_a_float32_state(state_type):
     assert all(t.dtype == torch.float32 for n, t in state.tensors.items() if n != "kept_age")
     assert model(input_ids=ids(2, 5), task_state=state).logits.dtype == torch.bfloat16
     assert model.generate(input_ids=ids(2, 5), task_state=state, max_new_tokens=2, **GREEDY).shape == (2, 7)
+
+
+def test_arguments_of_transformers_behind_embeddings():
+    """A base without keys and values is given embeddings: what counts or cuts positions must not count the prompt."""
+    model = make_model("mamba", state_type="prompt")
+    state, query = model.adapt(chunks(2)), ids(2, 6, seed=1)
+    whole = model(input_ids=query, labels=query, task_state=state)
+    assert torch.equal(model(input_ids=query, task_state=state, logits_to_keep=2).logits, whole.logits[:, -2:])
+    padded = torch.cat([ids(2, 3, seed=2), query], 1)
+    mask = torch.tensor([[0] * 3 + [1] * 6] * 2)
+    assert (
+        model(input_ids=padded, attention_mask=mask, labels=padded, task_state=state).loss - whole.loss
+    ).abs() < 1e-5
+    expected = model.generate(query, task_state=state, max_new_tokens=4, **GREEDY)
+    assert torch.equal(model.generate(query, task_state=state, max_length=10, **GREEDY), expected)
+    output = model.generate(query, task_state=state, max_new_tokens=4, return_dict_in_generate=True, **GREEDY)
+    assert torch.equal(output.sequences, expected)
+    with pytest.raises(ValueError, match="needs input_ids"):
+        model(inputs_embeds=torch.zeros(2, 6, 32), task_state=state)

@@ -7,12 +7,18 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTuner
-from tiny import ids, make_base, make_model
-from transformers import DynamicCache, MambaConfig
+from tiny import WINDOW, chunks, ids, make_base, make_model
+from transformers import DynamicCache, FalconH1Config, RecurrentGemmaConfig, RwkvConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import hf_iai.registration
-from hf_iai.compat import PrefixCache, key_value_shape, lora_enabled
+from hf_iai.compat import (
+    READ_BY_WEIGHT,
+    PrefixCache,
+    has_recurrent_layers,
+    lora_enabled,
+    read_by_weight,
+)
 
 
 def test_peft_still_has_what_we_override():
@@ -70,9 +76,42 @@ def test_lora_switch_leaves_requires_grad_alone_and_restores_after_exceptions():
     assert before == [p.requires_grad for p in model.parameters()]
 
 
-def test_bases_without_attention_are_refused():
-    with pytest.raises(ValueError, match="'mamba'"):
-        key_value_shape(MambaConfig())
+@pytest.mark.parametrize(
+    "config", [RwkvConfig(), RecurrentGemmaConfig(num_hidden_layers=3), FalconH1Config()], ids=lambda c: c.model_type
+)
+def test_recurrences_that_would_be_read_wrongly_are_refused(config):
+    with pytest.raises(ValueError, match=f"'{config.model_type}' has layers that are not attention.*one of .*'mamba'"):
+        has_recurrent_layers(config)
+
+
+def test_lora_on_layers_that_mamba_reads_by_weight():
+    """transformers reads some weights of its mixers without calling the layer: see compat.read_by_weight."""
+    assert read_by_weight(make_base("mamba")) == {f"mixer.{name}" for name in READ_BY_WEIGHT}
+    assert read_by_weight(make_base("lfm2")) == read_by_weight(make_base("qwen3_next")) == set()
+    names = {
+        name for name, module in make_model("jamba", state_type="prompt").named_modules() if hasattr(module, "lora_A")
+    }
+    assert {name.split(".")[-1] for name in names if ".mamba." in name} == {"in_proj"}
+    with pytest.raises(ValueError, match="target_modules names 'x_proj'.*'mamba' reads without calling"):
+        make_model("mamba", state_type="prompt", target_modules=["in_proj", "x_proj"])
+    assert "_check_target_module_compatiblity" in dir(BaseTuner), "PEFT moved it: see hf_iai/model.py"
+
+
+def test_longrope_stays_within_the_length_where_keys_do_not_change():
+    model = make_model("phi3_longrope")
+    assert model.window == WINDOW // 2
+    state, query = model.adapt(chunks(1)), ids(2, 50)
+    with pytest.raises(ValueError, match="max_new_tokens <= 10, got 11"):
+        model.generate(query, task_state=state, max_new_tokens=11)
+    assert model.generate(query, task_state=state, max_new_tokens=10, eos_token_id=None).shape == (2, 60)
+
+
+def test_a_base_without_positions_has_no_window():
+    model = make_model("mamba", state_type="prompt")
+    long = ids(1, 3 * WINDOW)
+    assert model(input_ids=long, task_state=model.adapt([{"input_ids": long}])).logits.shape[1] == 3 * WINDOW
+    with pytest.raises(ValueError, match="'mamba' has no window that a chunk could fill: pass chunk_size"):
+        model.max_chunk_size  # noqa: B018
 
 
 def test_reentrant_checkpointing_is_refused():

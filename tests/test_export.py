@@ -14,7 +14,7 @@ import torch
 from hub_server import Hub
 from peft import AutoPeftModelForCausalLM, PeftType, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny import MORE_FAMILIES, REGIMES, chunks, disturb, ids, make_base, make_model
+from tiny import ATTENTION_FAMILIES, REGIMES, chunks, disturb, ids, make_base, make_model
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -196,7 +196,7 @@ def test_export_loads_from_the_hub(folder):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [KINDS[0], KINDS[3]], ids="-".join)
 @pytest.mark.parametrize("regime", REGIMES)
-@pytest.mark.parametrize("family", MORE_FAMILIES)
+@pytest.mark.parametrize("family", ATTENTION_FAMILIES)
 def test_every_family(family, regime, kind, tmp_path):
     """As above, in this process, with a query longer than the sliding windows."""
     model = make_model(family, regime=regime, state_type=kind[0])

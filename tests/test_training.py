@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from hf_iai import IAIConfig, IAITrainer, IAITrainingArguments
+from hf_iai.evaluation import evaluate_curve
 from hf_iai.objectives import Objective
 from hf_iai.trainer import last_chunks
 
@@ -62,6 +63,17 @@ def test_recent_trains_without_unused_parameters(tmp_path, state_type, regime):
     model = make_model(trained=False, state_type=state_type, regime=regime, accumulation="recent")
     model.train()(**last_chunks(batch(), 1)).loss.backward()
     assert [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
+def test_a_recurrent_base_trains_and_is_evaluated(tmp_path):
+    model = make_model("mamba", trained=False, state_type="prompt")
+    before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    after, _ = train(tmp_path, model=model, kl_weight=0.5, max_steps=3)
+    assert [name for name in after if torch.equal(before[name], after[name])] == []
+    curve = evaluate_curve(model, episodes(4), num_chunks=[0, 2], chunk_size=CHUNK, baselines=["full_context"])
+    assert curve.counts("iai") == curve.counts("full_context") == [0, 2]
+    with pytest.raises(ValueError, match="pass chunk_size"):
+        train(tmp_path, model=model, chunk_size=None)
 
 
 @pytest.mark.parametrize("state_rate", [None, 3e-2])

@@ -7,18 +7,29 @@ from peft import get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     FalconConfig,
+    FalconMambaConfig,
     Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
+    GraniteMoeHybridConfig,
+    JambaConfig,
+    Lfm2Config,
+    Lfm2MoeConfig,
     LlamaConfig,
+    Mamba2Config,
+    MambaConfig,
     MistralConfig,
     MixtralConfig,
     Olmo2Config,
+    OlmoHybridConfig,
     OPTConfig,
     Phi3Config,
     Qwen2Config,
+    Qwen3_5TextConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
+    Qwen3NextConfig,
     SmolLM3Config,
     StableLmConfig,
 )
@@ -47,33 +58,75 @@ _CONFIGS = {
     ),
 }  # fmt: skip
 FAMILIES = list(_CONFIGS)
-_NO_GROUPS = {name: value for name, value in _COMMON.items() if name != "num_key_value_heads"}
+_SMALL = _COMMON | {"num_hidden_layers": 2}  # for the families that tests/test_families.py alone goes through
+_SMALL_NO_GROUPS = {name: value for name, value in _SMALL.items() if name != "num_key_value_heads"}
 _ROPE = {"rope_theta": 10000.0, "factor": 2.0, "original_max_position_embeddings": WINDOW // 2}
 _LLAMA3 = _ROPE | {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+_LONGROPE = _ROPE | {"short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.0, 2.0, 3.0, 4.0]}
 _MORE_CONFIGS = {
-    "qwen2": lambda: Qwen2Config(**_COMMON),
-    "mistral": lambda: MistralConfig(**_COMMON, sliding_window=24),
-    "gemma2": lambda: Gemma2Config(**_COMMON, head_dim=16, sliding_window=24, query_pre_attn_scalar=16),
+    "qwen2": lambda: Qwen2Config(**_SMALL),
+    "mistral": lambda: MistralConfig(**_SMALL, sliding_window=24),
+    "gemma2": lambda: Gemma2Config(**_SMALL, head_dim=16, sliding_window=24, query_pre_attn_scalar=16),
     "gemma3": lambda: Gemma3TextConfig(
-        **_COMMON, head_dim=16, sliding_window=24, layer_types=["sliding_attention"] * 2 + ["full_attention"]
+        **_SMALL, head_dim=16, sliding_window=24, layer_types=["sliding_attention", "full_attention"]
     ),
-    "gpt_neox": lambda: GPTNeoXConfig(**_NO_GROUPS, hidden_dropout=0.0, attention_dropout=0.0),
-    "opt": lambda: OPTConfig(**_NO_GROUPS, ffn_dim=48, word_embed_proj_dim=32, dropout=0.0),
-    "phi3": lambda: Phi3Config(**_COMMON),
-    "smollm3": lambda: SmolLM3Config(**_COMMON, no_rope_layers=[1, 0, 1]),
-    "stablelm": lambda: StableLmConfig(**_COMMON),
-    "falcon": lambda: FalconConfig(**_NO_GROUPS, alibi=False),
-    "falcon_new": lambda: FalconConfig(**_NO_GROUPS, alibi=False, new_decoder_architecture=True, num_kv_heads=2),
-    "olmo2": lambda: Olmo2Config(**_COMMON),
-    "mixtral": lambda: MixtralConfig(**_COMMON, num_local_experts=2, num_experts_per_tok=2),
-    "llama_tied": lambda: LlamaConfig(**_COMMON, tie_word_embeddings=True),
-    "llama_linear": lambda: LlamaConfig(**_COMMON, rope_parameters={"rope_type": "linear"} | _ROPE),
-    "llama_yarn": lambda: LlamaConfig(**_COMMON, rope_parameters={"rope_type": "yarn"} | _ROPE),
-    "llama_llama3": lambda: LlamaConfig(**_COMMON, rope_parameters={"rope_type": "llama3"} | _LLAMA3),
+    "gpt_neox": lambda: GPTNeoXConfig(**_SMALL_NO_GROUPS, hidden_dropout=0.0, attention_dropout=0.0),
+    "opt": lambda: OPTConfig(**_SMALL_NO_GROUPS, ffn_dim=48, word_embed_proj_dim=32, dropout=0.0),
+    "phi3": lambda: Phi3Config(**_SMALL),
+    "smollm3": lambda: SmolLM3Config(**_SMALL, no_rope_layers=[1, 0]),
+    "stablelm": lambda: StableLmConfig(**_SMALL),
+    "falcon": lambda: FalconConfig(**_SMALL_NO_GROUPS, alibi=False),
+    "falcon_new": lambda: FalconConfig(**_SMALL_NO_GROUPS, alibi=False, new_decoder_architecture=True, num_kv_heads=2),
+    "olmo2": lambda: Olmo2Config(**_SMALL),
+    "mixtral": lambda: MixtralConfig(**_SMALL, num_local_experts=2, num_experts_per_tok=2),
+    "qwen3_moe": lambda: Qwen3MoeConfig(
+        **_SMALL, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16
+    ),
+    "llama_tied": lambda: LlamaConfig(**_SMALL, tie_word_embeddings=True),
+    "llama_linear": lambda: LlamaConfig(**_SMALL, rope_parameters={"rope_type": "linear"} | _ROPE),
+    "llama_yarn": lambda: LlamaConfig(**_SMALL, rope_parameters={"rope_type": "yarn"} | _ROPE),
+    "llama_llama3": lambda: LlamaConfig(**_SMALL, rope_parameters={"rope_type": "llama3"} | _LLAMA3),
+    "llama_dynamic": lambda: LlamaConfig(**_SMALL, rope_parameters={"rope_type": "dynamic"} | _ROPE),
+    "phi3_longrope": lambda: Phi3Config(
+        **_SMALL, original_max_position_embeddings=WINDOW // 2, rope_parameters={"rope_type": "longrope"} | _LONGROPE
+    ),
 }
-MORE_FAMILIES = list(_MORE_CONFIGS)  # tests/test_families.py
-_CONFIGS |= _MORE_CONFIGS
-_EAGER_ONLY = ("gemma2",)
+_NO_ATTENTION = {
+    name: _SMALL[name]
+    for name in _SMALL
+    if "heads" not in name and name not in ("intermediate_size", "max_position_embeddings")
+}
+_MAMBA2 = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 16}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+_DELTA = {
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+    "head_dim": 16, "layer_types": ["linear_attention", "full_attention"],
+}  # fmt: skip
+_RECURRENT_CONFIGS = {  # bases with layers that are not attention
+    "mamba": lambda: MambaConfig(**_NO_ATTENTION, state_size=8),
+    "mamba2": lambda: Mamba2Config(**_NO_ATTENTION, state_size=8, head_dim=16, num_heads=4, n_groups=1, chunk_size=16),
+    "jamba": lambda: JambaConfig(
+        **_SMALL, attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1,
+        num_experts=2, num_experts_per_tok=1, mamba_d_state=8,
+    ),
+    "lfm2": lambda: Lfm2Config(**_SMALL, layer_types=["conv", "full_attention"]),
+    "qwen3_next": lambda: Qwen3NextConfig(**_SMALL, **_EXPERTS, **_DELTA, shared_expert_intermediate_size=16),
+    "falcon_mamba": lambda: FalconMambaConfig(**_NO_ATTENTION, state_size=8),
+    "granitemoehybrid": lambda: GraniteMoeHybridConfig(
+        **_SMALL, **_MAMBA2, shared_intermediate_size=48, num_local_experts=0,
+        layer_types=["linear_attention", "full_attention"],
+    ),
+    "lfm2_moe": lambda: Lfm2MoeConfig(
+        **_SMALL, **_EXPERTS, num_dense_layers=1, layer_types=["conv", "full_attention"]
+    ),
+    "qwen3_5_text": lambda: Qwen3_5TextConfig(**_SMALL, **_DELTA),
+    "olmo_hybrid": lambda: OlmoHybridConfig(**_SMALL, layer_types=["linear_attention", "full_attention"]),
+}  # fmt: skip
+ATTENTION_FAMILIES, RECURRENT_FAMILIES = FAMILIES + list(_MORE_CONFIGS), list(_RECURRENT_CONFIGS)
+_CONFIGS |= _MORE_CONFIGS | _RECURRENT_CONFIGS
+# Blocks of 64 weights are what 4-bit kernels read.
+_CONFIGS["llama_64"] = lambda: LlamaConfig(**(_COMMON | {"hidden_size": 64, "intermediate_size": 128}))
+_EAGER_ONLY = ("gemma2", "mamba", "mamba2", "falcon_mamba")  # the Mambas have no attention to choose
 STATES = ["prefix", "prompt"]
 REGIMES = ["explicit", "parametric"]
 AVERAGES = list(product(FAMILIES, STATES, REGIMES))
@@ -86,8 +139,9 @@ def make_base(family: str = "llama", attention: str = "sdpa"):
     torch.manual_seed(0)
     attention = "eager" if family in _EAGER_ONLY else attention
     model = AutoModelForCausalLM.from_config(_CONFIGS[family](), attn_implementation=attention)
+    sharper = 1.5 if "mamba" in family else 3.0  # more and a Mamba multiplies every rounding error
     for parameter in model.parameters():  # sharper predictions, so that equal tokens mean something
-        parameter.data.mul_(3.0 if parameter.dim() > 1 else 1.0)
+        parameter.data.mul_(sharper if parameter.dim() > 1 else 1.0)
     return model.eval()
 
 

@@ -13,7 +13,7 @@ class Reading:
     """What one pass over [theta(0)][chunk][read-out slots] left behind; C tokens and P read-out slots."""
 
     hidden: Tensor  # (B, P, d) last hidden states of the slots
-    keys_values: KeysValues  # per layer (B, H, C + P, D), of chunk and slots
+    keys_values: KeysValues  # per layer (B, H, C + P, D), of chunk and slots; [] of a base that keeps none
     mask: Tensor  # (B, C)
     positions: Tensor  # (B, C)
     surprisal: Tensor | None  # (B, C) in nats, of each token given those before it; None where not asked for
@@ -34,10 +34,10 @@ def read_observations(
     they will become; being last, they see the whole chunk.
     """
     start = {name: tensor[None] for name, tensor in state.start.items()}
-    prefix = state.keys_values(base, start)
+    prefix = state.prefix(base, start)
     num_slots = len(state.read_slots)
     slots = state.read_slots.to(base.embed(ids[:1, :1]).dtype).expand(len(ids), -1, -1)  # (B, P, d)
-    positions = positions_of(mask) + prefix[0][0].shape[-2]
+    positions = positions_of(mask) + base.num_slots(prefix)
     hidden, keys_values = base.read(
         prefix,
         torch.cat([base.embed(ids), slots], 1),

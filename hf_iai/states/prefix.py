@@ -24,7 +24,7 @@ class PrefixState(nn.Module):
         num_pooled = len(token_ids) - num_kept
         embeddings = base.embed(token_ids)[None]  # (1, m, d)
         with torch.no_grad(), base.lora(False):
-            keys_values = self.encode(base, embeddings)
+            keys_values = base.encode(embeddings)
         self.start = nn.ParameterDict(
             {name: nn.Parameter(t[0].float()) for name, t in self.tensors_of(keys_values).items()}
         )
@@ -36,12 +36,6 @@ class PrefixState(nn.Module):
             self.own = nn.ParameterDict(
                 {name: nn.Parameter(torch.zeros_like(t[:, :, :1, :1])) for name, t in self.start.items()}
             )
-
-    @staticmethod
-    def encode(base: Base, embeddings: Tensor) -> KeysValues:  # (B, m, d)
-        """Keys and values of m embeddings read alone at positions 0..m-1."""
-        mask = torch.ones(embeddings.shape[:2], dtype=torch.long, device=embeddings.device)
-        return base.read(base.no_prefix(len(embeddings)), embeddings, mask, positions_of(mask), mask.shape[1])[1]
 
     @staticmethod
     def tensors_of(keys_values: KeysValues) -> dict[str, Tensor]:
@@ -68,7 +62,7 @@ class PrefixState(nn.Module):
         kept = {name: torch.where(empty, self.start[name][:, :, num_pooled:], t) for name, t in kept.items()}
         return {name: torch.cat([tensors[name], t], -2) for name, t in kept.items()}
 
-    def keys_values(self, base: Base, tensors: dict[str, Tensor]) -> KeysValues:
+    def prefix(self, base: Base, tensors: dict[str, Tensor]) -> KeysValues:
         return list(zip(tensors["key"].unbind(1), tensors["value"].unbind(1), strict=True))
 
     def read_out(self, base: Base, reading: Reading, rate: Tensor) -> tuple[dict[str, Tensor], Tensor]:

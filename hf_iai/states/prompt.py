@@ -1,10 +1,9 @@
-"""A soft prompt: m input embeddings, encoded once into keys and values that all queries share."""
+"""A soft prompt: m input embeddings; where all layers attend, encoded once into keys and values for all queries."""
 
 from torch import Tensor, nn
 
-from ..base import Base, KeysValues
+from ..base import Base, Prefix
 from ..signals import Reading
-from .prefix import PrefixState
 
 
 class PromptState(nn.Module):
@@ -31,8 +30,8 @@ class PromptState(nn.Module):
     def visible(self, base: Base, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return {"prompt": tensors["prompt"]}
 
-    def keys_values(self, base: Base, tensors: dict[str, Tensor]) -> KeysValues:
-        return PrefixState.encode(base, tensors["prompt"][:, 0, 0])
+    def prefix(self, base: Base, tensors: dict[str, Tensor]) -> Prefix:
+        return base.encode(tensors["prompt"][:, 0, 0])
 
     def read_out(self, base: Base, reading: Reading, rate: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """The slots' last hidden states as embeddings, and the number of tokens they saw, (B, 1, 1, 1)."""

@@ -1,0 +1,94 @@
+"""Bases with layers that are not attention: a state goes in as embeddings in front of the text."""
+
+import torch
+from torch import Tensor, nn
+
+from .base import Base, positions_of
+from .compat import has_recurrent_layers, prepare_checkpointing
+
+
+def base_of(model: nn.Module) -> Base:
+    """The base that suits the model's layers."""
+    return RecurrentBase(model) if has_recurrent_layers(model.config) else Base(model)
+
+
+class RecurrentBase(Base):
+    """Runs a decoder behind m embeddings, with LoRA on or off.
+
+    A recurrence keeps no keys and values, and transformers cannot go on from its state with more than one token, so
+    every pass reads the prefix again. Padding between the prefix and the text, or inside the text, would be a part of
+    the recurrence: every pass is laid out as [padding][prefix][text], and what it gives is put back where it was.
+    """
+
+    state_types = ("prompt",)
+
+    def no_prefix(self, rows: int) -> Tensor:  # (B, 0, d)
+        weight = self.model.get_input_embeddings().weight
+        return weight.new_zeros(rows, 0, weight.shape[1])
+
+    def encode(self, embeddings: Tensor) -> Tensor:  # (B, m, d)
+        return embeddings
+
+    @staticmethod
+    def num_slots(prefix: Tensor) -> int:  # (B, m, d)
+        return prefix.shape[1]
+
+    def read(
+        self,
+        prefix: Tensor,  # (B, m, d)
+        embeddings: Tensor,  # (B, T, d)
+        mask: Tensor,  # (B, T)
+        positions: Tensor,  # (B, T)
+        record: int,
+    ) -> tuple[Tensor, list]:
+        """Last hidden states (B, record, d); no keys and values."""
+        inputs, order = self._laid_out(prefix, embeddings, mask, positions)
+        hidden = self.model.base_model(**inputs, use_cache=False).last_hidden_state
+        return _in_order(hidden, order.argsort(1))[:, -record:], []
+
+    def answer(self, prefix: Tensor, ids: Tensor, mask: Tensor, labels: Tensor | None = None, **kwargs):
+        """transformers' own output for the T tokens of a query (B, T) behind the prefix."""
+        num_slots, keep = prefix.shape[1], kwargs.pop("logits_to_keep", 0)
+        inputs, order = self._laid_out(prefix, self.embed(ids), mask, positions_of(mask) + num_slots)
+        if labels is not None:
+            # A query's own first token is not predicted, as it is not without a prefix.
+            labels = labels.masked_fill(positions_of(mask) == 0, -100)
+            labels = torch.cat([labels.new_full((len(labels), num_slots), -100), labels], 1).gather(1, order)
+        outputs = self.model(**inputs, use_cache=False, labels=labels, **kwargs)
+        outputs.logits = _in_order(outputs.logits, order.argsort(1))[:, num_slots:][:, -keep:]
+        return outputs
+
+    def generate(self, prefix: Tensor, ids: Tensor, mask: Tensor, **kwargs):  # (B, T) each
+        """transformers' own `generate` behind the prefix; prompt and new ids, (B, T + new)."""
+        inputs, _ = self._laid_out(prefix, self.embed(ids), mask, positions_of(mask) + prefix.shape[1])
+        del inputs["position_ids"]  # generate counts them itself, and has no place for them in every family
+        for name in ("max_length", "min_length"):
+            if name in kwargs:  # transformers takes the embeddings' length off
+                kwargs[name] += inputs["inputs_embeds"].shape[1]
+        kwargs["use_cache"] = True
+        return self.model.generate(ids, **inputs, **kwargs)
+
+    def _laid_out(
+        self,
+        prefix: Tensor,  # (B, m, d)
+        embeddings: Tensor,  # (B, T, d)
+        mask: Tensor,  # (B, T)
+        positions: Tensor,  # (B, T)
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Inputs of m + T places, padding first, and where each of them was, (B, m + T)."""
+        prepare_checkpointing(self.model)
+        rows, num_slots = len(mask), prefix.shape[1]
+        prefix = prefix.repeat_interleave(rows // len(prefix), 0).to(embeddings.dtype)
+        places = torch.arange(num_slots, device=mask.device).expand(rows, -1)
+        mask = torch.cat([mask.new_ones(rows, num_slots), mask], 1)
+        order = mask.argsort(dim=1, stable=True)
+        inputs = {
+            "inputs_embeds": _in_order(torch.cat([prefix, embeddings], 1), order),
+            "attention_mask": mask.gather(1, order),
+            "position_ids": torch.cat([places, positions], 1).gather(1, order),
+        }
+        return inputs, order
+
+
+def _in_order(rows: Tensor, order: Tensor) -> Tensor:  # (B, T, d), (B, T)
+    return rows.take_along_dim(order.unsqueeze(-1), 1)
