@@ -17,7 +17,12 @@ from xml.etree import ElementTree
 import pytest
 
 ROOT = Path(__file__).parent.parent
-STATES = ("prefix", "prompt", "kept")
+STATES = {  # as the tests name them, and as the page does
+    "prefix": "`prefix`",
+    "prompt": "`prompt`",
+    "kept": "`prefix` with kept tokens",
+    "delta": "`prefix` with the delta rule",
+}
 REFUSED = "test_refused_by_design"
 # test: (column, what holds)
 CHECKS = {
@@ -34,6 +39,10 @@ CHECKS = {
     "test_sequence_parallel_and_merge": (
         "merge",
         "reading in sequence = in parallel = merging the states of single chunks (1e-5)",
+    ),
+    "test_the_delta_rule": (
+        "delta rule",
+        "with `delta_rule`: reading in sequence = in parallel; an episode's loss reaches every parameter",
     ),
     "test_padding_masked_rows_and_batches_change_nothing": (
         "padding",
@@ -135,13 +144,13 @@ def page(results: Results, families: list[str]) -> str:
     checks = "\n".join(f"| {column} | {meaning} |" for column, meaning in CHECKS.values())
     counts = {"passed": results.count(True), "failed": results.count(False)}
     parts = [HEAD.format(versions=versions, checks=checks, **counts)]
-    columns = " | ".join(column for column, _ in CHECKS.values())
-    for state in STATES:
-        title = "`prefix` with kept tokens" if state == "kept" else f"`{state}`"
+    for state, title in STATES.items():
+        made = [check for check in CHECKS if any((check, family, state) in results.passed for family in families)]
+        columns = " | ".join(CHECKS[check][0] for check in made)
         parts.append(f"\n## State {title}\n\n| family | {columns} |")
-        parts.append("|---" * (1 + len(CHECKS)) + "|")
+        parts.append("|---" * (1 + len(made)) + "|")
         for family in families:
-            parts.append(f"| {family} | " + " | ".join(results.cell(c, family, state) for c in CHECKS) + " |")
+            parts.append(f"| {family} | " + " | ".join(results.cell(c, family, state) for c in made) + " |")
     return "\n".join(parts) + "\n"
 
 
