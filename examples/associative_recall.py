@@ -1,16 +1,14 @@
 """Associative recall: the state as a memory of key/value pairs, some of them rewritten.
 
     python examples/associative_recall.py base              # a base that recalls in context: 12 minutes on one core
-    python examples/associative_recall.py train --seed 0    # an adapter: 12 minutes on one core
+    python examples/associative_recall.py train --seed 0    # an adapter: 16 minutes on one core
     python examples/associative_recall.py evaluate          # all that were trained: recall.json and three pictures
 
-A task writes `num_pairs` pairs of a key and a value symbol, 4 pairs to a chunk, in random order; a share `rewrite_rate`
-of the keys is written again in a later chunk, with another value, and the newest value counts. Every key is asked. The
-pairings of a task are drawn anew, so nothing but the state can answer; chance is 1 / 64.
+docs/recall.md has the results, and lists the runs that they need. The pairings of a task are drawn anew, so nothing but
+the state can answer; chance is 1 / 64.
 """
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +17,19 @@ import typer
 from datasets import IterableDataset
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from provenance import provenance
+from recall_tasks import (
+    ALL_KEYS,
+    CHUNK,
+    NUM_KEYS,
+    NUM_VALUES,
+    PAIRS,
+    PAIRS_PER_CHUNK,
+    REWRITE_RATE,
+    growing_episodes,
+    key_ids,
+    recall_episodes,
+    value_ids,
+)
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from tqdm import tqdm
@@ -35,96 +46,10 @@ from transformers import (
 from hf_iai import EpisodeCollator, IAIConfig, IAITrainer, IAITrainingArguments
 from hf_iai.evaluation import bootstrap_mean
 
-NUM_KEYS, NUM_VALUES = 64, 64
-ALL_KEYS = 128  # in the vocabulary, for tasks of more than 64 pairs
-PAIRS_PER_CHUNK, PAIRS, REWRITE_RATE, SLOTS = 4, 64, 0.25, 16
-CHUNK = 2 * PAIRS_PER_CHUNK  # tokens
-WINDOW = 512
+SLOTS, WINDOW = 16, 512
 WORK = Path("work/recall")
 
 app = typer.Typer(help=__doc__)
-
-
-# ---------------------------------------------------------------- the task
-
-
-def key_ids(keys: np.ndarray) -> np.ndarray:
-    return keys + 1  # token 0 is padding
-
-
-def value_ids(values: np.ndarray) -> np.ndarray:
-    return values + 1 + ALL_KEYS
-
-
-def recall_episode(
-    rng: np.random.Generator,
-    num_pairs: int = PAIRS,
-    rewrite_rate: float = 0.0,
-    *,
-    pairs_per_chunk: int = PAIRS_PER_CHUNK,
-    num_keys: int = NUM_KEYS,
-    num_values: int = NUM_VALUES,
-) -> dict:
-    """One task: `support`, all that is written; `query`, an example `key value` for each key, newest values.
-
-    `num_chunks` is what the support fills; `rewritten` says of each query whether its key was written twice, `age` how
-    many chunks before the query its newest value was written, from 1.
-
-    Raises:
-        ValueError: when there are fewer keys than pairs, or a rewritten key would have no later chunk.
-    """
-    num_again = round(rewrite_rate * num_pairs)
-    num_chunks = -(-(num_pairs + num_again) // pairs_per_chunk)
-    if not 0 < num_pairs <= num_keys:
-        raise ValueError(f"{num_pairs} pairs need as many keys, got num_keys={num_keys}")
-    if num_again > num_pairs or (num_again and num_chunks < 2):
-        raise ValueError(f"{num_again} rewrites of {num_pairs} pairs in {num_chunks} chunks: a later chunk is needed")
-    order = write_order(rng, num_pairs, num_again, pairs_per_chunk)  # (W,), rewritten pairs stand in it twice
-    keys = rng.permutation(num_keys)[:num_pairs]
-    first = rng.integers(num_values, size=num_pairs)
-    newest = np.where(np.arange(num_pairs) < num_again, (first + rng.integers(1, num_values, num_pairs)), first)
-    newest %= num_values
-    seen, values, age = set(), np.empty_like(order), np.empty(num_pairs, dtype=int)
-    for place, pair in enumerate(order):
-        is_newest = pair in seen or pair >= num_again
-        values[place] = newest[pair] if is_newest else first[pair]
-        age[pair] = num_chunks - place // pairs_per_chunk
-        seen.add(pair)
-    writes = np.stack([key_ids(keys[order]), value_ids(values)], 1)  # (W, 2)
-    asked = np.stack([key_ids(keys), value_ids(newest)], 1).tolist()
-    return {
-        "support": [{"input_ids": writes.flatten().tolist()}],
-        "query": [{"input_ids": [key, value], "labels": [-100, value]} for key, value in asked],
-        "num_chunks": num_chunks,
-        "rewritten": [pair < num_again for pair in range(num_pairs)],
-        "age": age.tolist(),
-    }
-
-
-def write_order(rng: np.random.Generator, num_pairs: int, num_again: int, pairs_per_chunk: int) -> np.ndarray:
-    """Every pair once and the first `num_again` twice, in random order, never twice in one chunk."""
-    pairs = np.concatenate([np.arange(num_pairs), np.arange(num_again)])
-    while True:
-        order = rng.permutation(pairs)
-        chunks = [order[i : i + pairs_per_chunk] for i in range(0, len(order), pairs_per_chunk)]
-        if all(len(np.unique(chunk)) == len(chunk) for chunk in chunks):
-            return order
-
-
-def recall_episodes(num: int, num_pairs: int = PAIRS, rewrite_rate: float = 0.0, *, seed: int, **sizes) -> list[dict]:
-    return [recall_episode(np.random.default_rng((seed, i)), num_pairs, rewrite_rate, **sizes) for i in range(num)]
-
-
-def growing_episodes(num: int, num_pairs: int, rewrite_rate: float, num_asked: int, seed: int, **sizes) -> Iterator:
-    """A stream for training: the most pairs of a task grows over the first half; half of the tasks rewrite."""
-    for i in range(num):
-        rng = np.random.default_rng((seed, i))
-        most = max(8, round(num_pairs * min(1.0, 2 * i / num)))
-        pairs = int(rng.integers(4, most + 1)) if rng.random() < 0.3 else most
-        rate = rewrite_rate if rng.random() < 0.75 and pairs > 8 else 0.0
-        episode = recall_episode(rng, pairs, rate, **sizes)
-        asked = rng.permutation(pairs)[:num_asked]
-        yield {"support": episode["support"], "query": [episode["query"][j] for j in asked]}
 
 
 # ---------------------------------------------------------------- the base
@@ -231,15 +156,17 @@ def from_state(model: PeftModel, tasks: list[dict], num_chunks: int, batch_size:
     for first in tqdm(range(0, len(tasks), batch_size), f"after {num_chunks} chunks", leave=False):
         batch = collate(tasks[first : first + batch_size])
         chunks, masks = batch["chunk_input_ids"], batch["chunk_attention_mask"]  # (B, K, C)
-        asked = batch["input_ids"]  # (B, Q, 2)
+        asked = batch["input_ids"].to(model.device)  # (B, Q, 2)
         read = [{"input_ids": chunks[:, k], "attention_mask": masks[:, k]} for k in range(chunks.shape[1])]
         read = read[len(read) - num_chunks :]
         state = model.adapt(read, parallel=8) if read else model.initial_state(len(chunks))
-        index = torch.arange(len(chunks)).repeat_interleave(asked.shape[1])  # a state for each query
+        index = torch.arange(len(chunks), device=asked.device).repeat_interleave(
+            asked.shape[1]
+        )  # a state for each query
         logits = model(
             input_ids=asked[..., :1].flatten(0, 1), task_state=state.map(lambda t, index=index: t[index])
         ).logits[:, -1]
-        right.append((logits.argmax(-1) == asked[..., 1].flatten()).view(asked.shape[:2]).numpy())
+        right.append((logits.argmax(-1) == asked[..., 1].flatten()).view(asked.shape[:2]).cpu().numpy())
     return np.concatenate(right)
 
 
@@ -391,7 +318,7 @@ def evaluate(num_tasks: int = 64, work: Path = WORK) -> None:
     base = AutoModelForCausalLM.from_pretrained(work / "base").eval()
     rows = rows_of_base(base, num_tasks)
     histories = []
-    for folder in tqdm(sorted(work.glob("m*-keys*-*-*")), "adapters"):
+    for folder in tqdm(sorted(path.parent for path in work.glob("m*-keys*-*-*/adapter")), "adapters"):
         rows += rows_of_adapter(folder, num_tasks)
         histories.append({"adapter": folder.name, "history": json.loads((folder / "history.json").read_text())})
     recipe = {"command": "python examples/associative_recall.py evaluate", "num_tasks": num_tasks, **provenance()}

@@ -1,32 +1,44 @@
 """A long conversation whose early facts are asked for late: a state of fixed size against a truncated window.
 
-    python examples/chat_memory.py train --seed 0        # 40 minutes on one core
-    python examples/chat_memory.py evaluate --seeds 0    # writes work/chat/chat.json and .png
-    python examples/chat_memory.py talk --seed 0         # one conversation, turn by turn
+    python examples/chat_memory.py train --seed 0          # the reader
+    python examples/chat_memory.py train-window --seed 0   # plain LoRA on the end of the conversation, to compare with
+    python examples/chat_memory.py evaluate --seeds 0      # writes work/chat/chat.json and .png
+    python examples/chat_memory.py talk --seed 0           # one conversation, turn by turn
 
-The user tells 8 facts (`b=47`) among small talk, all in the first quarter; two of them are told anew with another
+The user tells 8 facts (`b=47`), all before three quarters of the small talk; two of them are told anew with another
 value. At the end every fact is asked (`b?`). The embedded base reads the conversation as `{"messages": ...}`, in chunks
-of 64 tokens; its window holds 7 of them. Conversations are drawn anew, so only what was read can answer.
+of 64 tokens; its window holds 7 of them. Conversations are drawn anew, so only what was read can answer. What is
+compared has the same base, LoRA rank and number of steps and sees the last 464 tokens themselves.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 import typer
 from datasets import IterableDataset
-from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from provenance import provenance
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
 
 from hf_iai import IAIConfig, IAITrainer, IAITrainingArguments, chunk_examples, embedded_base
+from hf_iai.data import tokenize_example
 from hf_iai.embedded.generated_tasks import LETTERS
 from hf_iai.evaluation import bootstrap_mean
 
 FACTS, RETOLD, CHUNK, SLOTS = 8, 2, 64, 16
+END = 464  # tokens of a conversation that fit the window with all questions and answers
 MAX_CHUNKS, COUNTS = 12, (2, 4, 6, 8, 12, 16, 24, 32)
 # A user's line and the answer to it are one line of text, which is how the base writes what it recalls.
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}{{ '\\n' if m['role'] == 'assistant' }}{% endfor %}"
@@ -57,13 +69,16 @@ def conversation(rng: np.random.Generator, tokenizer, num_chunks: int) -> tuple[
     told = [*rng.permutation(keys), *rng.permutation(keys)[:RETOLD]]
     facts, turns = {}, []
     for key in told:
-        facts[str(key)] = str(rng.integers(10, 100))
+        value = str(rng.integers(10, 100))
+        while value == facts.get(str(key)):
+            value = str(rng.integers(10, 100))
+        facts[str(key)] = value
         turns.append(exchange(f"{key}={facts[str(key)]}", " ok"))
     room = num_chunks * CHUNK - sum(map(length, turns))
     talk = []
     while (room := room - length(turn := small_talk(rng))) >= 0:
         talk.append(turn)
-    early = max(1, len(talk) // 4)  # facts are spread over the first quarter
+    early = max(1, len(talk) // 4)  # facts are spread over the first quarter of the small talk
     for place, turn in zip(np.sort(rng.integers(0, early + 1, len(turns)))[::-1], turns[::-1], strict=True):
         talk.insert(place, turn)
     return [message for turn in talk for message in turn], facts
@@ -85,7 +100,7 @@ def conversations(num: int, seed: int) -> Iterator[dict]:
 
 
 @app.command()
-def train(seed: int = 0, steps: int = 1500, batch_size: int = 8, lr: float = 2e-3, work: Path = WORK) -> None:
+def train(seed: int = 0, steps: int = 800, batch_size: int = 8, lr: float = 2e-3, work: Path = WORK) -> None:
     """Train an adapter that remembers what it was told."""
     set_seed(seed)
     output = work / f"reader-{seed}"
@@ -121,23 +136,71 @@ def train(seed: int = 0, steps: int = 1500, batch_size: int = 8, lr: float = 2e-
     model.save_pretrained(output / "adapter")
 
 
-def answers(model, tokenizer, keys: list[str], context: list[int] = (), **under) -> list[str]:
-    """What is generated after each question, greedily, up to the end of the line."""
+def end_of(messages: list[dict], tokenizer) -> list[int]:
+    """What of a conversation a window holds that leaves a question its place."""
+    return tokenizer.apply_chat_template(messages)["input_ids"][-END:]
+
+
+def seen_ends(num: int, seed: int) -> Iterator[dict]:
+    """The same conversations as text: the end of each, then all questions with their answers, which have the loss."""
+    tokenizer = chat_tokenizer()
+    for episode in conversations(num, seed):
+        row = {"input_ids": end_of(episode["support"][0]["messages"], tokenizer)}
+        row["labels"] = [-100] * len(row["input_ids"])
+        for asked in episode["query"]:
+            for name, ids in tokenize_example(asked, tokenizer).items():
+                row[name] = row[name] + ids
+        yield row
+
+
+@app.command()
+def train_window(seed: int = 0, steps: int = 800, batch_size: int = 8, lr: float = 2e-3, work: Path = WORK) -> None:
+    """Train plain LoRA to answer from the end of the conversation."""
+    set_seed(seed)
+    output = work / f"window-{seed}"
+    config = LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules="all-linear")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(embedded_base()), config)
+    args = TrainingArguments(
+        output_dir=str(output / "trainer"),
+        max_steps=steps,
+        per_device_train_batch_size=batch_size,
+        learning_rate=lr,
+        lr_scheduler_type="cosine",
+        warmup_steps=30,
+        use_cpu=not torch.cuda.is_available(),
+        logging_steps=25,
+        save_strategy="no",
+        seed=seed,
+        report_to=[],
+    )
+    rows = IterableDataset.from_generator(seen_ends, gen_kwargs={"num": steps * batch_size, "seed": 1000 + seed})
+    Trainer(model, args, train_dataset=rows, data_collator=DataCollatorForSeq2Seq(chat_tokenizer())).train()
+    model.save_pretrained(output / "adapter")
+
+
+def answers(model, tokenizer, keys: list[str], context: Sequence[int] = (), **under) -> list[str]:
+    """What is generated after each question, greedily: as many tokens as a value has."""
     asked = [[*context, *tokenizer(f"{key}?")["input_ids"]] for key in keys]
     asked = torch.tensor(asked)  # (Q, T): a key is one token
     tokens = model.generate(input_ids=asked, max_new_tokens=2, do_sample=False, **under)
     return [text.strip() for text in tokenizer.batch_decode(tokens[:, asked.shape[1] :])]
 
 
-def right_answers(model: PeftModel, tokenizer, messages: list[dict], facts: dict[str, str]) -> dict[str, list[bool]]:
-    """Of every fact, whether the state, and the bare base with a full window, answer it."""
-    keys, chunks = list(facts), list(chunk_examples([{"messages": messages}], tokenizer, chunk_size=CHUNK))
-    text = torch.cat([chunk["input_ids"][0] for chunk in chunks]).tolist()
-    with_state = answers(model, tokenizer, keys, task_state=model.adapt(chunks))
-    with model.disable_adapter():
-        in_window = answers(model, tokenizer, keys, context=text[-(model.window - 8) :])
-    found = {"state": with_state, "truncated_window": in_window}
-    return {name: [a == v for a, v in zip(given, facts.values(), strict=True)] for name, given in found.items()}
+def right_answers(
+    reader: PeftModel, window: PeftModel, tokenizer, messages: list[dict], facts: dict[str, str]
+) -> dict[str, list[bool]]:
+    """Of every fact, whether the state answers it, LoRA or the bare base from the window, and whether that holds it."""
+    keys, end = list(facts), end_of(messages, tokenizer)
+    state = reader.adapt(chunk_examples([{"messages": messages}], tokenizer, chunk_size=CHUNK))
+    found = {
+        "state": answers(reader, tokenizer, keys, task_state=state),
+        "truncated_window": answers(window, tokenizer, keys, context=end),
+    }
+    with window.disable_adapter():
+        found["truncated_window_untrained"] = answers(window, tokenizer, keys, context=end)
+    right = {name: [a == v for a, v in zip(given, facts.values(), strict=True)] for name, given in found.items()}
+    text = tokenizer.decode(end)
+    return right | {"in_the_window": [f"{key}={value} ok" in text for key, value in facts.items()]}
 
 
 @app.command()
@@ -145,10 +208,13 @@ def evaluate(seeds: str = "0", num: int = 50, work: Path = WORK) -> None:
     """Exact match of all facts against the length of the conversation."""
     tokenizer, rows = chat_tokenizer(), []
     for seed in map(int, seeds.split(",")):
-        model = AutoPeftModelForCausalLM.from_pretrained(work / f"reader-{seed}" / "adapter").eval()
+        reader, window = (
+            AutoPeftModelForCausalLM.from_pretrained(work / f"{name}-{seed}" / "adapter").eval()
+            for name in ("reader", "window")
+        )
         for n in COUNTS:
             right = [
-                right_answers(model, tokenizer, *conversation(np.random.default_rng((77, n, i)), tokenizer, n))
+                right_answers(reader, window, tokenizer, *conversation(np.random.default_rng((77, n, i)), tokenizer, n))
                 for i in tqdm(range(num), f"{n} chunks")
             ]
             for method in right[0]:

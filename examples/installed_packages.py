@@ -21,15 +21,16 @@ from hf_iai.embedded.library_code import MAX_BYTES, MIN_BYTES
 from hf_iai.evaluation import evaluate_curve
 
 PACKAGES = ("sklearn", "scipy", "matplotlib")
+OTHERS = {"tests", "externals", "_lib", "_external"}  # tests, and what the packages vendor
 SITE = Path(sklearn.__file__).parent.parent
 
 
 def files_of(package: str):
     """`{"text", "path"}` of the package's source files, tests left out."""
     for path in sorted((SITE / package).rglob("*.py")):
-        text = path.read_text(encoding="utf-8")
-        if not {"tests", "externals"}.intersection(path.parts) and MIN_BYTES <= len(text) <= MAX_BYTES:
-            yield {"text": text, "path": path.relative_to(SITE).as_posix()}
+        text, inside = path.read_text(encoding="utf-8"), path.relative_to(SITE)
+        if not OTHERS.intersection(inside.parts) and MIN_BYTES <= len(text) <= MAX_BYTES:
+            yield {"text": text, "path": inside.as_posix()}
 
 
 def main(adapter: str = "adapters/code-prefix", num: int = 160, work: Path = Path("work/packages")) -> None:

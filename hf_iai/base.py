@@ -125,22 +125,28 @@ class Base:
             position_ids=positions_of(mask) + cache.get_seq_length(),
             past_key_values=cache,
             use_cache=False,
-            labels=labels,
+            labels=None if labels is None else without_first(labels, mask),
             **kwargs,
         )
 
     def generate(self, prefix: Prefix, ids: Tensor, mask: Tensor, **kwargs):  # (B, T) each
         """transformers' own `generate` behind the prefix; prompt and new ids, (B, T + new)."""
         if has_longrope(self.config):
-            self._check_stays_within_window(self.num_slots(prefix), ids.shape[1], kwargs.get("max_new_tokens"))
+            self._check_stays_within_window(self.num_slots(prefix), ids.shape[1], kwargs)
         kwargs["past_key_values"] = self._written_to_by_generate(prefix, len(ids), kwargs)
         kwargs["attention_mask"] = torch.cat([mask.new_ones(len(mask), self.num_slots(prefix)), mask], 1)
         kwargs["use_cache"] = True  # the prefix lies in the cache
         return self.model.generate(ids, **kwargs)
 
-    def _check_stays_within_window(self, num_slots: int, num_tokens: int, new: int | None) -> None:
+    def _setting(self, kwargs: dict, name: str):
+        """As `generate` will find it: in its arguments, or in the configuration given to it or to the model."""
+        return kwargs.get(name) or getattr(kwargs.get("generation_config") or self.model.generation_config, name, None)
+
+    def _check_stays_within_window(self, num_slots: int, num_tokens: int, kwargs: dict) -> None:
         """Beyond it, generate of Phi-3 throws the cache away without a word, and the state with it."""
-        room = self.window - num_slots - num_tokens
+        room, new = self.window - num_slots - num_tokens, self._setting(kwargs, "max_new_tokens")
+        if new is None and (length := self._setting(kwargs, "max_length")):
+            new = length - num_tokens
         if new is None or new > room:
             raise ValueError(
                 f"longrope turns keys differently beyond {self.window} positions: with {num_slots} slots and a query "
@@ -149,8 +155,7 @@ class Base:
 
     def _written_to_by_generate(self, prefix: KeysValues, rows: int, kwargs: dict) -> DynamicCache:
         """The prefix in a cache of its own, with the rows it will have after generate's repetition for beams."""
-        settings = kwargs.get("generation_config") or self.model.generation_config
-        given = [kwargs.get(n) or getattr(settings, n, None) or 1 for n in ("num_beams", "num_return_sequences")]
+        given = [self._setting(kwargs, name) or 1 for name in ("num_beams", "num_return_sequences")]
         cache = DynamicCache(config=self.config)
         for layer, keys_values in enumerate(_match_rows(prefix, rows * max(given))):
             cache.update(*(t.to(self.model.dtype) for t in keys_values), layer)
@@ -160,6 +165,11 @@ class Base:
 def positions_of(mask: Tensor) -> Tensor:  # (B, T) -> (B, T)
     """Positions that count real tokens only, so that padding on either side moves nothing."""
     return (mask.cumsum(1) - 1).clamp_min(0)
+
+
+def without_first(labels: Tensor, mask: Tensor) -> Tensor:  # (B, T) each
+    """A query's own first token is not predicted, whether padding stands before it or not."""
+    return labels.masked_fill(positions_of(mask) == 0, -100)
 
 
 def ages_of(mask: Tensor) -> Tensor:  # (B, T) -> (B, T)

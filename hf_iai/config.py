@@ -28,7 +28,7 @@ class IAIConfig(LoraConfig):
     Args:
         regime: `"parametric"` (queries are answered by the bare base) or `"explicit"` (by base + LoRA).
         state_type: `"prefix"` (keys and values of every layer; all layers must be attention) or `"prompt"` (input
-            embeddings, on any base).
+            embeddings).
         signal: `"observations"`: the chunk's tokens, no gradients.
         num_state_tokens: m, the number of slots; at least 1.
         accumulation: `"average"`, the running average of the read-outs, or `"recent"`, exactly the last m tokens.

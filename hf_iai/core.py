@@ -62,9 +62,7 @@ class IAICore(nn.Module):
             surprisal = self.config.num_kept_tokens > 0
             reading = read_observations(base, self.state, ids, mask, surprisal=surprisal)
         with _full_precision(ids):
-            evidence, mass = self.state.read_out(base, reading, self._rate())
-            if not self.config.delta_rule:
-                evidence = {name: t for name, t in evidence.items() if name not in WRITES}
+            evidence, mass = self.state.read_out(base, reading, self._rate(), writes=self.config.delta_rule)
             if self.config.correction:
                 precision = self.average.precision(reading.hidden, mass)
             else:
@@ -94,8 +92,8 @@ class IAICore(nn.Module):
 
     def _replaced(self, state: TaskState, evidence: dict[str, Tensor]) -> Tensor:  # (B, L, H, P, D)
         """What the chunk's tokens replace, per slot; nothing where nothing was read."""
-        replaced = self.delta(state.tensors["value"], evidence["address"], evidence["token_value"])
-        return evidence["written"] @ replaced * (state.step > 0).view(-1, 1, 1, 1, 1)
+        replaced = self.delta(state.tensors["value"], *(evidence[name] for name in WRITES))
+        return replaced * (state.step > 0).view(-1, 1, 1, 1, 1)
 
     def _rate(self) -> Tensor:  # (L, H, P), or what broadcasts to it
         """Forgetting per token; none without the correction."""

@@ -82,14 +82,26 @@ def export_to_peft(
         if name is None:
             _write_base(tuner, config, new / BASE)
         adapter = _adapter_config(tuner, peft_type, tables)
-        adapter.base_model_name_or_path = name or str(path / BASE)
+        # A folder is named so that the export loads from anywhere on this machine.
+        named = os.path.abspath(name) if name and os.path.isdir(name) else name
+        adapter.base_model_name_or_path = named or str(path / BASE)
         adapter.revision = config.revision if name else None
         _write_adapters(adapter, tables, new)
         dtype = str(tables.dtype).removeprefix("torch.")
         export_card(config, adapter, state, name=path.name, dtype=dtype, has_base=name is None).save(new / CARD)
-        if path.exists():
-            path.rename(Path(temporary, "old"))
+        _put_in_place(new, path, Path(temporary, "old"))
+
+
+def _put_in_place(new: Path, path: Path, old: Path) -> None:
+    """Rename, and bring the earlier export back if that fails."""
+    if path.exists():
+        path.rename(old)
+    try:
         new.rename(path)
+    except BaseException:
+        if old.exists():
+            old.rename(path)
+        raise
 
 
 def _checked_type(peft_type: str | None, state_type: str, base: PreTrainedConfig) -> str:

@@ -82,8 +82,6 @@ def _limits(config: IAIConfig, adapter: PromptLearningConfig, dtype: str, has_ba
         "PEFT places queries that are padded on the left wrongly: pad on the right, and generate for one query, or for "
         "queries of one length, at a time.",
         "The virtual tokens take part of the base's window, and slide out of layers that have a shorter one.",
-        "Serving, as documented there: vLLM takes LoRA and prompt embeddings and has no route for key/value prefixes; "
-        "TGI takes LoRA.",
     ]
     if method == "PROMPT_TUNING":
         limits.append(f"The first {adapter.num_virtual_tokens} rows of `logits` belong to the virtual tokens.")

@@ -20,6 +20,7 @@ from .published import data_folder
 TAGS = ("hf_iai", "iterative-amortized-inference", "arxiv:2510.11471")
 TASK = "text-generation"
 RENDERED = "<!-- Rendered by hf_iai; rendered again when the configuration changes: delete this line to keep edits. -->"
+WEIGHTS = "- Weights: {}"
 PLACEHOLDER = "# Model Card for Model ID"  # the title that PEFT and transformers give to a card that nobody wrote
 
 LABELS = {
@@ -124,6 +125,7 @@ class CardFacts:
         datasets: Hub ids of the training data.
         tags: beside the method's own.
         versions: package -> version.
+        weights: fingerprint of the weights that were measured, if they may change in this folder.
     """
 
     name: str
@@ -141,10 +143,15 @@ class CardFacts:
     datasets: list[str] | None = None
     tags: tuple[str, ...] = ()
     versions: dict[str, str] = field(default_factory=dict)
+    weights: str | None = None
 
 
 def model_card(config: IAIConfig, facts: CardFacts) -> ModelCard:
     """The card of an adapter: metadata for the Hub, how to load it, what was measured.
+
+    Args:
+        config: the adapter's.
+        facts: all that the configuration does not say.
 
     Example:
         >>> from hf_iai import IAIConfig
@@ -175,7 +182,7 @@ def model_card(config: IAIConfig, facts: CardFacts) -> ModelCard:
         data,
         template_path=str(data_folder("model_cards") / "template.md"),
         facts=facts,
-        adapter=describe(config),
+        adapter="\n".join([describe(config), *([WEIGHTS.format(facts.weights)] if facts.weights else [])]),
         chunking=f"chunk_size={facts.chunk_size}" if facts.chunk_size else "model=model",
         rendered=RENDERED,
     )
@@ -184,16 +191,19 @@ def model_card(config: IAIConfig, facts: CardFacts) -> ModelCard:
 def update_card(model: PeftModel, folder: str | os.PathLike, name: str) -> None:
     """Make `README.md` in `folder`, which PEFT or transformers has just written, the card of an IAI adapter.
 
-    Their placeholder, and a card of ours that describes another configuration, are rendered anew. The text of any
-    other card stays as it is, and only what the Hub would refuse or could not find is mended in its metadata.
+    Their placeholder, and a card of ours that describes another configuration or other weights, are rendered anew. The
+    text of any other card stays as it is, and only what the Hub would refuse or could not find is mended in its
+    metadata.
     """
     path, config = Path(folder, "README.md"), model.active_peft_config
     card = ModelCard.load(path)
     data = card.data
     tags = [*(data.tags or []), *(model.get_base_model().model_tags or [])]
     tags = [tag for tag in tags if not tag.startswith("base_model:") or base_on_hub(config)]
-    if PLACEHOLDER in card.text or (RENDERED in card.text and describe(config) not in card.text):
-        facts = CardFacts(name=name.split("/")[-1], model_id=name, tags=tuple(tags), versions=installed_versions())
+    weights = model.base_model.identity.fingerprint[:8]
+    stale = describe(config) not in card.text or (WEIGHTS.format("") in card.text and weights not in card.text)
+    if PLACEHOLDER in card.text or (RENDERED in card.text and stale):
+        facts = CardFacts(name.split("/")[-1], name, weights=weights, tags=tuple(tags), versions=installed_versions())
         model_card(config, facts).save(path)
         return
     data.library_name = "peft"
@@ -201,6 +211,11 @@ def update_card(model: PeftModel, folder: str | os.PathLike, name: str) -> None:
     if isinstance(data.base_model, str) and not is_hub_id(data.base_model):
         data.base_model = base_on_hub(config)
     card.save(path)
+
+
+def is_edited(path: Path) -> bool:
+    """Whether a card is there that neither this package nor PEFT or transformers wrote."""
+    return path.is_file() and not any(mark in path.read_text() for mark in (RENDERED, PLACEHOLDER))
 
 
 def describe(config: IAIConfig) -> str:

@@ -22,7 +22,7 @@ from .state import Identity, TaskState
 
 Chunk = Mapping[str, Tensor]
 # Of the base's forward: the state decides them.
-OWN_ARGUMENTS = {"use_cache", "past_key_values", "position_ids", "inputs_embeds"}
+OWN_ARGUMENTS = {"use_cache", "past_key_values", "position_ids"}
 
 
 class IAIModel(LoraModel):
@@ -280,7 +280,7 @@ class IAIModel(LoraModel):
             with self._predictor_lora():
                 kwargs |= {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
                 return self.model(**kwargs)
-        if input_ids is None:
+        if input_ids is None or kwargs.pop("inputs_embeds", None) is not None:
             raise ValueError("forward under a state needs input_ids (B, T); inputs_embeds cannot be used with it")
         self._check_query(state, input_ids)
         kwargs = {name: value for name, value in kwargs.items() if name not in OWN_ARGUMENTS}

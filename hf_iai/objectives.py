@@ -21,12 +21,12 @@ class Objective:
     """How an episode of K chunks becomes a loss; theta(0) is always scored too.
 
     Args:
-        kind: `"unrolled"`: gradient to every chunk, loss after the chunks of `scored`. `"truncated"`: one window of
+        kind: `"unrolled"`: gradient to every chunk, loss under `scored_states`. `"truncated"`: one window of
             `window` chunks, drawn, gets gradient, loss after it. `"greedy"`: a window of one, the paper's objective;
             memory does not grow with K in the last two.
         window: chunks with gradient, `"truncated"` only.
-        scored: of `"unrolled"`; `"doubling"`: loss after the last 1, 2, 4, ..., K chunks; `"last"`: after all K alone,
-            for queries that may be about any chunk.
+        scored_states: of `"unrolled"`; `"doubling"`: loss after the last 1, 2, 4, ..., K chunks; `"last"`: after all K
+            alone, for queries that may be about any chunk.
         kl_weight: weight of KL(teacher || student) under the last state; the teacher is the bare base that sees as
             much of the real context as its window holds.
         draw: source of randomness; the trainer sets it from (seed, step), equal on all ranks.
@@ -34,15 +34,17 @@ class Objective:
 
     kind: str = "unrolled"
     window: int = 4
-    scored: str = "doubling"
+    scored_states: str = "doubling"
     kl_weight: float = 0.0
     draw: random.Random = field(default_factory=lambda: random.Random(0))
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"objective must be one of {list(KINDS)}, got {self.kind!r}")
-        if self.scored not in SCORED:
-            raise ValueError(f"scored must be one of {list(SCORED)}, got {self.scored!r}")
+        if self.scored_states not in SCORED:
+            raise ValueError(f"scored_states must be one of {list(SCORED)}, got {self.scored_states!r}")
+        if self.scored_states == "last" and self.kind != "unrolled":
+            raise ValueError(f"scored_states='last' needs objective='unrolled', got {self.kind!r}")
         if self.window < 1:
             raise ValueError(f"window must be at least 1, got {self.window}")
 
@@ -82,7 +84,7 @@ def _states(model, objective: Objective, chunk_ids: Tensor, chunk_mask: Tensor) 
     if num_chunks == 0:
         return [start]
     if objective.kind == "unrolled":
-        powers = {2**i for i in range(num_chunks.bit_length())} if objective.scored == "doubling" else set()
+        powers = {2**i for i in range(num_chunks.bit_length())} if objective.scored_states == "doubling" else set()
         return [start, *_unrolled(core, base, start, chunk_ids, chunk_mask, sorted(powers | {num_chunks}))]
     last = objective.draw.randint(1, num_chunks)
     first = max(0, last - (objective.window if objective.kind == "truncated" else 1))

@@ -1,10 +1,14 @@
 """Bases with layers that are not attention: a state goes in as embeddings in front of the text."""
 
+import copy
+
 import torch
 from torch import Tensor, nn
 
-from .base import Base, positions_of
+from .base import Base, positions_of, without_first
 from .compat import has_recurrent_layers, prepare_checkpointing
+
+LENGTHS = ("max_length", "min_length")  # of `generate`, prompt included
 
 
 def base_of(model: nn.Module) -> Base:
@@ -48,23 +52,31 @@ class RecurrentBase(Base):
 
     def answer(self, prefix: Tensor, ids: Tensor, mask: Tensor, labels: Tensor | None = None, **kwargs):
         """transformers' own output for the T tokens of a query (B, T) behind the prefix."""
+        asked = [name for name in ("output_hidden_states", "output_attentions") if kwargs.get(name)]
+        if asked or kwargs.get("return_dict") is False:
+            raise ValueError(
+                f"{self.config.model_type!r} reads the state as embeddings, and {asked or 'return_dict=False'} would "
+                "show its places too: leave it out"
+            )
         num_slots, keep = prefix.shape[1], kwargs.pop("logits_to_keep", 0)
         inputs, order = self._laid_out(prefix, self.embed(ids), mask, positions_of(mask) + num_slots)
         if labels is not None:
-            # A query's own first token is not predicted, as it is not without a prefix.
-            labels = labels.masked_fill(positions_of(mask) == 0, -100)
+            labels = without_first(labels, mask)
             labels = torch.cat([labels.new_full((len(labels), num_slots), -100), labels], 1).gather(1, order)
         outputs = self.model(**inputs, use_cache=False, labels=labels, **kwargs)
-        outputs.logits = _in_order(outputs.logits, order.argsort(1))[:, num_slots:][:, -keep:]
+        logits = _in_order(outputs.logits, order.argsort(1))[:, num_slots:]
+        outputs.logits = logits[:, -keep:] if isinstance(keep, int) else logits[:, keep]
         return outputs
 
     def generate(self, prefix: Tensor, ids: Tensor, mask: Tensor, **kwargs):  # (B, T) each
         """transformers' own `generate` behind the prefix; prompt and new ids, (B, T + new)."""
         inputs, _ = self._laid_out(prefix, self.embed(ids), mask, positions_of(mask) + prefix.shape[1])
         del inputs["position_ids"]  # generate counts them itself, and has no place for them in every family
-        for name in ("max_length", "min_length"):
-            if name in kwargs:  # transformers takes the embeddings' length off
-                kwargs[name] += inputs["inputs_embeds"].shape[1]
+        if kwargs.get("generation_config") is not None:
+            kwargs["generation_config"] = settings = copy.copy(kwargs["generation_config"])
+            given = {name: value for name in LENGTHS if (value := getattr(settings, name))}
+            settings.update(**_longer(given, inputs["inputs_embeds"].shape[1]))
+        kwargs |= _longer({name: kwargs[name] for name in LENGTHS if name in kwargs}, inputs["inputs_embeds"].shape[1])
         kwargs["use_cache"] = True
         return self.model.generate(ids, **inputs, **kwargs)
 
@@ -88,6 +100,11 @@ class RecurrentBase(Base):
             "position_ids": torch.cat([places, positions], 1).gather(1, order),
         }
         return inputs, order
+
+
+def _longer(lengths: dict[str, int], num_tokens: int) -> dict[str, int]:
+    """transformers takes the embeddings' length off those that count the prompt."""
+    return {name: value + num_tokens for name, value in lengths.items()}
 
 
 def _in_order(rows: Tensor, order: Tensor) -> Tensor:  # (B, T, d), (B, T)

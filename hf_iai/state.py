@@ -121,7 +121,8 @@ class TaskState:
 
             weight_s = n_s precision_s,   slot = sum_s weight_s slot_s / sum_s weight_s
 
-        which equals reading in sequence, whatever the order. Kept tokens age by what the states after theirs have read:
+        which equals reading in sequence, whatever the order, but for what depends on it: forgetting rates and the delta
+        rule are left out. Kept tokens age by what the states after theirs have read:
         with `num_kept_tokens` the states go from the earliest text to the latest.
 
         Raises:

@@ -13,7 +13,7 @@ from transformers.modelcard import extract_hyperparameters_from_trainer
 from transformers.trainer_utils import has_length
 
 from .data import EpisodeCollator
-from .hub import CardFacts, Measurement, installed_versions, model_card
+from .hub import CardFacts, Measurement, installed_versions, is_edited, model_card
 from .training_args import IAITrainingArguments
 
 CURVE = re.compile(r"(.+)_loss_at_chunks_(\d+)")  # as `evaluate` logs it
@@ -157,9 +157,11 @@ class IAITrainer(Trainer):
         dataset: str | list[str] | None = None,
         dataset_args: str | list[str] | None = None,
     ) -> None:
-        """Write `README.md` of `output_dir`; `push_to_hub` calls it.
+        """Write `README.md` of `output_dir`, unless a person has taken it over; `push_to_hub` calls it.
 
         Args:
+            language, license, tags: of the card's metadata.
+            model_name: the card's title; the folder's name by default.
             dataset, dataset_args: names of the data and of its configuration, in words.
             dataset_tags: Hub ids of the data.
             finetuned_from, tasks: of `transformers.Trainer`; not used, the adapter's configuration decides them.
@@ -167,6 +169,8 @@ class IAITrainer(Trainer):
         if not self.is_world_process_zero():
             return
         output = Path(self.args.output_dir)
+        if is_edited(output / "README.md"):
+            return
         config = self.accelerator.unwrap_model(self.model).active_peft_config
         data = ", ".join([*_listed(dataset), *_listed(dataset_args)] or _listed(dataset_tags)) or "data without a name"
         facts = CardFacts(
@@ -181,6 +185,7 @@ class IAITrainer(Trainer):
             datasets=_listed(dataset_tags) or None,
             tags=tuple(_listed(tags)),
             versions=installed_versions(),
+            weights=self._iai.identity.fingerprint[:8],
         )
         model_card(config, facts).save(output / "README.md")
 

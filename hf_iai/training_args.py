@@ -15,7 +15,7 @@ class IAITrainingArguments(TrainingArguments):
         chunk_size: C in tokens; None: the most the base can read, window - 2m.
         max_chunks: K, the most chunks a training step reads. The number of each step is drawn log-uniformly from
             `min_chunks` to a bound that grows to `max_chunks` over the first `curriculum` share of the steps.
-        min_chunks: the fewest; `max_chunks` where a query may be about any chunk.
+        min_chunks: the fewest; `max_chunks`, with `halve_chunks=0`, where a query may be about any chunk.
         curriculum: share of the training steps over which that bound grows; 0 for none.
         halve_chunks: probability that a step reads its chunks in halves, so that the length varies too.
         objective, truncation_window, scored_states, kl_weight: see `hf_iai.objectives.Objective`.
@@ -53,6 +53,11 @@ class IAITrainingArguments(TrainingArguments):
             raise ValueError(f"max_chunks must be at least 0, got {self.max_chunks}")
         if not 1 <= self.min_chunks <= max(1, self.max_chunks):
             raise ValueError(f"min_chunks must lie in 1..max_chunks = {self.max_chunks}, got {self.min_chunks}")
+        if 1 < self.max_chunks == self.min_chunks and self.halve_chunks:
+            raise ValueError(
+                f"min_chunks = max_chunks = {self.max_chunks} asks for all chunks in every step, but "
+                f"halve_chunks={self.halve_chunks} leaves the earlier halves out: set halve_chunks=0"
+            )
         if self.state_learning_rate is not None and self.state_learning_rate <= 0:
             raise ValueError(f"state_learning_rate must be above 0 or None, got {self.state_learning_rate}")
         for name in ("curriculum", "halve_chunks"):

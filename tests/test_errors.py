@@ -108,7 +108,12 @@ def test_training_arguments(tmp_path):
         ({"objective": "magic"}, "objective must be one of"),
         ({"max_chunks": -1}, "max_chunks must be at least 0"),
         ({"max_chunks": 4, "min_chunks": 5}, "min_chunks must lie in 1..max_chunks = 4, got 5"),
-        ({"scored_states": "first"}, "scored must be one of .*'first'"),
+        ({"scored_states": "first"}, "scored_states must be one of .*'first'"),
+        (
+            {"scored_states": "last", "objective": "greedy"},
+            "scored_states='last' needs objective='unrolled'",
+        ),
+        ({"max_chunks": 4, "min_chunks": 4}, "halve_chunks=0.25 leaves the earlier halves out"),
         ({"chunk_size": 0}, "chunk_size must be at least 1"),
         ({"curriculum": 2.0}, "curriculum must lie in 0..1"),
         ({"state_learning_rate": 0.0}, "state_learning_rate must be above 0"),

@@ -144,7 +144,7 @@ def test_the_delta_rule_against_a_loop_over_tokens():
             recalled = (address.unsqueeze(-1) * one.tensors["value"]).sum(-2).flatten()  # (L * H * D,)
             hidden = torch.nn.functional.gelu(core.delta.read(recalled / recalled.square().mean().sqrt()))
             length = (values[:, :, :, t].square().mean(-1, keepdim=True) + 1e-6).sqrt()
-            replaced = length * core.delta.write(hidden).view(values[:, :, :, t].shape)
+            replaced = length * core.delta.write(hidden).view(values[:, :, :, t].shape)  # (1, L, H, D)
             expected -= pooled.written[..., t].unsqueeze(-1) * replaced.unsqueeze(-2)
     weights = torch.stack([one.tensors["precision"], alone.tensors["precision"]]).unsqueeze(-1)
     expected = (weights * torch.stack([one.tensors["value"], expected])).sum(0) / weights.sum(0)

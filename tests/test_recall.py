@@ -9,7 +9,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
-from associative_recall import growing_episodes, key_ids, make_tokenizer, recall_episode, recall_episodes, value_ids
+from associative_recall import make_tokenizer
+from recall_tasks import growing_episodes, key_ids, recall_episode, recall_episodes, value_ids
 
 
 @pytest.mark.parametrize(("pairs", "rate", "chunks"), [(64, 0.0, 16), (64, 0.25, 20), (64, 1.0, 32), (7, 0.0, 2)])
@@ -48,7 +49,11 @@ def test_training_tasks_grow():
 
 @pytest.mark.parametrize(
     ("values", "message"),
-    [({"num_pairs": 65}, "65 pairs need as many keys"), ({"num_pairs": 2, "rewrite_rate": 1.0}, "a later chunk")],
+    [
+        ({"num_pairs": 65}, "65 pairs need as many keys"),
+        ({"num_pairs": 3, "rewrite_rate": 1.0}, "a later chunk"),
+        ({"rewrite_rate": 1.5}, "a later chunk"),
+    ],
 )
 def test_impossible_tasks(values, message):
     with pytest.raises(ValueError, match=message):

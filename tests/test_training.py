@@ -192,7 +192,7 @@ def test_unrolled_loss_is_the_mean_over_the_scored_states():
 
 def test_loss_after_all_chunks_alone():
     model, inputs = make_model(), batch(num_chunks=3, queries=1)
-    model.base_model.objective = Objective("unrolled", scored="last")
+    model.base_model.objective = Objective("unrolled", scored_states="last")
     for module in model.modules():
         module.training = True
     total = model(**inputs).loss
@@ -202,7 +202,7 @@ def test_loss_after_all_chunks_alone():
 
 
 def test_fewest_chunks_of_a_step(tmp_path):
-    args = arguments(tmp_path, min_chunks=3, curriculum=0.0)
+    args = arguments(tmp_path, min_chunks=3, curriculum=0.0, halve_chunks=0.0)
     trainer = IAITrainer(make_model(), args, train_dataset=episodes(), processing_class=tokenizer())
     assert {trainer._draw_num_chunks(random.Random(i)) for i in range(200)} == {3, 4}
 

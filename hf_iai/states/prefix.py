@@ -65,11 +65,11 @@ class PrefixState(nn.Module):
     def prefix(self, base: Base, tensors: dict[str, Tensor]) -> KeysValues:
         return list(zip(tensors["key"].unbind(1), tensors["value"].unbind(1), strict=True))
 
-    def read_out(self, base: Base, reading: Reading, rate: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    def read_out(self, base: Base, reading: Reading, rate: Tensor, *, writes: bool) -> tuple[dict[str, Tensor], Tensor]:
         """The chunk's keys and values pooled into slots, plus a learned share of what the read-out slots hold.
 
-        Returns the evidence in the layout of the state, kept tokens included, with its `WRITES`, and the pooled mass
-        (B, L, H, P).
+        Returns the evidence in the layout of the state, kept tokens and, if asked for, its `WRITES` included, and the
+        pooled mass (B, L, H, P).
         """
         held = {name: t.float() for name, t in self.tensors_of(reading.keys_values).items()}
         num_tokens = reading.mask.shape[1]
@@ -80,7 +80,8 @@ class PrefixState(nn.Module):
         places = torch.arange(pooled.keys.shape[-2], device=pooled.keys.device)[None]
         evidence = {"key": base.rotate(pooled.keys, places), "value": pooled.values}
         evidence = {name: t + self.own[name] * own[name] for name, t in evidence.items()}
-        evidence |= zip(WRITES, (pooled.address, pooled.written, tokens["value"]), strict=True)
+        if writes:
+            evidence |= zip(WRITES, (pooled.address, pooled.written, tokens["value"]), strict=True)
         return evidence | self._kept(reading, tokens), pooled.mass
 
     def _kept(self, reading: Reading, tokens: dict[str, Tensor]) -> dict[str, Tensor]:

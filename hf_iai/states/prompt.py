@@ -33,7 +33,7 @@ class PromptState(nn.Module):
     def prefix(self, base: Base, tensors: dict[str, Tensor]) -> Prefix:
         return base.encode(tensors["prompt"][:, 0, 0])
 
-    def read_out(self, base: Base, reading: Reading, rate: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    def read_out(self, base: Base, reading: Reading, rate: Tensor, *, writes: bool) -> tuple[dict[str, Tensor], Tensor]:
         """The slots' last hidden states as embeddings, and the number of tokens they saw, (B, 1, 1, 1)."""
         hidden = nn.functional.rms_norm(reading.hidden, reading.hidden.shape[-1:])  # (B, m, d)
         mass = reading.mask.sum(1).clamp_min(1).float().view(-1, 1, 1, 1)
