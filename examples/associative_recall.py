@@ -160,9 +160,8 @@ def from_state(model: PeftModel, tasks: list[dict], num_chunks: int, batch_size:
         read = [{"input_ids": chunks[:, k], "attention_mask": masks[:, k]} for k in range(chunks.shape[1])]
         read = read[len(read) - num_chunks :]
         state = model.adapt(read, parallel=8) if read else model.initial_state(len(chunks))
-        index = torch.arange(len(chunks), device=asked.device).repeat_interleave(
-            asked.shape[1]
-        )  # a state for each query
+        # A state for each query.
+        index = torch.arange(len(chunks), device=asked.device).repeat_interleave(asked.shape[1])
         logits = model(
             input_ids=asked[..., :1].flatten(0, 1), task_state=state.map(lambda t, index=index: t[index])
         ).logits[:, -1]

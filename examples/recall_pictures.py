@@ -18,16 +18,13 @@ def chosen(report: dict, **values) -> list[dict]:
 
 
 def over_seeds(rows: list[dict], by: str) -> tuple[list, np.ndarray, np.ndarray]:
-    """Values of the column `by`, and mean and standard deviation (0 for one seed) of the exact match over seeds at each."""
+    """Values of the column `by`; mean and standard deviation (0 for one seed) of the exact match over seeds at each."""
     groups = defaultdict(list)
     for row in rows:
         groups[row[by]].append(row["exact_match"])
     at = sorted(groups)
-    return (
-        at,
-        np.array([np.mean(groups[x]) for x in at]),
-        np.array([np.std(groups[x], ddof=min(1, len(groups[x]) - 1)) for x in at]),
-    )
+    spread = [np.std(groups[x], ddof=1) if len(groups[x]) > 1 else 0.0 for x in at]
+    return at, np.array([np.mean(groups[x]) for x in at]), np.array(spread)
 
 
 def print_table(report: dict) -> None:

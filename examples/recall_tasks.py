@@ -45,8 +45,8 @@ def recall_episode(
         raise ValueError(f"{num_pairs} pairs need as many keys, got num_keys={num_keys}")
     if num_again > num_pairs or (num_again and num_pairs < pairs_per_chunk):
         raise ValueError(
-            f"{num_again} rewrites of {num_pairs} pairs, {pairs_per_chunk} to a chunk: write at least as many pairs as a "
-            "chunk has, and rewrite each once at most, so that each has a later chunk"
+            f"{num_again} rewrites of {num_pairs} pairs, {pairs_per_chunk} to a chunk: each needs a later chunk, "
+            "so write at least as many pairs as a chunk has, and rewrite each once at most"
         )
     order = write_order(rng, num_pairs, num_again, pairs_per_chunk)  # (W,), rewritten pairs stand in it twice
     keys = rng.permutation(num_keys)[:num_pairs]
@@ -85,7 +85,7 @@ def recall_episodes(num: int, num_pairs: int = PAIRS, rewrite_rate: float = 0.0,
 
 
 def growing_episodes(num: int, num_pairs: int, rewrite_rate: float, num_asked: int, seed: int, **sizes) -> Iterator:
-    """A stream for training: the most pairs of a task grows over the first half; three of four of the larger rewrite."""
+    """A stream for training: the most pairs of a task grows over the first half; of the larger, 3 in 4 rewrite."""
     for i in range(num):
         rng = np.random.default_rng((seed, i))
         most = max(8, round(num_pairs * min(1.0, 2 * i / num)))

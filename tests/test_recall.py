@@ -51,8 +51,8 @@ def test_training_tasks_grow():
     ("values", "message"),
     [
         ({"num_pairs": 65}, "65 pairs need as many keys"),
-        ({"num_pairs": 3, "rewrite_rate": 1.0}, "a later chunk"),
-        ({"rewrite_rate": 1.5}, "a later chunk"),
+        ({"num_pairs": 3, "rewrite_rate": 1.0}, "needs a later chunk"),
+        ({"rewrite_rate": 1.5}, "needs a later chunk"),
     ],
 )
 def test_impossible_tasks(values, message):
