@@ -272,9 +272,9 @@ def settings_of(num_keys: int) -> dict[str, dict]:
     return {"64 pairs": {}, "25% rewritten": {"rewrite_rate": REWRITE_RATE}, "100% rewritten": {"rewrite_rate": 1.0}}
 
 
-def row(right: np.ndarray, asked: np.ndarray | None = None, **names) -> dict:  # (E, Q) each
-    """Exact match of the queries where `asked`, and its interval over tasks."""
-    values = right.astype(float) if asked is None else np.where(asked, right, np.nan)
+def row(right: np.ndarray, counts: np.ndarray | None = None, **names) -> dict:  # (E, Q) each
+    """Exact match of the queries that count, and its interval over tasks."""
+    values = right.astype(float) if counts is None else np.where(counts, right, np.nan)
     match = dict(zip(("exact_match", "low", "high"), bootstrap_mean(values, np.arange(len(values))), strict=True))
     return names | match | {"num_asked": int((~np.isnan(values)).sum())}
 

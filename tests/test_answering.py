@@ -3,7 +3,7 @@
 import pytest
 import torch
 from tiny import FAMILIES, MEMBERS, SLOTS, STATES, chunks, ids, make_base, make_model
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationConfig
 
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
@@ -164,6 +164,21 @@ def test_bfloat16_base_keeps_a_float32_state(state_type):
     assert model.generate(input_ids=ids(2, 5), task_state=state, max_new_tokens=2, **GREEDY).shape == (2, 7)
 
 
+@pytest.mark.parametrize("state_type", STATES)
+def test_the_loss_does_not_see_padding(state_type):
+    """Nor does it score a query's first token from a pad before it."""
+    model, query = make_model(state_type=state_type), ids(2, 6, seed=1)
+    state = model.adapt(chunks(2))
+    expected = model(input_ids=query, labels=query, task_state=state).loss
+    padded = torch.cat([torch.full((2, 3), 7), query], 1)
+    mask = torch.tensor([[0] * 3 + [1] * 6] * 2)
+    labels = padded.masked_fill(mask == 0, -100)
+    found = model(input_ids=padded, attention_mask=mask, labels=labels, task_state=state).loss
+    assert (found - expected).abs() < 1e-5
+    with pytest.raises(ValueError, match="inputs_embeds cannot be used"):
+        model(input_ids=query, inputs_embeds=torch.zeros(2, 6, 32), task_state=state)
+
+
 def test_arguments_of_transformers_behind_embeddings():
     """A base without keys and values is given embeddings: what counts or cuts positions must not count the prompt."""
     model = make_model("mamba", state_type="prompt")
@@ -175,8 +190,16 @@ def test_arguments_of_transformers_behind_embeddings():
     assert (
         model(input_ids=padded, attention_mask=mask, labels=padded, task_state=state).loss - whole.loss
     ).abs() < 1e-5
+    places = torch.tensor([1, 3])
+    assert torch.equal(model(input_ids=query, task_state=state, logits_to_keep=places).logits, whole.logits[:, places])
+    for values in ({"return_dict": False}, {"output_hidden_states": True}):
+        with pytest.raises(ValueError, match="'mamba' reads the state as embeddings"):
+            model(input_ids=query, task_state=state, **values)
     expected = model.generate(query, task_state=state, max_new_tokens=4, **GREEDY)
     assert torch.equal(model.generate(query, task_state=state, max_length=10, **GREEDY), expected)
+    settings = GenerationConfig(max_length=10, do_sample=False, pad_token_id=0)
+    assert torch.equal(model.generate(query, task_state=state, generation_config=settings), expected)
+    assert settings.max_length == 10
     output = model.generate(query, task_state=state, max_new_tokens=4, return_dict_in_generate=True, **GREEDY)
     assert torch.equal(output.sequences, expected)
     with pytest.raises(ValueError, match="needs input_ids"):

@@ -243,6 +243,27 @@ def test_card_of_a_run_carries_its_last_curve(tmp_path):
     assert card_of(tmp_path / "run").text == card.text
 
 
+def test_a_card_that_a_person_took_over_stays(tmp_path):
+    trainer = trained(tmp_path, eval_strategy="steps", eval_steps=1)
+    trainer.create_model_card()
+    path = tmp_path / "run" / "README.md"
+    path.write_text(path.read_text().replace(RENDERED, "") + "\nMy own words.\n")
+    trainer.create_model_card()
+    trainer.model.save_pretrained(tmp_path / "run")
+    assert "My own words." in card_of(tmp_path / "run").text
+
+
+def test_figures_of_other_weights_do_not_stay(tmp_path):
+    trainer = trained(tmp_path, eval_strategy="steps", eval_steps=1)
+    trainer.create_model_card()
+    assert card_of(tmp_path / "run").data.eval_results
+    with torch.no_grad():
+        next(trainer.model.base_model.core.parameters()).add_(0.1)
+    trainer.model.save_pretrained(tmp_path / "run")
+    card = card_of(tmp_path / "run")
+    assert "Not measured" in card.text and not card.data.eval_results
+
+
 def test_card_of_a_run_takes_the_curve_of_the_weights_it_loaded(tmp_path):
     trainer = trained(
         tmp_path, eval_strategy="steps", eval_steps=1, save_steps=1, load_best_model_at_end=True, save_total_limit=2

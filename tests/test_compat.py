@@ -8,7 +8,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTuner
 from tiny import WINDOW, chunks, ids, make_base, make_model
-from transformers import DynamicCache, FalconH1Config, RecurrentGemmaConfig, RwkvConfig
+from transformers import DynamicCache, FalconH1Config, GenerationConfig, RecurrentGemmaConfig, RwkvConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import hf_iai.registration
@@ -104,6 +104,9 @@ def test_longrope_stays_within_the_length_where_keys_do_not_change():
     with pytest.raises(ValueError, match="max_new_tokens <= 10, got 11"):
         model.generate(query, task_state=state, max_new_tokens=11)
     assert model.generate(query, task_state=state, max_new_tokens=10, eos_token_id=None).shape == (2, 60)
+    for values in ({"max_new_tokens": 10}, {"max_length": 60}):
+        settings = GenerationConfig(**values, do_sample=False, pad_token_id=0)
+        assert model.generate(query, task_state=state, generation_config=settings).shape == (2, 60)
 
 
 def test_a_base_without_positions_has_no_window():

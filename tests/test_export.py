@@ -389,6 +389,23 @@ def test_export_replaces_an_earlier_one_when_it_is_whole(tmp_path, monkeypatch):
     assert (path / "adapter_model.safetensors").is_file()
 
 
+def test_an_earlier_export_comes_back_when_the_new_one_cannot_take_its_place(tmp_path, monkeypatch):
+    model, path, rename = make_model(), tmp_path / "export", Path.rename
+    export_to_peft(model, model.initial_state(), path)
+    before = (path / "adapter_model.safetensors").read_bytes()
+
+    def fails(self, target):
+        if self.name == "new":
+            raise OSError("busy")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fails)
+    with pytest.raises(OSError, match="busy"):
+        export_to_peft(model, model.adapt(chunks(1, batch=1)), path)
+    assert (path / "adapter_model.safetensors").read_bytes() == before
+    assert [entry.name for entry in tmp_path.iterdir()] == ["export"]
+
+
 def test_command(tmp_path):
     base = tmp_path / "base"
     make_base().save_pretrained(base)

@@ -93,6 +93,12 @@ def test_readme_tree_is_true():
     assert present == set(inside)
 
 
+@pytest.mark.parametrize("page", [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")], ids=lambda path: path.name)
+def test_links_of_the_documents_lead_somewhere(page):
+    links = re.findall(r"\]\(([^)#\s]+)\)", page.read_text())
+    assert [link for link in links if "://" not in link and not (page.parent / link).exists()] == []
+
+
 def test_published_adapter_names_what_there_is():
     assert Path(published_adapter("code-prefix"), "adapter_config.json").is_file()
     with pytest.raises(ValueError, match="'nothing' is not published; choose one of .*code-prefix"):

@@ -153,6 +153,13 @@ def test_the_delta_rule_against_a_loop_over_tokens():
     assert (both.tensors["value"] - without).abs().max() > 1e-2, "the delta rule is not at work"
 
 
+def test_the_delta_rule_takes_long_chunks_in_parts(monkeypatch):
+    model, support = make_model(delta_rule=True), chunks(2, size=20)
+    whole = model.adapt(support)
+    monkeypatch.setattr("hf_iai.heads.delta.TOKENS_AT_ONCE", 7)
+    assert largest_difference(model.adapt(support), whole) < 1e-5
+
+
 def test_the_delta_rule_reads_in_parallel_and_stays_bounded():
     model = make_model(delta_rule=True)
     with torch.no_grad():
