@@ -46,7 +46,7 @@ from transformers import (
 from hf_iai import EpisodeCollator, IAIConfig, IAITrainer, IAITrainingArguments
 from hf_iai.evaluation import bootstrap_mean
 
-SLOTS, WINDOW = 16, 512
+SLOTS, WINDOW, ASKED = 16, 512, 32
 WORK = Path("work/recall")
 
 app = typer.Typer(help=__doc__)
@@ -198,12 +198,16 @@ def train(
     slots: int = SLOTS,
     keys: int = NUM_KEYS,
     delta: bool = True,
-    steps: int = 2000,
+    steps: int = 1500,
     batch_size: int = 8,
     lr: float = 2e-3,
+    go_on: bool = False,
     work: Path = WORK,
 ) -> None:
-    """Train one adapter, from its checkpoint if there is one: tasks of up to 64 pairs, with and without rewrites."""
+    """Train one adapter, from its checkpoint if there is one: tasks of up to 64 pairs, with and without rewrites.
+
+    With --go-on, an adapter for more keys than 64 starts as the one for 64 that has the same seed.
+    """
     set_seed(seed)
     output = folder_of(work, slots, keys, delta, seed)
     output.mkdir(parents=True, exist_ok=True)
@@ -215,7 +219,11 @@ def train(
         lora_alpha=32,
         target_modules="all-linear",
     )
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(work / "base"), config)
+    if go_on:
+        trained = folder_of(work, slots, NUM_KEYS, delta, seed) / "adapter"
+        model = AutoPeftModelForCausalLM.from_pretrained(trained, is_trainable=True)
+    else:
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(work / "base"), config)
     most_chunks = round(PAIRS * (1 + REWRITE_RATE)) // PAIRS_PER_CHUNK
     args = IAITrainingArguments(
         output_dir=str(output / "trainer"),
@@ -245,8 +253,9 @@ def train(
             "num": steps * batch_size,
             "num_pairs": PAIRS,
             "rewrite_rate": REWRITE_RATE,
-            "num_asked": PAIRS,
+            "num_asked": ASKED,
             "seed": 1000 + seed,
+            "growth": 0.0 if go_on else 0.5,
             "num_keys": keys,
         },
     )

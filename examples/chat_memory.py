@@ -12,6 +12,7 @@ compared has the same base, LoRA rank and number of steps and sees the last 464 
 """
 
 import json
+import string
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -34,12 +35,13 @@ from transformers import (
 
 from hf_iai import IAIConfig, IAITrainer, IAITrainingArguments, chunk_examples, embedded_base
 from hf_iai.data import tokenize_example
-from hf_iai.embedded.generated_tasks import LETTERS
 from hf_iai.evaluation import bootstrap_mean
 
-FACTS, RETOLD, CHUNK, SLOTS = 8, 2, 64, 16
+FACTS, RETOLD, CHUNK, SLOTS = 8, 2, 16, 8
 END = 464  # tokens of a conversation that fit the window with all questions and answers
-MAX_CHUNKS, COUNTS = 12, (2, 4, 6, 8, 12, 16, 24, 32)
+FACTS_ALONE, MAX_CHUNKS, COUNTS = 4, 20, (4, 8, 12, 16, 20, 32, 48, 64, 96)
+KEYS, VALUES = string.ascii_uppercase, string.ascii_lowercase
+WORDS = "how are you today it is nice and warm here we had soup then went out to see the sea again maybe later".split()
 # A user's line and the answer to it are one line of text, which is how the base writes what it recalls.
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}{{ '\\n' if m['role'] == 'assistant' }}{% endfor %}"
 WORK = Path("work/chat")
@@ -58,22 +60,20 @@ def exchange(user: str, assistant: str) -> list[dict]:
 
 
 def small_talk(rng: np.random.Generator) -> list[dict]:
-    words = ["".join(rng.choice(list(LETTERS), size=rng.integers(2, 6))) for _ in range(rng.integers(3, 8))]
+    words = [WORDS[i] for i in rng.integers(len(WORDS), size=rng.integers(2, 6))]
     return exchange(" ".join(words), " ok")
 
 
 def conversation(rng: np.random.Generator, tokenizer, num_chunks: int) -> tuple[list[dict], dict[str, str]]:
     """Messages that fill `num_chunks` chunks, and what is right at the end: the newest value of every key."""
     length = lambda turn: len(tokenizer.apply_chat_template(turn)["input_ids"])  # noqa: E731
-    keys = rng.permutation(list(LETTERS))[:FACTS]
+    keys = rng.permutation(list(KEYS))[:FACTS]
     told = [*rng.permutation(keys), *rng.permutation(keys)[:RETOLD]]
     facts, turns = {}, []
     for key in told:
-        value = str(rng.integers(10, 100))
-        while value == facts.get(str(key)):
-            value = str(rng.integers(10, 100))
-        facts[str(key)] = value
-        turns.append(exchange(f"{key}={facts[str(key)]}", " ok"))
+        value = rng.choice([v for v in VALUES if v != facts.get(str(key))])
+        facts[str(key)] = str(value)
+        turns.append(exchange(f"{key} {value}", " ok"))
     room = num_chunks * CHUNK - sum(map(length, turns))
     talk = []
     while (room := room - length(turn := small_talk(rng))) >= 0:
@@ -85,7 +85,7 @@ def conversation(rng: np.random.Generator, tokenizer, num_chunks: int) -> tuple[
 
 
 def question(key: str, value: str) -> dict:
-    user, assistant = exchange(f"{key}?", value)
+    user, assistant = exchange(key, f" {value}")
     return {"prompt": [user], "completion": [assistant]}
 
 
@@ -94,13 +94,14 @@ def conversations(num: int, seed: int) -> Iterator[dict]:
     tokenizer = chat_tokenizer()
     for i in range(num):
         rng = np.random.default_rng((seed, i))
-        longest = max(2, round(MAX_CHUNKS * min(1.0, 2 * i / num)))
-        messages, facts = conversation(rng, tokenizer, int(rng.integers(2, longest + 1)))
+        grown = min(1.0, max(0.0, 2 * i / num - 0.5))
+        longest = FACTS_ALONE + round(grown * (MAX_CHUNKS - FACTS_ALONE))
+        messages, facts = conversation(rng, tokenizer, int(rng.integers(FACTS_ALONE, longest + 1)))
         yield {"support": [{"messages": messages}], "query": [question(*fact) for fact in facts.items()]}
 
 
 @app.command()
-def train(seed: int = 0, steps: int = 800, batch_size: int = 8, lr: float = 2e-3, work: Path = WORK) -> None:
+def train(seed: int = 0, steps: int = 700, batch_size: int = 16, lr: float = 1e-3, work: Path = WORK) -> None:
     """Train an adapter that remembers what it was told."""
     set_seed(seed)
     output = work / f"reader-{seed}"
@@ -154,7 +155,7 @@ def seen_ends(num: int, seed: int) -> Iterator[dict]:
 
 
 @app.command()
-def train_window(seed: int = 0, steps: int = 800, batch_size: int = 8, lr: float = 2e-3, work: Path = WORK) -> None:
+def train_window(seed: int = 0, steps: int = 700, batch_size: int = 16, lr: float = 1e-3, work: Path = WORK) -> None:
     """Train plain LoRA to answer from the end of the conversation."""
     set_seed(seed)
     output = work / f"window-{seed}"
@@ -180,9 +181,9 @@ def train_window(seed: int = 0, steps: int = 800, batch_size: int = 8, lr: float
 
 def answers(model, tokenizer, keys: list[str], context: Sequence[int] = (), **under) -> list[str]:
     """What is generated after each question, greedily: as many tokens as a value has."""
-    asked = [[*context, *tokenizer(f"{key}?")["input_ids"]] for key in keys]
+    asked = [[*context, *tokenizer(key)["input_ids"]] for key in keys]
     asked = torch.tensor(asked)  # (Q, T): a key is one token
-    tokens = model.generate(input_ids=asked, max_new_tokens=2, do_sample=False, **under)
+    tokens = model.generate(input_ids=asked, max_new_tokens=1, do_sample=False, **under)
     return [text.strip() for text in tokenizer.batch_decode(tokens[:, asked.shape[1] :])]
 
 
@@ -200,7 +201,7 @@ def right_answers(
         found["truncated_window_untrained"] = answers(window, tokenizer, keys, context=end)
     right = {name: [a == v for a, v in zip(given, facts.values(), strict=True)] for name, given in found.items()}
     text = tokenizer.decode(end)
-    return right | {"in_the_window": [f"{key}={value} ok" in text for key, value in facts.items()]}
+    return right | {"in_the_window": [f"{key} {value} ok" in text for key, value in facts.items()]}
 
 
 @app.command()
@@ -257,8 +258,8 @@ def talk(seed: int = 0, num_chunks: int = 24, work: Path = WORK) -> None:
     for number, state in enumerate(model.adapt_steps(chunks), 1):
         if number % 8 == 0:
             given = answers(model, tokenizer, list(facts), task_state=state)
-            print(f"after {number} chunks:", " ".join(f"{k}?{a}" for k, a in zip(facts, given, strict=True)))
-    print("told:           ", " ".join(f"{k}={v}" for k, v in facts.items()))
+            print(f"after {number} chunks:", " ".join(f"{k} {a}" for k, a in zip(facts, given, strict=True)))
+    print("told:           ", " ".join(f"{k} {v}" for k, v in facts.items()))
 
 
 if __name__ == "__main__":

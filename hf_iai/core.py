@@ -56,6 +56,8 @@ class IAICore(nn.Module):
 
     def read(self, base: Base, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:  # (B, C) each
         """Evidence of a chunk: a state of one chunk, or for `"recent"` just its tokens."""
+        # What stands under the mask must not even route: experts compute all tokens that chose them in one batch.
+        ids = ids.masked_fill(mask == 0, 0)
         if self.config.accumulation == "recent":
             return {"ids": ids, "mask": mask}
         with base.lora(True):

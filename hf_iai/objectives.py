@@ -107,9 +107,8 @@ def _unrolled(
     """States of the last n chunks for each n of `counts`; the base reads all chunks in one batch."""
     batch, num_chunks = chunk_ids.shape[:2]
     evidence = core.read(base, chunk_ids.flatten(0, 1), chunk_mask.flatten(0, 1))  # (B * K, ...)
-    evidence = [
-        {name: t.unflatten(0, (batch, num_chunks))[:, k] for name, t in evidence.items()} for k in range(num_chunks)
-    ]
+    evidence = {name: t.unflatten(0, (batch, num_chunks)).unbind(1) for name, t in evidence.items()}
+    evidence = [dict(zip(evidence, chunk, strict=True)) for chunk in zip(*evidence.values(), strict=True)]
     states = []
     for count in counts:
         state = start
