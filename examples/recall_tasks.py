@@ -87,12 +87,15 @@ def recall_episodes(num: int, num_pairs: int = PAIRS, rewrite_rate: float = 0.0,
 def growing_episodes(
     num: int, num_pairs: int, rewrite_rate: float, num_asked: int, seed: int, growth: float = 0.5, **sizes
 ) -> Iterator:
-    """A stream for training: the most pairs grows over a share `growth` of it; of the larger tasks, 3 in 4 rewrite."""
+    """A stream for training: the most pairs grows over a share `growth` of it; of the larger tasks, 3 in 4 rewrite.
+
+    Of a task's keys `num_asked` are asked, those that were rewritten first.
+    """
     for i in range(num):
         rng = np.random.default_rng((seed, i))
         most = max(8, round(num_pairs * min(1.0, (i + 1) / max(1, growth * num))))
         pairs = int(rng.integers(4, most + 1)) if rng.random() < 0.3 else most
         rate = rewrite_rate if rng.random() < 0.75 and pairs > 8 else 0.0
         episode = recall_episode(rng, pairs, rate, **sizes)
-        asked = rng.permutation(pairs)[:num_asked]
-        yield {"support": episode["support"], "query": [episode["query"][j] for j in asked]}
+        rewritten_first = sorted(rng.permutation(pairs), key=lambda j: not episode["rewritten"][j])
+        yield {"support": episode["support"], "query": [episode["query"][j] for j in rewritten_first[:num_asked]]}
