@@ -37,9 +37,9 @@ from hf_iai import IAIConfig, IAITrainer, IAITrainingArguments, chunk_examples, 
 from hf_iai.data import tokenize_example
 from hf_iai.evaluation import bootstrap_mean
 
-FACTS, RETOLD, CHUNK, SLOTS = 8, 2, 16, 8
+FACTS, RETOLD, CHUNK, SLOTS = 8, 2, 16, 16
 END = 464  # tokens of a conversation that fit the window with all questions and answers
-FACTS_ALONE, MAX_CHUNKS, COUNTS = 4, 20, (4, 8, 12, 16, 20, 32, 48, 64, 96)
+FACTS_ALONE, MAX_CHUNKS, COUNTS = 4, 16, (4, 8, 16, 24, 32, 48, 64, 96)
 KEYS, VALUES = string.ascii_uppercase, string.ascii_lowercase
 WORDS = "how are you today it is nice and warm here we had soup then went out to see the sea again maybe later".split()
 # A user's line and the answer to it are one line of text, which is how the base writes what it recalls.
@@ -90,18 +90,18 @@ def question(key: str, value: str) -> dict:
 
 
 def conversations(num: int, seed: int) -> Iterator[dict]:
-    """Episodes for training; conversations grow over the first half."""
+    """Episodes for training: facts alone at first, then more and more small talk between them."""
     tokenizer = chat_tokenizer()
     for i in range(num):
         rng = np.random.default_rng((seed, i))
-        grown = min(1.0, max(0.0, 2 * i / num - 0.5))
+        grown = np.clip((i / num - 0.4) / 0.35, 0, 1)
         longest = FACTS_ALONE + round(grown * (MAX_CHUNKS - FACTS_ALONE))
         messages, facts = conversation(rng, tokenizer, int(rng.integers(FACTS_ALONE, longest + 1)))
         yield {"support": [{"messages": messages}], "query": [question(*fact) for fact in facts.items()]}
 
 
 @app.command()
-def train(seed: int = 0, steps: int = 700, batch_size: int = 16, lr: float = 1e-3, work: Path = WORK) -> None:
+def train(seed: int = 0, steps: int = 600, batch_size: int = 16, lr: float = 1e-3, work: Path = WORK) -> None:
     """Train an adapter that remembers what it was told."""
     set_seed(seed)
     output = work / f"reader-{seed}"
@@ -155,7 +155,7 @@ def seen_ends(num: int, seed: int) -> Iterator[dict]:
 
 
 @app.command()
-def train_window(seed: int = 0, steps: int = 700, batch_size: int = 16, lr: float = 1e-3, work: Path = WORK) -> None:
+def train_window(seed: int = 0, steps: int = 200, batch_size: int = 16, lr: float = 1e-3, work: Path = WORK) -> None:
     """Train plain LoRA to answer from the end of the conversation."""
     set_seed(seed)
     output = work / f"window-{seed}"
