@@ -5,10 +5,11 @@
     python examples/chat_memory.py evaluate --seeds 0      # writes work/chat/chat.json and .png
     python examples/chat_memory.py talk --seed 0           # one conversation, turn by turn
 
-The user tells 8 facts (`b=47`), all before three quarters of the small talk; two of them are told anew with another
-value. At the end every fact is asked (`b?`). The embedded base reads the conversation as `{"messages": ...}`, in chunks
-of 64 tokens; its window holds 7 of them. Conversations are drawn anew, so only what was read can answer. What is
-compared has the same base, LoRA rank and number of steps and sees the last 464 tokens themselves.
+The user tells 8 facts (`A b`: a letter and what it stands for), all before three quarters of the small talk; two of
+them are told anew with another value. At the end every fact is asked (`A`). The embedded base reads the conversation as
+`{"messages": ...}`, in chunks of 16 tokens; its window holds 32 of them. Conversations are drawn anew, so only what was
+read can answer. What is compared has the same base and LoRA rank, was trained on the same conversations until its
+loss was below 0.02 nats, and sees the last 464 tokens themselves.
 """
 
 import json
@@ -192,7 +193,7 @@ def right_answers(
 ) -> dict[str, list[bool]]:
     """Of every fact, whether the state answers it, LoRA or the bare base from the window, and whether that holds it."""
     keys, end = list(facts), end_of(messages, tokenizer)
-    state = reader.adapt(chunk_examples([{"messages": messages}], tokenizer, chunk_size=CHUNK))
+    state = reader.adapt(chunk_examples([{"messages": messages}], tokenizer, chunk_size=CHUNK), parallel=16)
     found = {
         "state": answers(reader, tokenizer, keys, task_state=state),
         "truncated_window": answers(window, tokenizer, keys, context=end),
