@@ -40,7 +40,7 @@ from hf_iai.evaluation import bootstrap_mean
 
 FACTS, RETOLD, CHUNK, SLOTS = 8, 2, 16, 16
 END = 464  # tokens of a conversation that fit the window with all questions and answers
-FACTS_ALONE, MAX_CHUNKS, COUNTS = 4, 16, (4, 8, 16, 24, 32, 48, 64, 96)
+FACTS_ALONE, MAX_CHUNKS, COUNTS = 2, 16, (2, 4, 8, 16, 24, 32, 48, 64, 96)
 KEYS, VALUES = string.ascii_uppercase, string.ascii_lowercase
 WORDS = "how are you today it is nice and warm here we had soup then went out to see the sea again maybe later".split()
 # A user's line and the answer to it are one line of text, which is how the base writes what it recalls.
@@ -61,8 +61,8 @@ def exchange(user: str, assistant: str) -> list[dict]:
 
 
 def small_talk(rng: np.random.Generator) -> list[dict]:
-    words = [WORDS[i] for i in rng.integers(len(WORDS), size=rng.integers(2, 6))]
-    return exchange(" ".join(words), " ok")
+    words = [WORDS[i] for i in rng.integers(len(WORDS), size=rng.integers(3, 7))]
+    return exchange(" ".join(words[:-1]), f" {words[-1]}")
 
 
 def conversation(rng: np.random.Generator, tokenizer, num_chunks: int) -> tuple[list[dict], dict[str, str]]:
@@ -74,7 +74,7 @@ def conversation(rng: np.random.Generator, tokenizer, num_chunks: int) -> tuple[
     for key in told:
         value = rng.choice([v for v in VALUES if v != facts.get(str(key))])
         facts[str(key)] = str(value)
-        turns.append(exchange(f"{key} {value}", " ok"))
+        turns.append(exchange(str(key), f" {value}"))
     room = num_chunks * CHUNK - sum(map(length, turns))
     talk = []
     while (room := room - length(turn := small_talk(rng))) >= 0:
@@ -102,7 +102,7 @@ def conversations(num: int, seed: int) -> Iterator[dict]:
 
 
 @app.command()
-def train(seed: int = 0, steps: int = 600, batch_size: int = 16, lr: float = 1e-3, work: Path = WORK) -> None:
+def train(seed: int = 0, steps: int = 800, batch_size: int = 16, lr: float = 1e-3, work: Path = WORK) -> None:
     """Train an adapter that remembers what it was told."""
     set_seed(seed)
     output = work / f"reader-{seed}"
@@ -202,7 +202,7 @@ def right_answers(
         found["truncated_window_untrained"] = answers(window, tokenizer, keys, context=end)
     right = {name: [a == v for a, v in zip(given, facts.values(), strict=True)] for name, given in found.items()}
     text = tokenizer.decode(end)
-    return right | {"in_the_window": [f"{key} {value} ok" in text for key, value in facts.items()]}
+    return right | {"in_the_window": [f"{key} {value}\n" in text for key, value in facts.items()]}
 
 
 @app.command()
