@@ -329,7 +329,8 @@ def evaluate(num_tasks: int = 64, work: Path = WORK) -> None:
     for folder in tqdm(sorted(path.parent for path in work.glob("m*-keys*-*-*/adapter")), "adapters"):
         rows += rows_of_adapter(folder, num_tasks)
         histories.append({"adapter": folder.name, "history": json.loads((folder / "history.json").read_text())})
-    recipe = {"command": "python examples/associative_recall.py evaluate", "num_tasks": num_tasks, **provenance()}
+    command = f"python examples/associative_recall.py evaluate --num-tasks {num_tasks} --work {work}"
+    recipe = {"command": command, "num_tasks": num_tasks, **provenance()}
     report = {"recipe": recipe, "chance": 1 / NUM_VALUES, "rows": rows, "training": histories}
     (work / "recall.json.tmp").write_text(json.dumps(report, indent=1) + "\n")
     (work / "recall.json.tmp").replace(work / "recall.json")
