@@ -145,7 +145,8 @@ def _virtual_tokens(tuner: IAIModel, state: TaskState, peft_type: str) -> Tensor
         if peft_type == "PROMPT_TUNING":
             rows = tuner.core.corrected(base, state)["prompt"][:, 0, 0]  # (B, m, d)
         else:
-            layers = [torch.stack(pair, 1) for pair in tuner.core.prefix(base, state)]  # (B, 2, H, m, D) each
+            with tuner.core.under(base, state) as prefix:
+                layers = [torch.stack(pair, 1) for pair in prefix]  # (B, 2, H, m, D) each
             rows = torch.stack(layers, 1).permute(0, 4, 1, 2, 3, 5).flatten(2)  # (B, m, L * 2 * H * D)
     return rows.to("cpu", tuner.model.dtype).contiguous()
 
