@@ -4,7 +4,7 @@ from torch import Tensor
 
 from ..base import Base
 from ..config import IAIConfig
-from ..heads import SGD, LearnedOptimizer, MetaSGD, PathAware, bounded
+from ..heads import SGD, LearnedStep, MetaSGD, PathAware, bounded
 from ..signals import read_gradients
 from ..state import TaskState
 from .core import Core, full_precision
@@ -18,13 +18,15 @@ class GradientCore(Core):
 
     def __init__(self, base: Base, config: IAIConfig) -> None:
         super().__init__(base, config, reads=False)
+        if config.initial_rate is None:  # saved with the adapter: learned rates are relative to it
+            config.initial_rate = RATES[config.state_type]
         self.head = self._make_head()
 
-    def _make_head(self) -> SGD | LearnedOptimizer:
+    def _make_head(self) -> SGD | LearnedStep:
         start, config = dict(self.state.start.items()), self.config
-        rate = RATES[config.state_type] if config.initial_rate is None else config.initial_rate
+        rate = config.initial_rate
         if config.head == "learned_optimizer":
-            return LearnedOptimizer({name: self.state.kind(name) for name in start}, rate)
+            return LearnedStep({name: self.state.kind(name) for name in start}, rate)
         start = {name: t.detach() for name, t in start.items()}
         if config.head == "path_aware":
             return PathAware(start, rate, config.path_window)

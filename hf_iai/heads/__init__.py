@@ -6,7 +6,7 @@ from .classical import SGD, MetaSGD, PathAware
 from .correction import Correction
 from .delta import WRITES, DeltaRule
 from .kept import KEPT, NEVER, followed_by, keep_tokens, trace
-from .learned_optimizer import LearnedOptimizer
+from .learned_optimizer import LearnedStep
 from .recent import push_tokens
 
 __all__ = [
@@ -16,7 +16,7 @@ __all__ = [
     "Correction",
     "SGD",
     "DeltaRule",
-    "LearnedOptimizer",
+    "LearnedStep",
     "MetaSGD",
     "PathAware",
     "RunningAverage",

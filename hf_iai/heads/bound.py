@@ -11,10 +11,13 @@ def rms(tensor: Tensor) -> Tensor:  # (B, ...) -> (B, 1, ...)
     return tensor.square().mean(tuple(range(1, tensor.dim())), keepdim=True).sqrt()
 
 
+def most_rms(start: Tensor) -> Tensor:  # (1, ...) -> (1, 1, ...)
+    return MOST_GROWTH * rms(start).clamp_min(SMALLEST)
+
+
 @torch.no_grad()
 def _shrinkage(tensor: Tensor, start: Tensor) -> Tensor:  # (B, ...), (...) -> (B, 1, ...)
-    most = MOST_GROWTH * rms(start[None]).clamp_min(SMALLEST)
-    return (most / rms(tensor)).clamp_max(1)
+    return (most_rms(start[None]) / rms(tensor)).clamp_max(1)
 
 
 def bounded(tensors: dict[str, Tensor], start: dict[str, Tensor]) -> dict[str, Tensor]:  # (B, ...) and (...) each

@@ -21,7 +21,7 @@ STEP, SMALLEST = 0.01, 0.1  # of the network's part, in units of theta's rms or 
 TINY = 1e-20
 
 
-class LearnedOptimizer(nn.Module):
+class LearnedStep(nn.Module):
     """theta' = theta - rate P gradient - s rms(theta) u / max(1, rms(u)),        u = d exp(a), (d, a) = net(features)
 
     The features of a coordinate are its gradient, its value, three momenta, two second moments, their ratios and the
@@ -74,20 +74,29 @@ class LearnedOptimizer(nn.Module):
         return after, kept_after
 
     def stepped(
-        self, kind: str, theta: Tensor, averages: Tensors, gradient: Tensor, step: Tensor
+        self,
+        kind: str | None,
+        theta: Tensor,  # (B, ...)
+        averages: Tensors,  # of the gradients, this one included
+        gradient: Tensor,  # (B, ...)
+        step: Tensor,  # (B,) gradients before this one
     ) -> Tensor:  # (B, ...)
-        """The next theta of one tensor; `averages` hold the gradient already, `step` (B,) does not count it."""
+        """The next theta of one tensor; kind None: as the mean of all kinds."""
         averages = without_bias(averages, step + 1)
-        rate = self.initial_rate * (LOG_SCALE * self.log_rate[kind]).exp()
+        rate = self.initial_rate * (LOG_SCALE * self._of_kind(self.log_rate, kind)).exp()
         theta_after = theta - rate * self._precondition(kind, averages) * gradient
-        size = STEP * (LOG_SCALE * self.log_step[kind]).exp() * rms(theta.detach()).clamp_min(SMALLEST)
+        size = STEP * (LOG_SCALE * self._of_kind(self.log_step, kind)).exp() * rms(theta.detach()).clamp_min(SMALLEST)
         moving = gradient.detach().flatten(1).any(1).view(-1, *[1] * (theta.dim() - 1))
         return theta_after - moving * size * self._direction(features(theta, averages, gradient), step)
 
-    def _precondition(self, kind: str, averages: Tensors) -> Tensor:  # (B, ...)
+    @staticmethod
+    def _of_kind(values: nn.ParameterDict, kind: str | None) -> Tensor:
+        return torch.stack(list(values.values())).mean() if kind is None else values[kind]
+
+    def _precondition(self, kind: str | None, averages: Tensors) -> Tensor:  # (B, ...)
         root = (averages["second"][:, -1] + TINY).sqrt()
         ratio = (root / rms(root)).clamp_min(1 / LARGEST_PRECONDITION)
-        return (-LOG_SCALE * self.power[kind] * ratio.log()).exp()
+        return (-LOG_SCALE * self._of_kind(self.power, kind) * ratio.log()).exp()
 
     def _direction(self, inputs: Tensor, step: Tensor) -> Tensor:  # (B, ..., F), (B,) -> (B, ...)
         times = torch.tanh(step.unsqueeze(-1) / inputs.new_tensor(TIMES) - 1)  # (B, times)
