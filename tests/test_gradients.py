@@ -368,7 +368,6 @@ def test_inference_mode_changes_nothing(member):
     expected = model.adapt(support)
     with torch.inference_mode():
         state = model.adapt(chunks(3))
-        state = model.adapt([], state=state) if False else state
         logits = model(input_ids=ids(2, 5), task_state=state).logits
     assert largest_difference(state, expected) == 0
     assert torch.equal(logits, model(input_ids=ids(2, 5), task_state=expected).logits)
@@ -436,3 +435,17 @@ def test_lora_state_starts_without_effect():
         assert torch.equal(
             model(input_ids=query, task_state=model.initial_state()).logits, model(input_ids=query).logits
         )
+
+
+@pytest.mark.slow
+def test_compiled_base():
+    """Hooks come and go between the passes of one compiled base."""
+    torch._dynamo.reset()
+    model, query = gradient_model(state_type="lora"), ids(2, 6)
+    with torch.no_grad():
+        state = model.adapt(chunks(2))
+        expected = [model(input_ids=query, task_state=s).logits for s in (None, state, None, state.select(0))]
+        model.base_model.model.compile(backend="eager")
+        found = [model(input_ids=query, task_state=s).logits for s in (None, state, None, state.select(0))]
+        assert largest_difference(model.adapt(chunks(2)), state) < 1e-5
+    assert max((a - b).abs().max() for a, b in zip(found, expected, strict=True)) < 1e-5

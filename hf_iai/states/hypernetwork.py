@@ -16,7 +16,7 @@ CODE_WIDTH = 64
 class HypernetworkState(nn.Module):
     """State tensor `code` (B, 1, 1, P, k), what a lora state is where a chunk is read by the base; each module gives
 
-        W x + B(code) A x,        B(code) = U (M code)^T,        A (r, I), M (r, P), U (O, k) learned
+        W x + B(code) A x,        B(code) = U (M code)^T / k,        A (r, I), M (r, P), U (O, k) learned
 
     B is linear in the code, so the average of the codes of several chunks is the average of their updates. U starts at
     zero: no effect. A read-out is the last hidden state of its slot, normed, through a linear map to k numbers.
@@ -55,7 +55,8 @@ class HypernetworkState(nn.Module):
 
     def update(self, tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
         """path -> A (B, r, I), B (B, O, r)."""
-        code = tensors["code"][:, 0, 0]  # (B, P, k)
+        # Over k, a step of an optimizer on U moves B as far as LoRA's own B.
+        code = tensors["code"][:, 0, 0] / CODE_WIDTH  # (B, P, k)
         of_each = lambda t: t.expand(len(code), -1, -1)  # noqa: E731
         return {
             # A plain matmul would round differently where no gradient is asked for.
