@@ -222,11 +222,46 @@ def check_double_backward(model: nn.Module) -> None:
             f"second_order=True differentiates attention twice, which {attention!r} cannot: load the base with "
             "attn_implementation='sdpa', or set second_order=False"
         )
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel  # slow to import
+    if _sharding(model):
+        raise ValueError("second_order=True cannot be sharded by FSDP: train with DDP, or set second_order=False")
 
-        if any(isinstance(m, FSDPModule | FullyShardedDataParallel) for m in model.modules()):
-            raise ValueError("second_order=True cannot be sharded by FSDP: train with DDP, or set second_order=False")
+
+@contextmanager
+def inner_backward(model: nn.Module) -> Iterator[None]:
+    """For a backward pass within the forward pass: FSDP is not to reduce gradients and free weights after it."""
+    if not (shards := _sharding(model)):
+        yield
+        return
+    context = shards[0]._get_fsdp_state()._state_ctx  # of all that is sharded, modules around the base included
+    groups = [group for state in context.all_states for group in state._fsdp_param_groups]
+    names = ("reshard_after_backward", "reduce_grads", "all_reduce_grads")
+    before = [[getattr(group, name) for name in names] for group in groups]
+    last, context.is_last_backward = context.is_last_backward, False
+    for group in groups:
+        for name in names:
+            setattr(group, name, False)
+    try:
+        yield
+    finally:
+        context.is_last_backward = last
+        for group, values in zip(groups, before, strict=True):
+            for name, value in zip(names, values, strict=True):
+                setattr(group, name, value)
+
+
+def _sharding(model: nn.Module) -> list[nn.Module]:
+    """The modules that FSDP shards.
+
+    Raises:
+        ValueError: for FSDP of version 1, which has no such switches.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return []
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel  # slow to import
+
+    if any(isinstance(m, FullyShardedDataParallel) for m in model.modules()):
+        raise ValueError("gradients cannot be taken within FSDP version 1: set fsdp_version to 2, or train with DDP")
+    return [m for m in model.modules() if isinstance(m, FSDPModule)]
 
 
 def prepare_checkpointing(model: nn.Module) -> None:

@@ -30,7 +30,7 @@ class SGD(nn.Module):
         self.log_rate = nn.ParameterDict({name: nn.Parameter(self._like(t)) for name, t in start.items()})
 
     def _like(self, tensor: Tensor) -> Tensor:
-        return tensor.new_zeros(())
+        return tensor.new_zeros(1)  # FSDP takes no scalars
 
     def rate(self, name: str) -> Tensor:
         return self.initial_rate * (LOG_SCALE * self.log_rate[name]).exp()

@@ -110,7 +110,7 @@ class LearnedStep(nn.Module):
 
 
 def _zero_for_each(kinds: Iterable[str]) -> nn.ParameterDict:
-    return nn.ParameterDict({kind: nn.Parameter(torch.zeros(())) for kind in sorted(set(kinds))})
+    return nn.ParameterDict({kind: nn.Parameter(torch.zeros(1)) for kind in sorted(set(kinds))})
 
 
 def accumulate(averages: Tensors, gradient: Tensor) -> Tensors:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base import Base, without_first
-from ..compat import check_double_backward, math_attention
+from ..compat import check_double_backward, inner_backward, math_attention
 
 
 def read_gradients(
@@ -36,7 +36,8 @@ def read_gradients(
         }
         with state.under(base, tensors) as prefix:
             loss = _losses(base, prefix, ids, mask, labels).sum()
-        gradients = torch.autograd.grad(loss, list(tensors.values()), create_graph=twice)
+        with inner_backward(base.model):
+            gradients = torch.autograd.grad(loss, list(tensors.values()), create_graph=twice)
     return dict(zip(tensors, gradients, strict=True))
 
 
