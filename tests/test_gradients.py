@@ -16,10 +16,13 @@ from hf_iai.signals import read_gradients
 STATES = ["prefix", "prompt", "lora"]
 HEADS = ["learned_optimizer", "sgd", "meta_sgd", "path_aware"]
 FAMILIES = ["llama", "qwen3", "gpt2"]
-# Whatever a state is and a chunk says; `target` of lora states: all that it may be.
+# Whatever a state is and a chunk says.
 MEMBERS = [{"state_type": s, "signal": "gradients", "head": h} for s, h in product(STATES, HEADS)]
 MEMBERS += [{"state_type": s, "signal": "both"} for s in STATES]
 MEMBERS += [{"state_type": "lora", "signal": "observations"}]
+every_family = pytest.mark.parametrize(
+    "family", ["llama", *(pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES[1:])]
+)
 every_member = pytest.mark.parametrize("member", MEMBERS, ids=lambda m: "-".join(m.values()))
 
 
@@ -228,7 +231,7 @@ def test_the_state_is_bounded(head):
 # ---------------------------------------------------------------- all members
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@every_family
 @every_member
 def test_batches_padding_streams_and_parallel(family, member):
     model = member_model(family, initial_rate=0.3, **member) if "head" in member else member_model(family, **member)
@@ -260,7 +263,7 @@ def test_batches_padding_streams_and_parallel(family, member):
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@every_family
 @every_member
 def test_generate_and_using(family, member):
     model, query = member_model(family, **member), ids(2, 6, seed=3)

@@ -58,11 +58,12 @@ class HypernetworkState(nn.Module):
         # Over k, a step of an optimizer on U moves B as far as LoRA's own B.
         code = tensors["code"][:, 0, 0] / CODE_WIDTH  # (B, P, k)
         of_each = lambda t: t.expand(len(code), -1, -1)  # noqa: E731
-        return {
-            # A plain matmul would round differently where no gradient is asked for.
-            path: (of_each(self.down[name]), of_each(self.up[name]).bmm(of_each(self.mix[name]).bmm(code).mT))
-            for name, path in self.paths.items()
-        }
+        with torch.autocast(code.device.type, enabled=False):
+            return {
+                # A plain matmul would round differently where no gradient is asked for.
+                path: (of_each(self.down[name]), of_each(self.up[name]).bmm(of_each(self.mix[name]).bmm(code).mT))
+                for name, path in self.paths.items()
+            }
 
     @contextmanager
     def under(self, base: Base, tensors: dict[str, Tensor]) -> Iterator[Prefix]:
