@@ -14,6 +14,7 @@ from .embedded import embedded_base
 from .evaluation import evaluate_curve
 from .export import export_to_peft
 from .hub import update_card
+from .learned_optimizer import LearnedOptimizer
 from .model import IAIModel
 from .registration import IAIType, register
 from .state import TaskState
@@ -30,6 +31,7 @@ __all__ = [
     "IAIModel",
     "IAITrainer",
     "IAITrainingArguments",
+    "LearnedOptimizer",
     "TaskState",
     "batch_chunks",
     "chunk_examples",

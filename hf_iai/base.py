@@ -17,6 +17,7 @@ from .compat import (
     key_value_shape,
     lora_enabled,
     prepare_checkpointing,
+    read_by_weight,
     rotations,
     window_of,
 )
@@ -32,7 +33,7 @@ class Base:
     Not a module: it owns no parameters and is made anew for each use.
     """
 
-    state_types = ("prefix", "prompt")
+    state_types = ("prefix", "prompt", "lora")
 
     def __init__(self, model: nn.Module) -> None:
         self.model, self.config = model, model.config
@@ -46,6 +47,11 @@ class Base:
     @property
     def vocab_size(self) -> int:
         return self.model.get_input_embeddings().num_embeddings
+
+    @property
+    def uncalled(self) -> set[str]:
+        """Last parts of the names of modules whose weights are read without calling them."""
+        return read_by_weight(self.model)
 
     def lora(self, enabled: bool) -> AbstractContextManager[None]:
         return lora_enabled([m for m in self.model.modules() if isinstance(m, LoraLayer)], enabled)
@@ -133,7 +139,8 @@ class Base:
         """transformers' own `generate` behind the prefix; prompt and new ids, (B, T + new)."""
         if has_longrope(self.config):
             self._check_stays_within_window(self.num_slots(prefix), ids.shape[1], kwargs)
-        kwargs["past_key_values"] = self._written_to_by_generate(prefix, len(ids), kwargs)
+        if self.num_slots(prefix):
+            kwargs["past_key_values"] = self._written_to_by_generate(prefix, len(ids), kwargs)
         kwargs["attention_mask"] = torch.cat([mask.new_ones(len(mask), self.num_slots(prefix)), mask], 1)
         kwargs["use_cache"] = True  # the prefix lies in the cache
         return self.model.generate(ids, **kwargs)

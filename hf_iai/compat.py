@@ -3,16 +3,21 @@
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from functools import wraps
 
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .low_rank import active_updates, low_rank_updates
 
 
 class PrefixLayer(CacheLayerMixin):
@@ -153,6 +158,11 @@ def read_by_weight(model: nn.Module) -> set[str]:
     return {f"{parent}.{name}" for parent in {n.split(".")[-1] for n in mixers} for name in READ_BY_WEIGHT}
 
 
+def default_target_modules(config) -> str | list[str]:
+    """What PEFT itself adapts by LoRA in a family; all linear modules of one that it does not know."""
+    return TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(config.model_type, "all-linear")
+
+
 def check_supported(model: nn.Module) -> None:
     """Refuse what would be read wrongly without a word.
 
@@ -184,8 +194,78 @@ def lora_enabled(modules: list[LoraLayer], enabled: bool) -> Iterator[None]:
             module._disable_adapters = value
 
 
+_in_math_attention: ContextVar[bool] = ContextVar("math_attention", default=False)
+
+
+@contextmanager
+def math_attention(enabled: bool) -> Iterator[None]:
+    """Attention in plain operations, for the passes inside: its fused kernels cannot be differentiated twice."""
+    token = _in_math_attention.set(enabled)
+    with ExitStack() as stack:
+        if enabled:
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        try:
+            yield
+        finally:
+            _in_math_attention.reset(token)
+
+
+def check_double_backward(model: nn.Module) -> None:
+    """Refuse what fails, or crashes, where a gradient is differentiated again.
+
+    Raises:
+        ValueError: for other attention than `"eager"` and `"sdpa"`, or a model that FSDP shards.
+    """
+    attention = model.config._attn_implementation
+    if attention not in ("eager", "sdpa", None):
+        raise ValueError(
+            f"second_order=True differentiates attention twice, which {attention!r} cannot: load the base with "
+            "attn_implementation='sdpa', or set second_order=False"
+        )
+    if _sharding(model):
+        raise ValueError("second_order=True cannot be sharded by FSDP: train with DDP, or set second_order=False")
+
+
+@contextmanager
+def inner_backward(model: nn.Module) -> Iterator[None]:
+    """For a backward pass within the forward pass: FSDP is not to reduce gradients and free weights after it."""
+    if not (shards := _sharding(model)):
+        yield
+        return
+    context = shards[0]._get_fsdp_state()._state_ctx  # of all that is sharded, modules around the base included
+    groups = [group for state in context.all_states for group in state._fsdp_param_groups]
+    names = ("reshard_after_backward", "reduce_grads", "all_reduce_grads")
+    before = [[getattr(group, name) for name in names] for group in groups]
+    last, context.is_last_backward = context.is_last_backward, False
+    for group in groups:
+        for name in names:
+            setattr(group, name, False)
+    try:
+        yield
+    finally:
+        context.is_last_backward = last
+        for group, values in zip(groups, before, strict=True):
+            for name, value in zip(names, values, strict=True):
+                setattr(group, name, value)
+
+
+def _sharding(model: nn.Module) -> list[nn.Module]:
+    """The modules that FSDP shards.
+
+    Raises:
+        ValueError: for FSDP of version 1, which has no such switches.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return []
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel  # slow to import
+
+    if any(isinstance(m, FullyShardedDataParallel) for m in model.modules()):
+        raise ValueError("gradients cannot be taken within FSDP version 1: set fsdp_version to 2, or train with DDP")
+    return [m for m in model.modules() if isinstance(m, FSDPModule)]
+
+
 def prepare_checkpointing(model: nn.Module) -> None:
-    """Make gradient checkpointing keep our cache, and recompute each layer with LoRA as it was in the forward pass.
+    """Make gradient checkpointing keep our cache, and recompute each layer as it was in the forward pass.
 
     Raises:
         ValueError: for reentrant checkpointing, which would cut the read-outs out of the graph.
@@ -198,22 +278,25 @@ def prepare_checkpointing(model: nn.Module) -> None:
             continue
         layer._can_checkpoint_with_cache = True
         function = layer._gradient_checkpointing_func
-        if not isinstance(function, _CheckpointWithLora):
+        if not isinstance(function, _CheckpointAsNow):
             if getattr(function, "keywords", {}).get("use_reentrant"):
                 raise ValueError("gradient checkpointing with use_reentrant=True: pass use_reentrant=False")
-            layer._gradient_checkpointing_func = _CheckpointWithLora(function, layer)
+            layer._gradient_checkpointing_func = _CheckpointAsNow(function, layer)
 
 
-class _CheckpointWithLora:
+class _CheckpointAsNow:
+    """Recomputation runs in the backward pass, outside of the contexts of the forward pass: this enters them again."""
+
     def __init__(self, checkpoint: Callable, layer: nn.Module) -> None:
         self.checkpoint = checkpoint
         self.lora = [module for module in layer.modules() if isinstance(module, LoraLayer)]
 
     def __call__(self, forward: Callable, *args):
         enabled = bool(self.lora) and not self.lora[0]._disable_adapters
+        updates, in_math = active_updates(), _in_math_attention.get()
 
         def forward_as_now(*args):
-            with lora_enabled(self.lora, enabled):
+            with lora_enabled(self.lora, enabled), low_rank_updates(updates), math_attention(in_math):
                 return forward(*args)
 
         return self.checkpoint(forward_as_now, *args)

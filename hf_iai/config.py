@@ -11,10 +11,16 @@ from .registration import IAIType
 # What exists, and what the design names but this version does not have yet.
 AVAILABLE = {
     "regime": (("parametric", "explicit"), ("implicit",)),
-    "state_type": (("prefix", "prompt"), ("lora", "linear")),
-    "signal": (("observations",), ("gradients", "both")),
+    "state_type": (("prefix", "prompt", "lora"), ("linear",)),
+    "signal": (("observations", "gradients", "both"), ()),
     "accumulation": (("average", "recent"), ()),
     "task_type": (("CAUSAL_LM",), ("SEQ_CLS", "TOKEN_CLS", "FEATURE_EXTRACTION", "SEQ_2_SEQ_LM")),
+}
+# The heads of each signal; the first is the default.
+HEADS = {
+    "observations": ("gated",),
+    "gradients": ("learned_optimizer", "sgd", "meta_sgd", "path_aware"),
+    "both": ("gated",),
 }
 
 
@@ -27,10 +33,22 @@ class IAIConfig(LoraConfig):
 
     Args:
         regime: `"parametric"` (queries are answered by the bare base) or `"explicit"` (by base + LoRA).
-        state_type: `"prefix"` (keys and values of every layer; all layers must be attention) or `"prompt"` (input
-            embeddings).
-        signal: `"observations"`: the chunk's tokens, no gradients.
-        num_state_tokens: m, the number of slots; at least 1.
+        state_type: `"prefix"` (keys and values of every layer; all layers must be attention), `"prompt"` (input
+            embeddings) or `"lora"` (a low-rank update of the base's weights, one per task).
+        signal: `"observations"`: what the base holds about the chunk's tokens; `"gradients"`: how the loss of the
+            chunk's labels changes with the state; or `"both"`.
+        head: how the state is refined. Of observations and of both: `"gated"`, an average with a learned
+            correction. Of gradients: `"learned_optimizer"`, `"sgd"` (one learned rate per tensor; MAML),
+            `"meta_sgd"` (one per coordinate) or `"path_aware"`. None: the first of these.
+        second_order: whether training differentiates through the gradients of a chunk; several times the memory.
+        initial_rate: what the learned rates of gradients start as; None: measured for the state type.
+        path_window: w of `"path_aware"`, which mixes in the state of w chunks before after every w-th.
+        num_state_tokens: m, the number of slots; at least 1. Of a lora state the read-out slots; gradients alone need
+            none.
+        state_r: r, the rank of a lora state.
+        state_target_modules: which modules a lora state updates: the last parts of their names, a regular expression
+            for whole paths, or `"all-linear"`. None: PEFT's choice for the base's family, such as the query and value
+            projections, and `"all-linear"` for a family that PEFT does not know.
         accumulation: `"average"`, the running average of the read-outs, or `"recent"`, exactly the last m tokens.
         num_kept_tokens: K < m, how many slots of an averaged prefix keep single tokens as they are: the latest, and
             those after most surprise (see `heads.kept`); for text that repeats names.
@@ -52,8 +70,16 @@ class IAIConfig(LoraConfig):
     """
 
     regime: str = field(default="explicit", metadata={"help": "who answers a query: parametric or explicit"})
-    state_type: str = field(default="prefix", metadata={"help": "what the task state is: prefix or prompt"})
-    signal: str = field(default="observations", metadata={"help": "what is learned from a chunk: observations"})
+    state_type: str = field(default="prefix", metadata={"help": "what the task state is: prefix, prompt or lora"})
+    signal: str = field(default="observations", metadata={"help": "learned from: observations, gradients or both"})
+    head: str | None = field(default=None, metadata={"help": "how the state is refined; None: the signal's default"})
+    second_order: bool = field(default=False, metadata={"help": "differentiate through the chunks' gradients"})
+    initial_rate: float | None = field(default=None, metadata={"help": "learned rates start here; None: measured"})
+    path_window: int = field(default=5, metadata={"help": "w, chunks between skips of the path_aware head"})
+    state_r: int = field(default=8, metadata={"help": "rank of a lora state"})
+    state_target_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "what a lora state updates; None: PEFT's choice for the family"}
+    )
     num_state_tokens: int = field(default=16, metadata={"help": "m, the number of slots of the state"})
     accumulation: str = field(default="average", metadata={"help": "backbone of the state: average or recent"})
     num_kept_tokens: int = field(default=0, metadata={"help": "K, slots of an average prefix that keep single tokens"})
@@ -70,6 +96,11 @@ class IAIConfig(LoraConfig):
         self.peft_type = IAIType.IAI
         for name, (now, later) in AVAILABLE.items():
             _check_choice(name, getattr(self, name), now, later)
+        self._check_gradients()
+        if self.state_r < 1:
+            raise ValueError(f"state_r must be at least 1, got {self.state_r}")
+        if self.state_type == "lora" and self.accumulation == "recent":
+            raise ValueError("accumulation='recent' keeps tokens, which state_type='lora' cannot: use 'average'")
         if self.num_state_tokens < 1:
             raise ValueError(f"num_state_tokens must be at least 1, got {self.num_state_tokens}")
         if self.pin_bos and self.accumulation != "recent":
@@ -99,10 +130,32 @@ class IAIConfig(LoraConfig):
         if self.base_model_name_or_path == EMBEDDED_NAME:
             self.base_model_name_or_path = embedded_base()
 
+    def _check_gradients(self) -> None:
+        heads = HEADS[self.signal]
+        self.head = heads[0] if self.head is None else self.head
+        if self.head not in heads:
+            raise ValueError(f"signal={self.signal!r} has the heads {list(heads)}, got head={self.head!r}")
+        if self.signal == "observations":
+            if self.second_order:
+                raise ValueError("second_order=True needs signal='gradients' or 'both', got signal='observations'")
+        elif (self.accumulation, self.num_kept_tokens, self.delta_rule) != ("average", 0, False):
+            raise ValueError(
+                f"accumulation='recent', num_kept_tokens and delta_rule need signal='observations', got signal="
+                f"{self.signal!r} with {self.accumulation!r}, {self.num_kept_tokens} and {self.delta_rule}"
+            )
+        if self.signal == "both" and not self.correction:
+            raise ValueError("signal='both' uses gradients in the correction, got correction=False: leave it True")
+        if self.initial_rate is not None and (self.signal != "gradients" or self.initial_rate <= 0):
+            raise ValueError(
+                f"initial_rate must be above 0, with signal='gradients', got {self.initial_rate} with {self.signal!r}"
+            )
+        if self.path_window < 1:
+            raise ValueError(f"path_window must be at least 1, got {self.path_window}")
+
     @property
     def uses_reader(self) -> bool:
-        """Whether any pass runs with LoRA: all but `"recent"` reading for a bare base."""
-        return not (self.accumulation == "recent" and self.regime == "parametric")
+        """Whether any pass runs with LoRA: a predictor's, or one that reads chunks out."""
+        return self.regime == "explicit" or (self.accumulation == "average" and self.signal != "gradients")
 
     def to_dict(self) -> dict:
         """As saved: an adapter of the embedded base names it, not the folder that holds it on this machine."""

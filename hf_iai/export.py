@@ -6,7 +6,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from peft import CartridgeConfig, PeftModel, PrefixTuningConfig, PromptLearningConfig, PromptTuningConfig
+from peft import CartridgeConfig, PeftConfig, PeftModel, PrefixTuningConfig, PromptLearningConfig, PromptTuningConfig
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from .compat import has_recurrent_layers, key_value_shape
 from .config import IAIConfig, is_embedded_base
 from .export_card import MARK, export_card
+from .export_lora import lora_adapters
 from .hub import is_hub_id
 from .model import IAIModel
 from .state import TaskState
@@ -26,7 +27,11 @@ CONFIGS = {
     "CARTRIDGE": CartridgeConfig,
 }
 # What a state can become; the first is the default. A soft prompt that was encoded once is a prefix too.
-POSSIBLE = {"prompt": ["PROMPT_TUNING", "PREFIX_TUNING", "CARTRIDGE"], "prefix": ["PREFIX_TUNING", "CARTRIDGE"]}
+POSSIBLE = {
+    "prompt": ["PROMPT_TUNING", "PREFIX_TUNING", "CARTRIDGE"],
+    "prefix": ["PREFIX_TUNING", "CARTRIDGE"],
+    "lora": ["LORA"],
+}
 # Their cache has a name of its own, so PEFT takes every step of generate for the first one.
 WRONG_IN_PEFT = ("mamba", "mamba2", "falcon_mamba")
 CARD, BASE = "README.md", "base"
@@ -39,14 +44,15 @@ def export_to_peft(
 
     A folder of several tasks holds one adapter per task, `path/0`, `path/1`, ... Where no name alone gives the
     predictor (regime explicit, the embedded base, a base that is neither a folder nor on the Hub) it is written to
-    `path/base`, with the LoRA merged in regime explicit. `path/README.md` says how to load all of it.
+    `path/base`, with the LoRA merged in regime explicit. Regime explicit with a lora state needs no base
+    written: the adapter holds the predictor's LoRA too. `path/README.md` says how to load all of it.
 
     Args:
         model: the IAI model that made the state; it stays as it is.
         state: of B tasks.
         path: a folder, new, empty, or an earlier export, which is replaced when the new one is whole.
-        peft_type: `"PROMPT_TUNING"` (of a prompt state only), `"PREFIX_TUNING"` or `"CARTRIDGE"`; the first possible
-            by default.
+        peft_type: `"PROMPT_TUNING"` (of a prompt state only), `"PREFIX_TUNING"` or `"CARTRIDGE"`, or `"LORA"` of a
+            lora state; the first possible by default.
 
     Raises:
         ValueError: for a model that is no IAI model, a state of another base or adapter, a type that the state cannot
@@ -71,7 +77,11 @@ def export_to_peft(
     config, path = model.active_peft_config, Path(os.path.abspath(path))
     peft_type = _checked_type(peft_type, config.state_type, tuner.model.config)
     _check_free(path)
-    tables = _virtual_tokens(tuner, state, peft_type)
+    if peft_type == "LORA":
+        adapter, tasks = lora_adapters(tuner, state)
+    else:
+        tables = _virtual_tokens(tuner, state, peft_type)
+        adapter, tasks = _adapter_config(tuner, peft_type, tables), [{"prompt_embeddings": table} for table in tables]
     name = _name_of_base(config)
     if name is None:
         _check_writable(tuner, config)
@@ -81,13 +91,12 @@ def export_to_peft(
         new.mkdir()
         if name is None:
             _write_base(tuner, config, new / BASE)
-        adapter = _adapter_config(tuner, peft_type, tables)
         # A folder is named so that the export loads from anywhere on this machine.
         named = os.path.abspath(name) if name and os.path.isdir(name) else name
         adapter.base_model_name_or_path = named or str(path / BASE)
         adapter.revision = config.revision if name else None
-        _write_adapters(adapter, tables, new)
-        dtype = str(tables.dtype).removeprefix("torch.")
+        _write_adapters(adapter, tasks, new)
+        dtype = str(next(iter(tasks[0].values())).dtype).removeprefix("torch.")
         export_card(config, adapter, state, name=path.name, dtype=dtype, has_base=name is None).save(new / CARD)
         _put_in_place(new, path, Path(temporary, "old"))
 
@@ -105,16 +114,16 @@ def _put_in_place(new: Path, path: Path, old: Path) -> None:
 
 
 def _checked_type(peft_type: str | None, state_type: str, base: PreTrainedConfig) -> str:
-    if base.model_type in WRONG_IN_PEFT:
+    if base.model_type in WRONG_IN_PEFT and state_type != "lora":
         raise ValueError(
             f"PEFT generates wrongly behind virtual tokens on {base.model_type!r}: answer with hf_iai instead"
         )
     possible = POSSIBLE[state_type]
-    if has_recurrent_layers(base):
+    if has_recurrent_layers(base) and state_type != "lora":
         possible = ["PROMPT_TUNING"]  # not all layers have keys and values
     peft_type = possible[0] if peft_type is None else getattr(peft_type, "value", peft_type)
     if peft_type not in possible:
-        why = ", since 'LORA' needs a lora state, which is not available yet" if peft_type == "LORA" else ""
+        why = ", since 'LORA' needs a lora state" if peft_type == "LORA" else ""
         raise ValueError(
             f"a {state_type} state of {base.model_type!r} cannot become {peft_type!r}{why}: pass one of {possible}"
         )
@@ -145,7 +154,8 @@ def _virtual_tokens(tuner: IAIModel, state: TaskState, peft_type: str) -> Tensor
         if peft_type == "PROMPT_TUNING":
             rows = tuner.core.corrected(base, state)["prompt"][:, 0, 0]  # (B, m, d)
         else:
-            layers = [torch.stack(pair, 1) for pair in tuner.core.prefix(base, state)]  # (B, 2, H, m, D) each
+            with tuner.core.under(base, state) as prefix:
+                layers = [torch.stack(pair, 1) for pair in prefix]  # (B, 2, H, m, D) each
             rows = torch.stack(layers, 1).permute(0, 4, 1, 2, 3, 5).flatten(2)  # (B, m, L * 2 * H * D)
     return rows.to("cpu", tuner.model.dtype).contiguous()
 
@@ -166,11 +176,11 @@ def _adapter_config(tuner: IAIModel, peft_type: str, tables: Tensor) -> PromptLe
     )
 
 
-def _write_adapters(adapter: PromptLearningConfig, tables: Tensor, folder: Path) -> None:  # (B, m, columns)
-    for index, table in enumerate(tables):
-        own = folder if len(tables) == 1 else folder / str(index)
+def _write_adapters(adapter: PeftConfig, tasks: list[dict[str, Tensor]], folder: Path) -> None:
+    for index, weights in enumerate(tasks):
+        own = folder if len(tasks) == 1 else folder / str(index)
         adapter.save_pretrained(own)
-        save_file({"prompt_embeddings": table}, own / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        save_file(weights, own / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
 
 
 # ---------------------------------------------------------------- the base beside it
@@ -179,9 +189,14 @@ def _write_adapters(adapter: PromptLearningConfig, tables: Tensor, folder: Path)
 def _name_of_base(config: IAIConfig) -> str | None:
     """What a process without hf_iai can load the predictor by; None: the predictor has to be written."""
     name = config.base_model_name_or_path
-    if config.regime == "explicit" or is_embedded_base(name):
+    if _is_merged(config) or is_embedded_base(name):
         return None
     return name if name and (os.path.isdir(name) or is_hub_id(name)) else None
+
+
+def _is_merged(config: IAIConfig) -> bool:
+    """Whether the predictor's LoRA goes into the base; into the adapter, beside a lora state."""
+    return config.regime == "explicit" and config.state_type != "lora"
 
 
 def _check_writable(tuner: IAIModel, config: IAIConfig) -> None:
@@ -191,7 +206,8 @@ def _check_writable(tuner: IAIModel, config: IAIConfig) -> None:
             f"regime={config.regime!r} on base {config.base_model_name_or_path!r} needs the base written beside the "
             "adapter, and this one is quantized: load it without quantization_config and read the chunks again"
         )
-    if base.config.tie_word_embeddings and isinstance(base.get_output_embeddings(), LoraLayer):
+    tied = _is_merged(config) and base.config.tie_word_embeddings
+    if tied and isinstance(base.get_output_embeddings(), LoraLayer):
         raise ValueError(
             f"target_modules={config.target_modules!r} puts LoRA on output embeddings that the base ties to its input: "
             "merged, it would change both; train an adapter that leaves them out"
@@ -200,7 +216,7 @@ def _check_writable(tuner: IAIModel, config: IAIConfig) -> None:
 
 def _write_base(tuner: IAIModel, config: IAIConfig, folder: Path) -> None:
     """What answers queries as a plain transformers model, and the tokenizer that lies in the base's folder."""
-    _unwrapped(tuner, merged=config.regime == "explicit").save_pretrained(folder)
+    _unwrapped(tuner, merged=_is_merged(config)).save_pretrained(folder)
     source = config.base_model_name_or_path
     if source and Path(source, "tokenizer_config.json").is_file():
         AutoTokenizer.from_pretrained(source).save_pretrained(folder)

@@ -1,7 +1,7 @@
 """The README of an export: what it is and how it is loaded without hf_iai."""
 
 from huggingface_hub import ModelCard, ModelCardData
-from peft import PromptLearningConfig
+from peft import LoraConfig, PeftConfig
 
 from .config import IAIConfig
 from .hub import TASK, base_in_words, base_on_hub
@@ -29,7 +29,7 @@ MOVING = (
 
 
 def export_card(
-    config: IAIConfig, adapter: PromptLearningConfig, state: TaskState, *, name: str, dtype: str, has_base: bool
+    config: IAIConfig, adapter: PeftConfig, state: TaskState, *, name: str, dtype: str, has_base: bool
 ) -> ModelCard:
     """The card of an export.
 
@@ -56,12 +56,18 @@ def export_card(
     return ModelCard("\n\n".join(parts) + "\n")
 
 
-def _facts(config: IAIConfig, adapter: PromptLearningConfig, state: TaskState, dtype: str) -> list[str]:
+def _facts(config: IAIConfig, adapter: PeftConfig, state: TaskState, dtype: str) -> list[str]:
     read = [f"{n} tokens in {k} chunks" for n, k in zip(state.num_tokens.tolist(), state.step.tolist(), strict=True)]
     tasks = "" if state.batch_size == 1 else f"; one adapter per task, in `0` to `{state.batch_size - 1}`"
     answers = "the base with the adapter's LoRA merged" if config.regime == "explicit" else "the bare base"
+    if isinstance(adapter, LoraConfig):
+        joined = config.regime == "explicit"
+        size = f"rank {adapter.r}" + (f", {config.state_r} of it the task's and the rest the predictor's" * joined)
+        answers = "the base with this adapter"
+    else:
+        size = f"{adapter.num_virtual_tokens} virtual tokens"
     return [
-        f"Method: {adapter.peft_type.value}, {adapter.num_virtual_tokens} virtual tokens, {dtype}{tasks}",
+        f"Method: {adapter.peft_type.value}, {size}, {dtype}{tasks}",
         f"Made by: `{state.identity.name}`, a {config.state_type} state; identity `{state.identity.fingerprint}`",
         f"Read: {', '.join(read)}",
         f"Base: {base_in_words(config)}; {answers} answers",
@@ -75,10 +81,12 @@ def _use(name: str, num_tasks: int, has_base: bool) -> str:
     return f"{code}\n\n{MOVING.format(**places)}" if has_base else code
 
 
-def _limits(config: IAIConfig, adapter: PromptLearningConfig, dtype: str, has_base: bool) -> list[str]:
+def _limits(config: IAIConfig, adapter: PeftConfig, dtype: str, has_base: bool) -> list[str]:
     method, merged = adapter.peft_type.value, has_base and config.regime == "explicit"
-    limits = [
-        "It cannot read any further: read on with the adapter that made the state, and export again.",
+    limits = ["It cannot read any further: read on with the adapter that made the state, and export again."]
+    if isinstance(adapter, LoraConfig):
+        return limits + ["`base` holds the weights of the base: its licence holds for them."] * has_base
+    limits += [
         "PEFT places queries that are padded on the left wrongly: pad on the right, and generate for one query, or for "
         "queries of one length, at a time.",
         "The virtual tokens take part of the base's window, and slide out of layers that have a shorter one.",

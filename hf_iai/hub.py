@@ -224,10 +224,17 @@ def describe(config: IAIConfig) -> str:
     kept = f", {config.num_kept_tokens} of which keep single tokens" if config.num_kept_tokens else ""
     rule = ", delta rule" if config.delta_rule else ""
     state = f"{config.state_type} with {config.num_state_tokens} slots{kept}"
+    if config.state_type == "lora":
+        state = f"lora of rank {config.state_r}"
+    if config.signal == "gradients":
+        order = "second order" if config.second_order else "first order"
+        learned = f"head: {config.head}, {order} in training"
+    else:
+        learned = f"accumulation: {config.accumulation}{rule}"
     lines = [
         f"Base: {base_in_words(config)}",
         f"Regime: {config.regime} ({answers[config.regime]} under the state)",
-        f"State: {state}; accumulation: {config.accumulation}{rule}",
+        f"State: {state}; {learned}",
         f"Signal: {config.signal}",
     ]
     return "\n".join(f"- {line}" for line in lines)

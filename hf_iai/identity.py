@@ -18,12 +18,17 @@ CONFIG_FIELDS = (
     "regime state_type signal num_state_tokens accumulation num_kept_tokens correction pin_bos r lora_alpha "
     "use_rslora rank_pattern alpha_pattern layers_to_transform fan_in_fan_out bias"
 ).split()
+# Where a state is made or read with them; other states have the fingerprints that they had before these were known.
+LORA_FIELDS, GRADIENT_FIELDS = ("state_r", "state_target_modules"), ("head", "initial_rate", "path_window")
 
 
 def fingerprint(base_model: nn.Module, config: IAIConfig, adapter: Iterable[tuple[str, Tensor]]) -> Identity:
     """Hash of the base's architecture, a sample of its weights, and the adapter's weights and configuration."""
     digest = hashlib.sha256()
-    described = {name: getattr(config, name) for name in CONFIG_FIELDS} | _architecture(base_model)
+    fields = list(CONFIG_FIELDS)
+    fields += LORA_FIELDS if config.state_type == "lora" else ()
+    fields += GRADIENT_FIELDS if config.signal != "observations" else ()
+    described = {name: getattr(config, name) for name in fields} | _architecture(base_model)
     digest.update(json.dumps(described, sort_keys=True, default=str).encode())
     weights = sorted(
         (n.replace(".base_layer.", "."), p)
@@ -54,9 +59,10 @@ def _architecture(base_model: nn.Module) -> dict:
 def _display_name(base_model: nn.Module, config: IAIConfig, digest: str) -> str:
     path = base_model.config._name_or_path
     base = EMBEDDED_NAME if is_embedded_base(path) else os.path.basename(path.rstrip("/")) or type(base_model).__name__
-    return f"{base} + {config.regime} {config.state_type}-{config.num_state_tokens} ({digest[:8]})"
+    size = config.state_r if config.state_type == "lora" else config.num_state_tokens
+    return f"{base} + {config.regime} {config.state_type}-{size} ({digest[:8]})"
 
 
 def _update(digest, name: str, tensor: Tensor) -> None:
     digest.update(name.encode())
-    digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())

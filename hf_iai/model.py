@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .base import Base
-from .compat import READ_BY_WEIGHT, read_by_weight
+from .compat import READ_BY_WEIGHT, default_target_modules, read_by_weight
 from .config import IAIConfig
-from .core import IAICore
+from .cores import Core, make_core
 from .identity import fingerprint
 from .objectives import Objective, episode_loss
 from .recurrent import base_of
@@ -57,16 +57,20 @@ class IAIModel(LoraModel):
             self.objective = Objective()
             self._disabled, self._using, self._identities = False, [], {}
         base, config = base_of(model), self.peft_config[adapter_name]
-        if config.state_type not in base.state_types:
+        if config.state_type not in base.state_types:  # only a prefix is not in all
             raise ValueError(
                 f"state_type={config.state_type!r} needs keys and values in every layer, which "
-                f"{model.config.model_type!r} does not have: use state_type='prompt'"
+                f"{model.config.model_type!r} does not have: use state_type='prompt' or 'lora'"
             )
         if config.target_modules == "all-linear" and not isinstance(config.exclude_modules, str):
             config.exclude_modules = {*(config.exclude_modules or ()), *read_by_weight(model)} or None
+        if config.state_type == "lora":
+            # Saved as it is, so that another version of PEFT, which may choose otherwise, loads the same state.
+            targets = config.state_target_modules or default_target_modules(model.config)
+            config.state_target_modules = targets if isinstance(targets, str) else sorted(targets)
         super().inject_adapter(model, adapter_name, **kwargs)
         trained = adapter_name in self.active_adapters and not config.inference_mode
-        self.iai[adapter_name] = IAICore(base, config).requires_grad_(trained)
+        self.iai[adapter_name] = make_core(base, config).requires_grad_(trained)
 
     def _check_target_module_compatiblity(self, peft_config: IAIConfig, model: nn.Module, target_name: str) -> None:
         super()._check_target_module_compatiblity(peft_config, model, target_name)
@@ -120,7 +124,7 @@ class IAIModel(LoraModel):
     # ---------------------------------------------------------------- properties
 
     @property
-    def core(self) -> IAICore:
+    def core(self) -> Core:
         return self.iai[self.active_adapters[0]]
 
     @property
@@ -142,15 +146,27 @@ class IAIModel(LoraModel):
         return self._config.num_state_tokens
 
     @property
+    def _slots_in_front(self) -> int:
+        """Of a text: m, or none of a lora state."""
+        return self.core.state.num_slots_in_front
+
+    @property
+    def _slots_around(self) -> int:
+        """Of a chunk: theta(0), and at most m read-out slots."""
+        if self._slots_in_front:
+            return 2 * self.num_slots
+        return 0 if self._config.signal == "gradients" else self.num_slots
+
+    @property
     def max_chunk_size(self) -> int:
-        """window - 2m: a chunk is read between theta(0) and at most m read-out slots.
+        """window - 2m: a chunk is read between theta(0), which takes no place of a lora state, and m read-out slots.
 
         Raises:
             ValueError: for a base without positions, such as Mamba, which has no window.
         """
         if self.window == sys.maxsize:
             raise ValueError(f"{self.model.config.model_type!r} has no window that a chunk could fill: pass chunk_size")
-        return self.window - 2 * self.num_slots
+        return self.window - self._slots_around
 
     @property
     def identity(self) -> Identity:
@@ -184,11 +200,13 @@ class IAIModel(LoraModel):
         """Read chunks and return the state after the last one.
 
         Args:
-            chunks: a finite iterable of mappings with `input_ids` (B, C) and optionally `attention_mask` (B, C).
+            chunks: a finite iterable of mappings with `input_ids` (B, C) and optionally `attention_mask` and `labels`
+                (B, C). Gradients are of the labels' loss, -100 for none; default: all tokens where the mask is 1.
             state: where to go on; theta(0) by default.
             show_progress: a progress bar, one tick per chunk.
             on_step: called with the state after every chunk.
-            parallel: how many chunks the base reads in one batch; the result is the same up to rounding.
+            parallel: how many chunks the base reads in one batch; the result is the same up to rounding. Gradients
+                are taken one after the other all the same.
 
         Raises:
             ValueError: for no chunk, one longer than `max_chunk_size`, ids beyond the vocabulary, a batch that
@@ -219,33 +237,46 @@ class IAIModel(LoraModel):
             state = states[-1]
             yield from states
 
-    def _read_group(self, group: list[tuple[Tensor, Tensor]], state: TaskState | None) -> list[TaskState]:
+    def _read_group(self, group: list[tuple[Tensor, ...]], state: TaskState | None) -> list[TaskState]:
         batch = len(group[0][0])
         state = self.initial_state(batch) if state is None else state
-        ids, mask = _batched(group)
-        for rows in (len(i) for i, _ in group):
+        ids, mask, labels = _batched(group)
+        for rows in (len(tensors[0]) for tensors in group):
             if rows != state.batch_size:
                 raise ValueError(f"a state of {state.batch_size} tasks cannot read a chunk of {rows} rows")
-        evidence = self.core.read(self._base, ids, mask)
+        evidence = self.core.read(self._base, ids, mask, labels)
         states = []
         for rows in range(0, len(ids), batch):
             part = {name: t[rows : rows + batch] for name, t in evidence.items()}
             states.append(state := self.core.step(self._base, state, part))
         return states
 
-    def _checked(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
-        """ids and mask (B, C) of a chunk that fits, on our device, without columns that are padding in every row."""
+    def _checked(self, chunk: Chunk) -> tuple[Tensor, Tensor, Tensor]:
+        """ids, mask and labels (B, C) of a chunk that fits, on our device, without columns that are all padding."""
         ids = chunk["input_ids"].to(self.model.device)
         if ids.dim() != 2:
             raise ValueError(f"a chunk's input_ids must be (batch, chunk), got shape {tuple(ids.shape)}")
         mask = chunk.get("attention_mask")
         mask = torch.ones_like(ids) if mask is None else mask.to(ids.device, torch.long)
+        labels = self._labels(chunk.get("labels"), ids, mask)
         columns = mask.any(0).nonzero().flatten()
         if len(columns):
-            ids, mask = (t[:, columns[0] : columns[-1] + 1] for t in (ids, mask))
+            ids, mask, labels = (t[:, columns[0] : columns[-1] + 1] for t in (ids, mask, labels))
         self._check_ids(ids)
         self._check_chunk_length(ids.shape[1])
-        return ids, mask
+        return ids, mask, labels
+
+    def _labels(self, labels: Tensor | None, ids: Tensor, mask: Tensor) -> Tensor:  # of ids' shape
+        """Of a chunk; all its tokens by default. Observations have no use for them."""
+        if labels is None or self._config.signal == "observations":
+            return ids.masked_fill(mask == 0, -100)
+        if labels.shape != ids.shape:
+            raise ValueError(
+                f"a chunk's labels must have the shape of its ids {tuple(ids.shape)}, got {tuple(labels.shape)}"
+            )
+        labels = labels.to(ids.device)
+        self._check_ids(labels.masked_fill((labels == -100) | (mask == 0), 0))
+        return labels
 
     # ---------------------------------------------------------------- answering
 
@@ -265,8 +296,8 @@ class IAIModel(LoraModel):
         Args:
             input_ids, attention_mask, labels: queries (B, T); in an episode (B, Q, T).
             task_state: of B tasks, or of one for all queries. None: the predictor with no slots at all.
-            chunk_input_ids, chunk_attention_mask: the episode's chunks (B, K, C); the objective decides, in training,
-                which states the loss is taken under. `chunk_labels` belongs to signals that use it.
+            chunk_input_ids, chunk_attention_mask, chunk_labels: the episode's chunks (B, K, C); the objective decides,
+                in training, which states the loss is taken under. Gradients are of the chunks' labels; see `adapt`.
 
         Returns:
             transformers' output, `logits` (B, T, V) (episode: (B, Q, T, V)), `loss` over `labels[:, 1:]`.
@@ -274,7 +305,8 @@ class IAIModel(LoraModel):
         if chunk_input_ids is not None:
             if task_state is not None:
                 raise ValueError("an episode makes its own states: pass chunk_input_ids or task_state, not both")
-            return self._episode(input_ids, attention_mask, labels, chunk_input_ids, chunk_attention_mask)
+            chunks = (chunk_input_ids, chunk_attention_mask, chunk_labels)
+            return self._episode(input_ids, attention_mask, labels, *chunks)
         state = self._state_for(task_state)
         if state is None:
             with self._predictor_lora():
@@ -288,11 +320,10 @@ class IAIModel(LoraModel):
         return self._answer(state, input_ids, mask, labels, **kwargs)
 
     def _answer(self, state: TaskState, ids: Tensor, mask: Tensor, labels: Tensor | None, **kwargs):
-        with self._predictor_lora():
-            prefix = self.core.prefix(self._base, state)
+        with self._predictor_lora(), self.core.under(self._base, state) as prefix:
             return self._base.answer(prefix, ids, mask, labels, **kwargs)
 
-    def _episode(self, ids, mask, labels, chunk_ids, chunk_mask):  # (B, Q, T) and (B, K, C)
+    def _episode(self, ids, mask, labels, chunk_ids, chunk_mask, chunk_labels):  # (B, Q, T) and (B, K, C)
         self._refuse_when_disabled("an episode")
         queries = ids.shape
         ids = ids.flatten(0, 1)  # (B * Q, T)
@@ -302,9 +333,9 @@ class IAIModel(LoraModel):
         self._check_ids(chunk_ids)
         self._check_query_length(ids.shape[1])
         self._check_chunk_length(chunk_ids.shape[2])
-        outputs = episode_loss(
-            self, self.objective, ids, mask, None if labels is None else labels.flatten(0, 1), chunk_ids, chunk_mask
-        )
+        labels = None if labels is None else labels.flatten(0, 1)
+        chunks = (chunk_ids, chunk_mask, self._labels(chunk_labels, chunk_ids, chunk_mask))
+        outputs = episode_loss(self, self.objective, ids, mask, labels, *chunks)
         outputs.logits = outputs.logits.unflatten(0, queries[:2])
         return outputs
 
@@ -319,8 +350,7 @@ class IAIModel(LoraModel):
         self._check_query(state, input_ids)
         mask = kwargs.pop("attention_mask", None)
         mask = torch.ones_like(input_ids) if mask is None else mask
-        with torch.no_grad(), self._predictor_lora():
-            prefix = self.core.prefix(self._base, state)
+        with torch.no_grad(), self._predictor_lora(), self.core.under(self._base, state) as prefix:
             return self._base.generate(prefix, input_ids, mask, **kwargs)
 
     @contextmanager
@@ -406,17 +436,18 @@ class IAIModel(LoraModel):
         self._check_query_length(ids.shape[1])
 
     def _check_query_length(self, length: int) -> None:
-        if length > self.window - self.num_slots:
+        most = self.window - self._slots_in_front
+        if length > most:
             raise ValueError(
-                f"a query of {length} tokens does not fit: window {self.window} - {self.num_slots} slots "
-                f"= {self.window - self.num_slots}"
+                f"a query of {length} tokens does not fit: window {self.window} - {self._slots_in_front} slots = {most}"
             )
 
     def _check_chunk_length(self, length: int) -> None:
-        most = self.window - 2 * self.num_slots
+        most = self.window - self._slots_around
         if length > most:
+            slots = f"2 x {self.num_slots}" if self._slots_in_front else self._slots_around
             raise ValueError(
-                f"a chunk of {length} tokens does not fit: window {self.window} - 2 x {self.num_slots} slots "
+                f"a chunk of {length} tokens does not fit: window {self.window} - {slots} slots "
                 f"= {most}; pass chunk_size <= {most}"
             )
 
@@ -428,8 +459,8 @@ class IAIModel(LoraModel):
             )
 
 
-def _batched(group: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Chunks of B rows each as one batch, one chunk after the other, padded on the right to the longest."""
-    length = max(ids.shape[1] for ids, _ in group)
-    padded = [[nn.functional.pad(t, (0, length - t.shape[1])) for t in pair] for pair in group]
+def _batched(group: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """ids, mask and labels of chunks of B rows each as one batch, chunk after chunk, padded to the longest."""
+    length = max(tensors[0].shape[1] for tensors in group)
+    padded = [[nn.functional.pad(t, (0, length - t.shape[1])) for t in tensors] for tensors in group]
     return tuple(torch.cat(tensors) for tensors in zip(*padded, strict=True))

@@ -12,6 +12,7 @@ from torch.nn.functional import kl_div
 
 from .state import Identity, TaskState
 
+Chunks = tuple[Tensor, Tensor, Tensor]  # ids, mask and labels, (B, K, C) each
 KINDS = ("unrolled", "truncated", "greedy")
 SCORED = ("doubling", "last")
 
@@ -57,9 +58,10 @@ def episode_loss(
     labels: Tensor | None,
     chunk_ids: Tensor,  # (B, K, C)
     chunk_mask: Tensor,
+    chunk_labels: Tensor,
 ):
     """transformers' output of the queries under the last state; its `loss` is the objective's."""
-    states = _states(model, objective, chunk_ids, chunk_mask)
+    states = _states(model, objective, (chunk_ids, chunk_mask, chunk_labels))
     scored = len(states)
     outputs = model._answer(
         TaskState.stack(states),
@@ -74,39 +76,37 @@ def episode_loss(
     return outputs
 
 
-def _states(model, objective: Objective, chunk_ids: Tensor, chunk_mask: Tensor) -> list[TaskState]:
+def _states(model, objective: Objective, chunks: Chunks) -> list[TaskState]:
     """The states to score, the last one last."""
     base, core = model._base, model.core
-    num_chunks = chunk_ids.shape[1]
-    start = core.initial_state(base, len(chunk_ids), Identity("", "in training"))
+    batch, num_chunks = chunks[0].shape[:2]
+    start = core.initial_state(base, batch, Identity("", "in training"))
     if not model.training:
-        return [_read_on(core, base, start, chunk_ids, chunk_mask)]
+        return [_read_on(core, base, start, chunks)]
     if num_chunks == 0:
         return [start]
     if objective.kind == "unrolled":
         powers = {2**i for i in range(num_chunks.bit_length())} if objective.scored_states == "doubling" else set()
-        return [start, *_unrolled(core, base, start, chunk_ids, chunk_mask, sorted(powers | {num_chunks}))]
+        return [start, *_unrolled(core, base, start, chunks, sorted(powers | {num_chunks}))]
     last = objective.draw.randint(1, num_chunks)
     first = max(0, last - (objective.window if objective.kind == "truncated" else 1))
     # The chunks that lie right before the query: the state is then as old as it will be in use.
-    chunk_ids, chunk_mask = chunk_ids[:, num_chunks - last :], chunk_mask[:, num_chunks - last :]
+    chunks = tuple(t[:, num_chunks - last :] for t in chunks)
     with torch.no_grad():
-        earlier = _read_on(core, base, start, chunk_ids[:, :first], chunk_mask[:, :first]) if first else start
-    return [start, _read_on(core, base, earlier, chunk_ids[:, first:], chunk_mask[:, first:])]
+        earlier = _read_on(core, base, start, tuple(t[:, :first] for t in chunks)) if first else start
+    return [start, _read_on(core, base, earlier, tuple(t[:, first:] for t in chunks))]
 
 
-def _read_on(core, base, state: TaskState, chunk_ids: Tensor, chunk_mask: Tensor) -> TaskState:
-    for ids, mask in zip(chunk_ids.unbind(1), chunk_mask.unbind(1), strict=True):
-        state = core.step(base, state, core.read(base, ids, mask))
+def _read_on(core, base, state: TaskState, chunks: Chunks) -> TaskState:
+    for ids, mask, labels in zip(*(t.unbind(1) for t in chunks), strict=True):
+        state = core.step(base, state, core.read(base, ids, mask, labels))
     return state
 
 
-def _unrolled(
-    core, base, start: TaskState, chunk_ids: Tensor, chunk_mask: Tensor, counts: list[int]
-) -> list[TaskState]:
-    """States of the last n chunks for each n of `counts`; the base reads all chunks in one batch."""
-    batch, num_chunks = chunk_ids.shape[:2]
-    evidence = core.read(base, chunk_ids.flatten(0, 1), chunk_mask.flatten(0, 1))  # (B * K, ...)
+def _unrolled(core, base, start: TaskState, chunks: Chunks, counts: list[int]) -> list[TaskState]:
+    """States of the last n chunks for each n of `counts`; what does not depend on the state is read in one batch."""
+    batch, num_chunks = chunks[0].shape[:2]
+    evidence = core.read(base, *(t.flatten(0, 1) for t in chunks))  # (B * K, ...)
     evidence = {name: t.unflatten(0, (batch, num_chunks)).unbind(1) for name, t in evidence.items()}
     evidence = [dict(zip(evidence, chunk, strict=True)) for chunk in zip(*evidence.values(), strict=True)]
     states = []

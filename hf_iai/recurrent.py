@@ -24,7 +24,7 @@ class RecurrentBase(Base):
     the recurrence: every pass is laid out as [padding][prefix][text], and what it gives is put back where it was.
     """
 
-    state_types = ("prompt",)
+    state_types = ("prompt", "lora")
 
     def no_prefix(self, rows: int) -> Tensor:  # (B, 0, d)
         weight = self.model.get_input_embeddings().weight

@@ -43,7 +43,7 @@ class TaskState:
         step: (B,) int64, chunks read.
         num_tokens: (B,) int64, tokens read.
         identity: the base and adapter that made it.
-        accumulation: `"average"` or `"recent"`.
+        accumulation: how it came about: `"average"`, `"recent"`, `"gradients"` or `"both"`.
 
     Example:
         >>> import torch
@@ -126,7 +126,8 @@ class TaskState:
         with `num_kept_tokens` the states go from the earliest text to the latest.
 
         Raises:
-            ValueError: for no state, different adapters or batches, or states of accumulation `"recent"`.
+            ValueError: for no state, different adapters or batches, or states of another accumulation than
+                `"average"`.
         """
         first = _same_kind(states)
         if first.accumulation != "average":

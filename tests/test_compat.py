@@ -15,6 +15,7 @@ import hf_iai.registration
 from hf_iai.compat import (
     READ_BY_WEIGHT,
     PrefixCache,
+    default_target_modules,
     has_recurrent_layers,
     lora_enabled,
     read_by_weight,
@@ -33,6 +34,21 @@ def test_transformers_still_has_what_we_set():
     layer = next(m for m in make_base().modules() if isinstance(m, GradientCheckpointingLayer))
     assert layer.gradient_checkpointing is False
     assert "past_key_values" in inspect.signature(type(layer).forward).parameters
+
+
+def test_fsdp_still_has_what_inner_gradients_set():
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPStateContext
+
+    assert hasattr(FSDPModule, "_get_fsdp_state"), "see compat.inner_backward"
+    assert {"all_states", "is_last_backward"} <= vars(FSDPStateContext()).keys()
+    source = inspect.getsource(FSDPModule.set_requires_gradient_sync)
+    assert "_fsdp_param_groups" in source and "all_reduce_grads" in source
+
+
+def test_peft_still_says_which_modules_it_adapts():
+    assert default_target_modules(make_base("llama").config) == ["q_proj", "v_proj"]
+    assert default_target_modules(make_base("smollm3").config) == "all-linear"
 
 
 def test_cards_are_still_written_where_we_follow():

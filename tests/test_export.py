@@ -34,7 +34,8 @@ from hf_iai.published import published_adapter
 
 FAMILIES = ["llama", "qwen3", "gpt2", "gemma3"]
 PROMPT, PREFIX, CARTRIDGE = TYPES = ["PROMPT_TUNING", "PREFIX_TUNING", "CARTRIDGE"]
-KINDS = [("prompt", t) for t in TYPES] + [("prefix", t) for t in TYPES[1:]]
+KINDS = [("prompt", t) for t in TYPES] + [("prefix", t) for t in TYPES[1:]] + [("lora", "LORA")]
+GRADIENTS = {"signal": "gradients", "state_r": 3, "state_target_modules": "all-linear"}
 # A query longer than the sliding window, more slots than it has positions, kept, replaced and pinned tokens.
 SPECIAL = {
     "long": ("gemma3", {"regime": "parametric"}, PREFIX),
@@ -44,6 +45,11 @@ SPECIAL = {
     "delta": ("llama", {"delta_rule": True}, CARTRIDGE),
     "recent": ("llama", {"accumulation": "recent", "pin_bos": True, "regime": "parametric"}, PREFIX),
     "recent-prompt": ("gpt2", {"accumulation": "recent", "pin_bos": True, "state_type": "prompt"}, PROMPT),
+    "some-modules": ("gpt2", {"state_type": "lora", **GRADIENTS, "state_target_modules": ["c_attn"]}, "LORA"),
+    "other-modules": ("llama", {"state_type": "lora", **GRADIENTS, "target_modules": ["q_proj", "up_proj"]}, "LORA"),
+    "hypernetwork": ("llama", {"state_type": "lora", "state_r": 2}, "LORA"),
+    "both": ("gemma3", {"state_type": "lora", "state_r": 2, "signal": "both"}, "LORA"),
+    "gradients": ("qwen3", {"state_type": "prompt", "signal": "gradients"}, PROMPT),
     "uncorrected": ("qwen3", {"correction": False, "state_type": "prompt"}, PREFIX),
 }
 GREEDY = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -106,12 +112,13 @@ def folder(tmp_path_factory):
     for family in FAMILIES:
         make_base(family).save_pretrained(folder / "bases" / family)
     for family, regime, kind in product(FAMILIES, REGIMES, KINDS):
-        model = model_of(folder, family, regime=regime, state_type=kind[0])
+        model = model_of(folder, family, regime=regime, state_type=kind[0], **(GRADIENTS if kind[0] == "lora" else {}))
         export(folder, case(family, regime, kind), model, kind[1])
     for name, (family, values, kind) in SPECIAL.items():
         export(folder, name, model_of(folder, family, **values), kind, query_length=40 if name == "long" else 6)
     export(folder, "unnamed", make_model(regime="parametric"))
     export(folder, "batch", model_of(folder, "llama"), batch=2)
+    export(folder, "batch-lora", model_of(folder, "llama", state_type="lora", **GRADIENTS), batch=2)
     export_embedded(folder)
     hub = Hub()
     own = {"HF_ENDPOINT": hub.url, "HF_HOME": str(folder / "home"), "HF_TOKEN": "hf_test", "HF_HUB_OFFLINE": "0"}
@@ -169,7 +176,7 @@ def test_plain_peft_gives_the_same_answers(folder, family, regime, kind):
     assert difference < 1e-6 and same_tokens
 
 
-@pytest.mark.parametrize("name", [*SPECIAL, "unnamed", "batch@0", "batch@1"])
+@pytest.mark.parametrize("name", [*SPECIAL, "unnamed", "batch@0", "batch@1", "batch-lora@0", "batch-lora@1"])
 def test_special_states(folder, name):
     difference, same_tokens = found(folder, name)
     assert difference < 1e-6 and same_tokens
@@ -314,7 +321,8 @@ def test_state_of_another_adapter_is_refused(tmp_path):
     ("state_type", "peft_type", "message"),
     [
         ("prefix", PROMPT, r"prefix state of 'llama' cannot become 'PROMPT_TUNING'.*\['PREFIX_TUNING', 'CARTRIDGE'\]"),
-        ("prefix", "LORA", "cannot become 'LORA', since 'LORA' needs a lora state, which is not available yet"),
+        ("prefix", "LORA", "cannot become 'LORA', since 'LORA' needs a lora state: pass one of"),
+        ("lora", PREFIX, r"lora state of 'llama' cannot become 'PREFIX_TUNING': pass one of \['LORA'\]"),
         ("prompt", "IA3", r"'IA3': pass one of \['PROMPT_TUNING', 'PREFIX_TUNING', 'CARTRIDGE'\]"),
     ],
 )

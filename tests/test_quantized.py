@@ -15,6 +15,23 @@ CONFIGS = {
 CLOSE = {4: 0.03, 8: 0.05}
 
 
+@pytest.mark.parametrize(
+    "values", [{"signal": "gradients"}, {"signal": "both", "state_r": 2}], ids=lambda v: v["signal"]
+)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_lora_state_of_a_quantized_base(tmp_path, bits, values):
+    make_base("llama_64").save_pretrained(tmp_path)
+    load = lambda: AutoModelForCausalLM.from_pretrained(  # noqa: E731
+        tmp_path, quantization_config=CONFIGS[bits](), dtype=torch.float32
+    )
+    model, exact = (make_model(base, state_type="lora", **values) for base in (load(), load().dequantize()))
+    query = ids(2, 9, seed=3)
+    answers = [m(input_ids=query, task_state=m.adapt(chunks(2))).logits for m in (model, exact)]
+    assert (answers[0] - answers[1]).square().mean().sqrt() < CLOSE[bits] * answers[1].std()
+    model.train()(input_ids=query[:, None], labels=query[:, None], chunk_input_ids=ids(2, 2, 10)).loss.backward()
+    assert [n for n, p in model.named_parameters() if p.requires_grad and not p.grad.any()] == []
+
+
 @pytest.mark.parametrize("state_type", ["prefix", "prompt", "kept"])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_quantized_base(tmp_path, bits, state_type):

@@ -1,9 +1,12 @@
 """How evidence becomes the next state."""
 
 from .average import RunningAverage
+from .bound import bounded
+from .classical import SGD, MetaSGD, PathAware
 from .correction import Correction
 from .delta import WRITES, DeltaRule
 from .kept import KEPT, NEVER, followed_by, keep_tokens, trace
+from .learned_optimizer import LearnedStep
 from .recent import push_tokens
 
 __all__ = [
@@ -11,8 +14,13 @@ __all__ = [
     "NEVER",
     "WRITES",
     "Correction",
+    "SGD",
     "DeltaRule",
+    "LearnedStep",
+    "MetaSGD",
+    "PathAware",
     "RunningAverage",
+    "bounded",
     "followed_by",
     "keep_tokens",
     "push_tokens",

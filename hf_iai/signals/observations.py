@@ -21,7 +21,7 @@ class Reading:
 
 def read_observations(
     base: Base,
-    state: nn.Module,  # PrefixState or PromptState
+    state: nn.Module,  # of `hf_iai.states`
     ids: Tensor,  # (B, C)
     mask: Tensor,  # (B, C)
     *,
@@ -30,20 +30,23 @@ def read_observations(
     """One pass over [theta(0)][chunk][read-out slots].
 
     Every chunk is read from theta(0), never from the current state: read-outs of different chunks are then
-    commensurable, may be averaged, and can be read in one batch. The slots take positions 0..P-1, those of the state
-    they will become; being last, they see the whole chunk.
+    commensurable, may be averaged, and can be read in one batch. Being last, the slots see the whole chunk; where they
+    will become slots in front of a text they take their positions, 0..P-1, and else those after the chunk.
     """
     start = {name: tensor[None] for name, tensor in state.start.items()}
-    prefix = state.prefix(base, start)
     num_slots = len(state.read_slots)
     slots = state.read_slots.to(base.embed(ids[:1, :1]).dtype).expand(len(ids), -1, -1)  # (B, P, d)
-    positions = positions_of(mask) + base.num_slots(prefix)
-    hidden, keys_values = base.read(
-        prefix,
-        torch.cat([base.embed(ids), slots], 1),
-        torch.cat([mask, mask.new_ones(len(mask), num_slots)], 1),
-        torch.cat([positions, torch.arange(num_slots, device=ids.device).expand(len(ids), -1)], 1),
-        record=ids.shape[1] + num_slots,
-    )
+    with state.under(base, start) as prefix:
+        positions = positions_of(mask) + base.num_slots(prefix)
+        places = torch.arange(num_slots, device=ids.device).expand(len(ids), -1)
+        if not state.num_slots_in_front:
+            places = places + mask.sum(1, keepdim=True)
+        hidden, keys_values = base.read(
+            prefix,
+            torch.cat([base.embed(ids), slots], 1),
+            torch.cat([mask, mask.new_ones(len(mask), num_slots)], 1),
+            torch.cat([positions, places], 1),
+            record=ids.shape[1] + num_slots,
+        )
     chunk, slots = hidden.split([ids.shape[1], num_slots], 1)
     return Reading(slots.float(), keys_values, mask, positions, base.surprisal(chunk, ids, mask) if surprisal else None)

@@ -1,8 +1,8 @@
 """What theta is, and how the base reads it."""
 
+from .hypernetwork import HypernetworkState
+from .lora import LoraState
 from .prefix import PrefixState
 from .prompt import PromptState
 
-STATE_TYPES = {"prefix": PrefixState, "prompt": PromptState}
-
-__all__ = ["STATE_TYPES", "PrefixState", "PromptState"]
+__all__ = ["HypernetworkState", "LoraState", "PrefixState", "PromptState"]

@@ -1,5 +1,8 @@
 """A key/value prefix: m slots in every layer."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
@@ -20,6 +23,7 @@ class PrefixState(nn.Module):
 
     def __init__(self, base: Base, token_ids: Tensor, num_kept: int, *, reads: bool) -> None:  # (m,)
         super().__init__()
+        self.num_slots_in_front = len(token_ids)
         self.num_kept = num_kept
         num_pooled = len(token_ids) - num_kept
         embeddings = base.embed(token_ids)[None]  # (1, m, d)
@@ -62,8 +66,13 @@ class PrefixState(nn.Module):
         kept = {name: torch.where(empty, self.start[name][:, :, num_pooled:], t) for name, t in kept.items()}
         return {name: torch.cat([tensors[name], t], -2) for name, t in kept.items()}
 
-    def prefix(self, base: Base, tensors: dict[str, Tensor]) -> KeysValues:
-        return list(zip(tensors["key"].unbind(1), tensors["value"].unbind(1), strict=True))
+    def kind(self, name: str) -> str:
+        return name
+
+    @contextmanager
+    def under(self, base: Base, tensors: dict[str, Tensor]) -> Iterator[KeysValues]:
+        """What the base reads a text behind, inside."""
+        yield list(zip(tensors["key"].unbind(1), tensors["value"].unbind(1), strict=True))
 
     def read_out(self, base: Base, reading: Reading, rate: Tensor, *, writes: bool) -> tuple[dict[str, Tensor], Tensor]:
         """The chunk's keys and values pooled into slots, plus a learned share of what the read-out slots hold.

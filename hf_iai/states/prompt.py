@@ -1,5 +1,8 @@
 """A soft prompt: m input embeddings; where all layers attend, encoded once into keys and values for all queries."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from torch import Tensor, nn
 
 from ..base import Base, Prefix
@@ -13,8 +16,9 @@ class PromptState(nn.Module):
     map that starts as the identity.
     """
 
-    def __init__(self, base: Base, token_ids: Tensor, num_kept: int, *, reads: bool) -> None:  # (m,)
+    def __init__(self, base: Base, token_ids: Tensor, *, reads: bool) -> None:  # (m,)
         super().__init__()
+        self.num_slots_in_front = len(token_ids)
         embeddings = base.embed(token_ids).detach().float()  # (m, d)
         self.start = nn.ParameterDict({"prompt": nn.Parameter(embeddings.clone()[None, None])})
         if reads:
@@ -30,8 +34,12 @@ class PromptState(nn.Module):
     def visible(self, base: Base, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return {"prompt": tensors["prompt"]}
 
-    def prefix(self, base: Base, tensors: dict[str, Tensor]) -> Prefix:
-        return base.encode(tensors["prompt"][:, 0, 0])
+    def kind(self, name: str) -> str:
+        return name
+
+    @contextmanager
+    def under(self, base: Base, tensors: dict[str, Tensor]) -> Iterator[Prefix]:
+        yield base.encode(tensors["prompt"][:, 0, 0])
 
     def read_out(self, base: Base, reading: Reading, rate: Tensor, *, writes: bool) -> tuple[dict[str, Tensor], Tensor]:
         """The slots' last hidden states as embeddings, and the number of tokens they saw, (B, 1, 1, 1)."""

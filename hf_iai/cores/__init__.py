@@ -1,0 +1,20 @@
+"""What an adapter learns besides LoRA, and how it refines a state: one core for each signal and accumulation."""
+
+from ..base import Base
+from ..config import IAIConfig
+from .average import AverageCore
+from .both import BothCore
+from .core import Core
+from .gradient import GradientCore
+from .recent import RecentCore
+
+__all__ = ["AverageCore", "BothCore", "Core", "GradientCore", "RecentCore", "make_core"]
+
+
+def make_core(base: Base, config: IAIConfig) -> Core:
+    """The core that the configuration asks for, on the base's device."""
+    if config.signal == "observations":
+        core = {"average": AverageCore, "recent": RecentCore}[config.accumulation]
+    else:
+        core = {"gradients": GradientCore, "both": BothCore}[config.signal]
+    return core(base, config).to(base.model.get_input_embeddings().weight.device)

@@ -1,0 +1,44 @@
+"""Observations and gradients together: the average, corrected by a network that sees the gradients too."""
+
+from torch import Tensor
+
+from ..base import Base
+from ..heads import Correction
+from ..signals import read_gradients
+from ..state import TaskState
+from .average import AverageCore
+from .core import Core, full_precision
+
+
+class BothCore(AverageCore):
+    """`signal="both"`: beside the average, the state keeps the mean of the chunks' gradients, `gradient_{name}`.
+
+    Each gradient is of the chunk's loss under the state as a query would have seen it before the chunk was read. Only
+    the correction uses them, and it starts at zero: at first this is the average.
+    """
+
+    def _make_correction(self, num_layers: int, num_heads: int, width: int) -> Correction:
+        return Correction(num_layers, num_heads, width, gradients=True)
+
+    def _initial(self, base: Base, batch_size: int) -> dict[str, Tensor]:
+        tensors = super()._initial(base, batch_size)
+        return tensors | {f"gradient_{name}": tensors[name].new_zeros(tensors[name].shape) for name in self.state.start}
+
+    def read(self, base: Base, ids: Tensor, mask: Tensor, labels: Tensor) -> dict[str, Tensor]:  # (B, C) each
+        return super().read(base, ids, mask, labels) | Core.read(self, base, ids, mask, labels)
+
+    def _next(self, base: Base, state: TaskState, evidence: dict[str, Tensor]) -> dict[str, Tensor]:
+        chunk = (evidence[name] for name in ("ids", "mask", "labels"))
+        with base.lora(self.config.regime == "explicit"):
+            seen = self.corrected(base, state)
+            gradient = read_gradients(base, self.state, seen, *chunk, second_order=self.config.second_order)
+        tensors = super()._next(base, state, evidence)
+        with full_precision(state.step):
+            share = 1 / (state.step + 1).view(-1, 1, 1, 1, 1)
+            for name, now in gradient.items():
+                mean = state.tensors[f"gradient_{name}"]
+                tensors[f"gradient_{name}"] = mean.lerp(now, share.to(now.dtype).expand_as(now))
+        return tensors
+
+    def _gradient(self, state: TaskState) -> Tensor:  # (B, m, L, H, W)
+        return self.state.pack({name: state.tensors[f"gradient_{name}"] for name in self.state.start})

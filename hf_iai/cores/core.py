@@ -1,0 +1,90 @@
+"""Core: all that an adapter learns besides LoRA, and one refinement step h_phi."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from ..base import Base, Prefix
+from ..config import IAIConfig
+from ..state import Identity, TaskState
+from ..states import HypernetworkState, LoraState, PrefixState, PromptState
+
+
+class Core(nn.Module):
+    """theta(0), what a chunk says, and how the state is refined.
+
+    Subclasses say what `read` finds in a chunk alone, so that many chunks can be read in one batch, and what `_next`
+    makes of it and the state.
+
+    Args:
+        base: the transformer; its embeddings give theta(0) and the slots their first values.
+        config: the adapter's configuration.
+        reads: whether the base reads chunks out, into slots.
+    """
+
+    def __init__(self, base: Base, config: IAIConfig, *, reads: bool) -> None:
+        super().__init__()
+        self.config = config
+        token_ids = torch.randint(base.vocab_size, (config.num_state_tokens,))
+        token_ids = token_ids.to(base.model.get_input_embeddings().weight.device)
+        self.state = _state_type(base, config, token_ids, reads=reads)
+
+    @property
+    def kind(self) -> str:
+        """How states were accumulated; only averages merge."""
+        return self.config.accumulation if self.config.signal == "observations" else self.config.signal
+
+    def initial_state(self, base: Base, batch_size: int, identity: Identity) -> TaskState:
+        """theta(0) for `batch_size` tasks."""
+        tensors = self._initial(base, batch_size)
+        zero = torch.zeros(batch_size, dtype=torch.long, device=next(iter(tensors.values())).device)
+        return TaskState(tensors, zero, zero.clone(), identity, self.kind)
+
+    def _initial(self, base: Base, batch_size: int) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+    def read(self, base: Base, ids: Tensor, mask: Tensor, labels: Tensor) -> dict[str, Tensor]:  # (B, C) each
+        """Evidence of a chunk that does not depend on the state; `mask` is part of it."""
+        # What stands under the mask must not even route: experts compute all tokens that chose them in one batch.
+        return {"ids": ids.masked_fill(mask == 0, 0), "mask": mask, "labels": labels.masked_fill(mask == 0, -100)}
+
+    def step(self, base: Base, state: TaskState, evidence: dict[str, Tensor]) -> TaskState:
+        """theta(i+1) = h(theta(i), evidence). Rows that read no token keep their state bitwise."""
+        num_tokens = evidence["mask"].sum(1)  # (B,)
+        read = num_tokens > 0
+        tensors = {
+            name: torch.where(read.view(-1, *[1] * (t.dim() - 1)), t, state.tensors[name])
+            for name, t in self._next(base, state, evidence).items()
+        }
+        return replace(state, tensors=tensors, step=state.step + read, num_tokens=state.num_tokens + num_tokens)
+
+    def _next(self, base: Base, state: TaskState, evidence: dict[str, Tensor]) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+    @contextmanager
+    def under(self, base: Base, state: TaskState) -> Iterator[Prefix]:
+        """Passes inside are answers under the state, if read behind what it yields."""
+        with self.state.under(base, self.corrected(base, state)) as prefix:
+            yield prefix
+
+    def corrected(self, base: Base, state: TaskState) -> dict[str, Tensor]:
+        """The state as a query sees it: all m slots, in the layout of the state type, after any learned correction."""
+        return self.state.visible(base, state.tensors)
+
+
+def _state_type(base: Base, config: IAIConfig, token_ids: Tensor, *, reads: bool) -> nn.Module:  # (m,)
+    if config.state_type == "prompt":
+        return PromptState(base, token_ids, reads=reads)
+    if config.state_type == "prefix":
+        return PrefixState(base, token_ids, config.num_kept_tokens, reads=reads)
+    if reads:
+        return HypernetworkState(base, token_ids, config.state_r, config.state_target_modules)
+    return LoraState(base, config.state_r, config.state_target_modules)
+
+
+def full_precision(tensor: Tensor) -> torch.autocast:
+    """State and head compute in float32, also where autocast runs the base in less."""
+    return torch.autocast(tensor.device.type, enabled=False)

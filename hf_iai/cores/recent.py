@@ -1,0 +1,50 @@
+"""The control: a state that is exactly the last m tokens."""
+
+import torch
+from torch import Tensor
+
+from ..base import Base
+from ..config import IAIConfig
+from ..heads import push_tokens
+from ..state import TaskState
+from .core import Core
+
+
+class RecentCore(Core):
+    """`accumulation="recent"`: the slots hold what the bare base holds of the m most recent tokens, read alone."""
+
+    def __init__(self, base: Base, config: IAIConfig) -> None:
+        super().__init__(base, config, reads=False)
+        self.bos_token_id = _bos_token_id(base) if config.pin_bos else None
+
+    def _initial(self, base: Base, batch_size: int) -> dict[str, Tensor]:
+        tensors = self.state.initial(batch_size)
+        size = self.config.num_state_tokens - self.config.pin_bos
+        device = next(iter(tensors.values())).device
+        tensors["recent_ids"] = torch.zeros(batch_size, size, dtype=torch.long, device=device)
+        if self.config.pin_bos:
+            tensors |= self._slots(base, tensors["recent_ids"], tensors["recent_ids"].bool())
+        return tensors
+
+    def _next(self, base: Base, state: TaskState, evidence: dict[str, Tensor]) -> dict[str, Tensor]:
+        size = state.tensors["recent_ids"].shape[1]
+        count = state.num_tokens.clamp_max(size)
+        ids, count = push_tokens(state.tensors["recent_ids"], count, evidence["ids"], evidence["mask"])
+        real = torch.arange(size, device=ids.device) < count[:, None]
+        return self._slots(base, ids, real) | {"recent_ids": ids}
+
+    def _slots(self, base: Base, ids: Tensor, real: Tensor) -> dict[str, Tensor]:  # (B, m) each
+        """The bare base's slots for the real tokens, read alone at positions 0..m-1; theta(0) in the others."""
+        if self.config.pin_bos:
+            ids = torch.cat([ids.new_full((len(ids), 1), self.bos_token_id), ids], 1)
+            real = torch.cat([real.new_ones(len(real), 1), real], 1)
+        slots = self.state.of_tokens(base, ids, real.long())
+        start, keep = self.state.initial(len(ids)), real[:, None, None, :, None]
+        return {name: torch.where(keep, slots[name].float(), start[name]) for name in start}
+
+
+def _bos_token_id(base: Base) -> int:
+    bos = base.config.bos_token_id
+    if bos is None:
+        raise ValueError(f"pin_bos=True, but {base.config.model_type!r} has no bos_token_id: set pin_bos=False")
+    return bos

@@ -1,0 +1,158 @@
+"""A learned optimizer: preconditioned SGD with learned rates, plus what a small network adds for each coordinate.
+
+Axes: B tasks, F features, h hidden width. All tensors of a task, whatever their shape, go through one network.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from .bound import rms
+from .classical import LOG_SCALE, Tensors
+
+MOMENTA, SECONDS, FACTORED = (0.5, 0.9, 0.99), (0.9, 0.999), 0.999  # decays
+KEPT_KINDS = ("momentum", "second", "row", "column")
+TIMES = (1, 3, 10, 30, 100, 300, 1e3, 3e3, 1e4, 3e4, 1e5)  # chunks
+NUM_FEATURES = 20
+MOST_LOG_MAGNITUDE = 3.0
+LARGEST_PRECONDITION = 1e3
+STEP, SMALLEST = 0.01, 0.1  # of the network's part, in units of theta's rms or of this where theta is smaller
+TINY = 1e-20
+
+
+class LearnedStep(nn.Module):
+    """theta' = theta - rate P gradient - s rms(theta) u / max(1, rms(u)),        u = d exp(a), (d, a) = net(features)
+
+    The features of a coordinate are its gradient, its value, three momenta, two second moments, their ratios and the
+    row and column means of the squared gradient, each divided by its root mean square over the tensor, and
+    tanh(t / tau - 1) for eleven times tau, with t the chunks read: nothing learned belongs to any one step. P is
+    diagonal, (second moment)^(-p/2) over its mean. Rate, s and p are learned for each kind of tensor: `key` and
+    `value` of a prefix, `A` and `B` of a low-rank update.
+
+    The last layer and p start at zero: then this is SGD. The network's part is as large as s rms(theta) at most,
+    and nothing at all moves where the gradient is zero everywhere.
+
+    Args:
+        kinds: name of each tensor -> its kind.
+        rate: what every rate starts as.
+        hidden: h.
+
+    What it keeps: `momentum_{name}` (B, 3, ...), `second_{name}` (B, 2, ...), `row_{name}` and `column_{name}`, the
+    means of the squared gradient over the last axis and over the last but one.
+
+    Source: features after Metz et al., arXiv 2203.11860; normed steps after CELO, arXiv 2501.12670.
+    """
+
+    def __init__(self, kinds: dict[str, str], rate: float, hidden: int = 32) -> None:
+        super().__init__()
+        self.kinds, self.initial_rate = kinds, rate
+        self.log_rate, self.log_step, self.power = (_zero_for_each(kinds.values()) for _ in range(3))
+        self.read, self.read_times = nn.Linear(NUM_FEATURES, hidden), nn.Linear(len(TIMES), hidden, bias=False)
+        self.middle, self.write = nn.Linear(hidden, hidden), nn.Linear(hidden, 2)
+        nn.init.zeros_(self.write.weight)
+        nn.init.zeros_(self.write.bias)
+
+    def initial(self, theta: Tensors) -> Tensors:
+        """What is kept beside theta, before anything was read."""
+        kept = {}
+        for name, t in theta.items():
+            kept[f"momentum_{name}"] = t.new_zeros(len(t), len(MOMENTA), *t.shape[1:])
+            kept[f"second_{name}"] = t.new_zeros(len(t), len(SECONDS), *t.shape[1:])
+            kept[f"row_{name}"], kept[f"column_{name}"] = (
+                t.new_zeros(t.shape[:-1]),
+                t.new_zeros(*t.shape[:-2], t.shape[-1]),
+            )
+        return kept
+
+    def forward(self, theta: Tensors, kept: Tensors, gradient: Tensors, step: Tensor) -> tuple[Tensors, Tensors]:
+        after, kept_after = {}, {}
+        for name, t in theta.items():
+            averages = accumulate({kind: kept[f"{kind}_{name}"] for kind in KEPT_KINDS}, gradient[name])
+            after[name] = self.stepped(self.kinds[name], t, averages, gradient[name], step)
+            kept_after |= {f"{kind}_{name}": a for kind, a in averages.items()}
+        return after, kept_after
+
+    def stepped(
+        self,
+        kind: str | None,
+        theta: Tensor,  # (B, ...)
+        averages: Tensors,  # of the gradients, this one included
+        gradient: Tensor,  # (B, ...)
+        step: Tensor,  # (B,) gradients before this one
+    ) -> Tensor:  # (B, ...)
+        """The next theta of one tensor; kind None: as the mean of all kinds."""
+        averages = without_bias(averages, step + 1)
+        rate = self.initial_rate * (LOG_SCALE * self._of_kind(self.log_rate, kind)).exp()
+        theta_after = theta - rate * self._precondition(kind, averages) * gradient
+        size = STEP * (LOG_SCALE * self._of_kind(self.log_step, kind)).exp() * rms(theta.detach()).clamp_min(SMALLEST)
+        moving = gradient.detach().flatten(1).any(1).view(-1, *[1] * (theta.dim() - 1))
+        return theta_after - moving * size * self._direction(features(theta, averages, gradient), step)
+
+    @staticmethod
+    def _of_kind(values: nn.ParameterDict, kind: str | None) -> Tensor:
+        return torch.stack(list(values.values())).mean() if kind is None else values[kind]
+
+    def _precondition(self, kind: str | None, averages: Tensors) -> Tensor:  # (B, ...)
+        root = (averages["second"][:, -1] + TINY).sqrt()
+        ratio = (root / rms(root)).clamp_min(1 / LARGEST_PRECONDITION)
+        return (-LOG_SCALE * self._of_kind(self.power, kind) * ratio.log()).exp()
+
+    def _direction(self, inputs: Tensor, step: Tensor) -> Tensor:  # (B, ..., F), (B,) -> (B, ...)
+        times = torch.tanh(step.unsqueeze(-1) / inputs.new_tensor(TIMES) - 1)  # (B, times)
+        x = self.read(inputs) + self.read_times(times).view(len(step), *[1] * (inputs.dim() - 2), -1)
+        direction, magnitude = self.write(self.middle(x.relu()).relu()).unbind(-1)
+        u = direction * (MOST_LOG_MAGNITUDE * torch.tanh(magnitude / MOST_LOG_MAGNITUDE)).exp()
+        return u / rms(u.detach()).clamp_min(1)
+
+    def extra_repr(self) -> str:
+        return f"initial_rate={self.initial_rate}, kinds={sorted(set(self.kinds.values()))}"
+
+
+def _zero_for_each(kinds: Iterable[str]) -> nn.ParameterDict:
+    return nn.ParameterDict({kind: nn.Parameter(torch.zeros(1)) for kind in sorted(set(kinds))})
+
+
+def accumulate(averages: Tensors, gradient: Tensor) -> Tensors:
+    """The running averages of one tensor after one more gradient (B, ...)."""
+    square = gradient.square()
+    new = {
+        "momentum": (gradient.unsqueeze(1), MOMENTA),
+        "second": (square.unsqueeze(1), SECONDS),
+        "row": (square.mean(-1), FACTORED),
+        "column": (square.mean(-2), FACTORED),
+    }
+    return {kind: averages[kind].lerp(value, 1 - _decay(decay, value)) for kind, (value, decay) in new.items()}
+
+
+def without_bias(averages: Tensors, count: Tensor) -> Tensors:
+    """Averages that started at zero, `count` (B,) gradients ago, as weighted means of these gradients."""
+    decays = {"momentum": MOMENTA, "second": SECONDS, "row": FACTORED, "column": FACTORED}
+    scaled = {}
+    for kind, t in averages.items():
+        seen = 1 - _decay(decays[kind], t) ** count.view(-1, *[1] * (t.dim() - 1))
+        scaled[kind] = t / seen
+    return scaled
+
+
+def _decay(decay: float | tuple[float, ...], like: Tensor) -> Tensor:  # one, or for each of axis 1
+    return (
+        like.new_tensor(decay).view(1, -1, *[1] * (like.dim() - 2))
+        if isinstance(decay, tuple)
+        else like.new_tensor(decay)
+    )
+
+
+def features(theta: Tensor, averages: Tensors, gradient: Tensor) -> Tensor:  # (B, ...) -> (B, ..., F)
+    """What the network sees of each coordinate."""
+    row, column = averages["row"].unsqueeze(-1), averages["column"].unsqueeze(-2)
+    factored = row * column / (row.mean(-2, keepdim=True) + TINY)
+    momenta, seconds = averages["momentum"].unbind(1), averages["second"].unbind(1)
+    per_second, per_factored = [(s + TINY).rsqrt() for s in seconds], (factored + TINY).rsqrt()
+    found = [gradient, theta, *momenta, *((s + TINY).sqrt() for s in seconds)]
+    found += [gradient * scale for scale in per_second] + [m * per_second[-1] for m in momenta]
+    found += [(t + TINY).sqrt().expand_as(theta) for t in (row, column)]
+    found += [gradient * per_factored, *(m * per_factored for m in momenta), per_second[-1], per_factored]
+    return torch.stack(
+        [f * (f.square().mean(tuple(range(1, f.dim())), keepdim=True) + TINY).rsqrt() for f in found], -1
+    )

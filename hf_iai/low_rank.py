@@ -1,0 +1,100 @@
+"""A different low-rank update of the base's weights for each task of a batch.
+
+Axes: N tasks, r rank, I and O the input and output width of a module.
+"""
+
+import re
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from weakref import WeakSet
+
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+Updates = Mapping[nn.Module, tuple[Tensor, Tensor]]  # module -> A (N, r, I) and B (N, O, r)
+
+_active: ContextVar[Updates] = ContextVar("low_rank_updates", default={})  # noqa: B039, nobody writes to it
+_hooked: WeakSet[nn.Module] = WeakSet()
+
+
+def active_updates() -> Updates:
+    return _active.get()
+
+
+@contextmanager
+def low_rank_updates(updates: Updates) -> Iterator[None]:
+    """Inside, each of the modules gives `W x + B A x`, and no others do; N consecutive groups of rows have their own.
+
+    It may be entered again, within itself or later, as the recomputation of gradient checkpointing does.
+    """
+    new = [module for module in updates if module not in _hooked]
+    hooks = [module.register_forward_hook(_add_update) for module in new]
+    _hooked.update(new)
+    token = _active.set(updates)
+    try:
+        yield
+    finally:
+        _active.reset(token)
+        _hooked.difference_update(new)
+        for hook in hooks:
+            hook.remove()
+
+
+def _add_update(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    if module not in (updates := _active.get()):
+        return output
+    down, up = (t.to(inputs[0].dtype) for t in updates[module])
+    # Tokens may come as (rows, T, I) or, in some families, as (rows * T, I): the rows of a task lie together in both.
+    tokens = inputs[0].reshape(len(down), -1, down.shape[-1])
+    return output + (tokens @ down.mT @ up.mT).view(output.shape).to(output.dtype)
+
+
+def linear_modules(
+    model: nn.Module, target_modules: str | list[str], uncalled: Collection[str] = ()
+) -> dict[str, tuple[int, int]]:
+    """Paths of the linear modules that are meant, LoRA or not, with the input and output width of each.
+
+    Args:
+        model: the base.
+        target_modules: as in PEFT: `"all-linear"` (output embeddings and experts left out), the last parts of names, or
+            a regular expression for whole paths.
+        uncalled: last parts of the names of modules whose weights are read without calling them.
+
+    Raises:
+        ValueError: when nothing is meant, a target is not linear, it is not called, or it is an expert, which sees
+            tokens of all tasks in an order of its own.
+    """
+    modules = {name: m for name, m in model.named_modules() if not re.search(r"(^|\.)(base_layer$|lora_)", name)}
+    if target_modules == "all-linear":
+        found = [n for n, m in modules.items() if _shape(m) and m is not model.get_output_embeddings()]
+        found = [n for n in found if "experts" not in n.split(".") and not _is_meant(n, uncalled)]
+    else:
+        found = [name for name in modules if _is_meant(name, target_modules)]
+    if not found:
+        raise ValueError(
+            f"state_target_modules={target_modules!r} names no module of the base: see its named_modules()"
+        )
+    for name in found:
+        if _shape(modules[name]) is None:
+            kind = type(modules[name]).__name__
+            raise ValueError(f"state_target_modules names {name!r}, a {kind}: name nn.Linear or Conv1D modules")
+        if "experts" in name.split("."):
+            raise ValueError(f"state_target_modules names {name!r}, an expert, which mixes the tasks: leave it out")
+        if _is_meant(name, uncalled):
+            raise ValueError(f"state_target_modules names {name!r}, whose weight is read without a call: leave it out")
+    return {name: _shape(modules[name]) for name in found}
+
+
+def _is_meant(name: str, targets: str | Collection[str]) -> bool:
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    return any(name == target or name.endswith(f".{target}") for target in targets)
+
+
+def _shape(module: nn.Module) -> tuple[int, int] | None:
+    layer = module.get_base_layer() if isinstance(module, LoraLayer) else module
+    if isinstance(layer, Conv1D):
+        return tuple(layer.weight.shape)
+    return (layer.in_features, layer.out_features) if isinstance(layer, nn.Linear) else None

@@ -1,0 +1,181 @@
+"""`LearnedOptimizer`: a trained head as an ordinary optimizer."""
+
+import pytest
+import torch
+from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from test_gradients import gradient_model
+from tiny import chunks, ids, make_base, make_model
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainingArguments
+
+from hf_iai import LearnedOptimizer
+
+CAUSAL = {"task_type": "CAUSAL_LM"}
+LORA = {"r": 2, "lora_alpha": 2, "target_modules": "all-linear"}
+
+
+@pytest.fixture
+def weights(tmp_path):
+    """Adapters whose heads were disturbed, so that the network has a part in the steps."""
+
+    def save(state_type: str) -> str:
+        rate = 0.1 if state_type == "lora" else None
+        model = gradient_model(state_type=state_type, regime="parametric", initial_rate=rate)
+        model.save_pretrained(tmp_path / state_type)
+        return str(tmp_path / state_type)
+
+    return save
+
+
+def tuned(**values):
+    torch.manual_seed(2)
+    return get_peft_model(make_base(), LoraConfig(**CAUSAL, **LORA, **values))
+
+
+class Texts(Dataset):
+    def __len__(self):
+        return 12
+
+    def __getitem__(self, index):
+        row = ids(8, seed=index)
+        return {"input_ids": row, "labels": row}
+
+
+def test_steps_are_those_of_the_states(weights):
+    """A LoRA that starts as theta(0) takes, text by text, the steps that reading them would."""
+    model = gradient_model(state_type="lora", regime="parametric", initial_rate=0.1)
+    plain, support = tuned(), chunks(3, batch=1)
+    start = model.core.state.update(model.initial_state().tensors)
+    layers = {path: plain.base_model.model.get_submodule(path) for path in start}
+    with torch.no_grad():
+        for path, (down, up) in start.items():
+            layers[path].lora_A["default"].weight.copy_(down[0])
+            layers[path].lora_B["default"].weight.copy_(up[0])
+    optimizer = LearnedOptimizer(plain, weights("lora"))
+    for chunk in support:
+        optimizer.zero_grad()
+        plain(input_ids=chunk["input_ids"], labels=chunk["input_ids"]).loss.backward()
+        optimizer.step()
+    expected = model.core.state.update(model.adapt(support).tensors)
+    moved = max((expected[p][1] - start[p][1]).abs().max() for p in start)
+    for path, (down, up) in expected.items():
+        assert (layers[path].lora_A["default"].weight - down[0]).abs().max() < 1e-4 * moved
+        assert (layers[path].lora_B["default"].weight - up[0]).abs().max() < 1e-4 * moved
+    # Without names, which tell A from B, both take the mean rate.
+    other = LearnedOptimizer([p for p in plain.parameters() if p.requires_grad], weights("lora"))
+    assert all(not group.get("param_names") for group in other.param_groups)
+
+
+@pytest.mark.parametrize(
+    ("state_type", "config"),
+    [
+        ("prompt", PromptTuningConfig(**CAUSAL, num_virtual_tokens=4)),
+        ("prefix", PrefixTuningConfig(**CAUSAL, num_virtual_tokens=4)),
+        ("lora", LoraConfig(**CAUSAL, **LORA)),
+    ],
+    ids=["prompt", "prefix", "lora"],
+)
+def test_it_trains_plain_adapters(weights, state_type, config):
+    torch.manual_seed(2)
+    model, text = get_peft_model(make_base(), config), ids(4, 12)
+    optimizer = LearnedOptimizer(model, weights(state_type))
+    losses = []
+    for _ in range(20):
+        optimizer.zero_grad()
+        loss = model(input_ids=text, labels=text).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.01
+
+
+def test_closure_and_rate(weights):
+    weights, text = weights("lora"), ids(2, 8)
+    after = {}
+    for lr in (0.0, 0.5, 1.0):
+        model = tuned()
+        optimizer = LearnedOptimizer(model, weights, lr=lr)
+
+        def closure(model=model, optimizer=optimizer):
+            optimizer.zero_grad()
+            loss = model(input_ids=text, labels=text).loss
+            loss.backward()
+            return loss
+
+        assert optimizer.step(closure).item() == pytest.approx(tuned()(input_ids=text, labels=text).loss.item())
+        assert optimizer.step() is None
+        after[lr] = [p.detach() for p in model.parameters() if p.requires_grad]
+    start = [p.detach() for p in tuned().parameters() if p.requires_grad]
+    assert all(torch.equal(a, b) for a, b in zip(after[0.0], start, strict=True))
+    distances = [sum((a - b).norm() for a, b in zip(after[lr], start, strict=True)) for lr in (0.5, 1.0)]
+    assert 0 < distances[0] < distances[1]
+
+
+def test_trainer_resumes_bitwise(weights, tmp_path):
+    """Even when the adapter that the network came from has changed since."""
+    weights = weights("lora")
+
+    def run(folder, resume=None):
+        model = tuned()
+        args = TrainingArguments(
+            output_dir=str(tmp_path / folder), max_steps=6, save_steps=3, per_device_train_batch_size=2, use_cpu=True,
+            report_to=[], disable_tqdm=True, logging_steps=1,
+        )  # fmt: skip
+        kinds = (LearnedOptimizer, {"model": model, "weights": weights})
+        trainer = Trainer(model, args, train_dataset=Texts(), optimizer_cls_and_kwargs=kinds)
+        trainer.train(resume_from_checkpoint=resume)
+        return [p.detach().clone() for p in model.parameters() if p.requires_grad]
+
+    whole = run("whole")
+    other = gradient_model(state_type="lora", regime="parametric", initial_rate=0.1, trained=False)
+    other.save_pretrained(weights)
+    resumed = run("resumed", resume=str(tmp_path / "whole" / "checkpoint-3"))
+    assert all(torch.equal(a, b) for a, b in zip(whole, resumed, strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(whole, run("other"), strict=True))
+
+
+def test_state_follows_the_parameters(weights):
+    weights, text = weights("lora"), ids(2, 8)
+
+    def stepped(model, state=None):
+        optimizer = LearnedOptimizer(model, weights)
+        if state is not None:
+            optimizer.load_state_dict(state)
+        model(input_ids=text, labels=text).loss.backward()
+        optimizer.step()
+        return optimizer
+
+    state = stepped(tuned()).state_dict()
+    model = tuned().to(torch.bfloat16)
+    optimizer = stepped(model, state)
+    kept = [t for values in optimizer.state.values() for t in values.values() if torch.is_tensor(t)]
+    assert {t.dtype for t in kept} == {torch.bfloat16}
+    assert {values["step"] for values in optimizer.state.values()} == {2}
+
+
+def test_weights_come_from_the_hub(weights, monkeypatch):
+    """The files that are asked for, and no more."""
+    folder, asked = weights("lora"), []
+
+    def download(name, **values):
+        asked.append((name, values["revision"], sorted(values["allow_patterns"])))
+        return folder
+
+    monkeypatch.setattr("hf_iai.learned_optimizer.snapshot_download", download)
+    optimizer = LearnedOptimizer(tuned(), "someone/adapter", revision="v1")
+    assert asked == [("someone/adapter", "v1", ["adapter_config.json", "adapter_model.safetensors"])]
+    expected = LearnedOptimizer(tuned(), folder).net.state_dict()
+    assert all(torch.equal(t, expected[name]) for name, t in optimizer.net.state_dict().items())
+
+
+def test_errors(weights, tmp_path):
+    model, folder = tuned(), weights("lora")
+    with pytest.raises(FileNotFoundError, match="holds no adapter: adapter_config.json is missing"):
+        LearnedOptimizer(model, tmp_path)
+    make_model().save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"trained with signal and head \('observations', 'gated'\)"):
+        LearnedOptimizer(model, tmp_path / "other")
+    with pytest.raises(ValueError, match="lr must be at least 0, got -1"):
+        LearnedOptimizer(model, folder, lr=-1)
+    with pytest.raises(ValueError, match="weight_decay=0.1 cannot be combined"):
+        LearnedOptimizer([{"params": list(model.parameters()), "weight_decay": 0.1}], folder)
