@@ -48,9 +48,8 @@ def print_table(report: dict) -> None:
 def draw_chunks(report: dict, path: Path) -> None:
     """Exact match of all asked keys against chunks read."""
     figure = Figure(figsize=(12, 4.2), layout="constrained")
-    for axes, setting in zip(
-        figure.subplots(1, 3, sharey=True), ("64 pairs", "25% rewritten", "128 pairs"), strict=True
-    ):
+    settings = ("64 pairs", "25% rewritten", "100% rewritten")  # the last: 128 pairs in 32 chunks
+    for axes, setting in zip(figure.subplots(1, 3, sharey=True), settings, strict=True):
         for color, method in enumerate(("delta", "average")):
             rows = chosen(report, setting=setting, asked="all", method=method, slots=TRAINED)
             _line(axes, over_seeds(rows, "num_chunks"), f"C{color}", f"hf_iai, {NAMES[method]}")
@@ -63,6 +62,7 @@ def draw_chunks(report: dict, path: Path) -> None:
                 axes.axhline(row["exact_match"], color="grey", linestyle=style, label=method.replace("_", " "))
         axes.axhline(report["chance"], color="black", linewidth=0.5, label="chance")
         axes.set_xscale("symlog", base=2, linthresh=1)
+        axes.set_xlim(left=-0.2)
         axes.set_xlabel("chunks read, 4 pairs each")
         _finish(axes, setting)
     _save(figure, path)
@@ -103,6 +103,8 @@ NAMES = {"delta": "delta rule", "average": "average alone"}
 
 def _line(axes: Axes, points: tuple, color: str, label: str, style: str = "-", marker: str = "o") -> None:
     at, mean, spread = points
+    if not at:  # nothing of the kind was trained
+        return
     axes.plot(at, mean, color=color, linestyle=style, marker=marker, label=label)
     axes.fill_between(at, mean - spread, mean + spread, color=color, alpha=0.15, linewidth=0)
 
