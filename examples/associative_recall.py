@@ -1,7 +1,7 @@
 """Associative recall: the state as a memory of key/value pairs, some of them rewritten.
 
-    python examples/associative_recall.py base              # a base that recalls in context: 12 minutes on one core
-    python examples/associative_recall.py train --seed 0    # an adapter: 16 minutes on one core
+    python examples/associative_recall.py base              # a base that recalls in context: 15 minutes on one core
+    python examples/associative_recall.py train --seed 0    # an adapter: 25 minutes on one core
     python examples/associative_recall.py evaluate          # all that were trained: recall.json and three pictures
 
 docs/recall.md has the results, and lists the runs that they need. The pairings of a task are drawn anew, so nothing but
