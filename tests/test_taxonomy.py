@@ -55,7 +55,7 @@ def test_a_row_trains(row, tmp_path):
     assert [name for name in still if not re.search(exempt, name)] == []
 
 
-@pytest.mark.parametrize("signal", ["gradients", "both"])
+@pytest.mark.parametrize("signal", ["gradients", pytest.param("both", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("training", [False, True], ids=["adapt", "greedy"])
 def test_no_graph_is_kept_alive(signal, training):
     """As many tensors are alive after 200 updates as after 20."""
