@@ -8,8 +8,8 @@
 The user tells 8 facts (`A b`: a letter and what it stands for), all before three quarters of the small talk; two of
 them are told anew with another value. At the end every fact is asked (`A`). The embedded base reads the conversation as
 `{"messages": ...}`, in chunks of 16 tokens; its window holds 32 of them. Conversations are drawn anew, so only what was
-read can answer. What is compared has the same base and LoRA rank, was trained on the same conversations until its
-loss was below 0.02 nats, and sees the last 464 tokens themselves.
+read can answer. What is compared has the same base and LoRA rank, was trained on the same conversations for 200 steps
+(to a loss of 0.03 nats a token), and sees the last 464 tokens themselves.
 """
 
 import json
