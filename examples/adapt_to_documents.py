@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
-import torch
 import typer
 from datasets import Dataset
 from hardware import has_fast_bfloat16
 from peft import PeftModel, get_peft_model
 from provenance import provenance
+from training import train_adapter
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
-from hf_iai import IAIConfig, IAITrainer, IAITrainingArguments, episodes_from_documents
+from hf_iai import IAIConfig, episodes_from_documents
 from hf_iai.evaluation import Curve, evaluate_curve
 
 
@@ -51,30 +51,23 @@ def train_reader(
         target_modules="all-linear",
     )
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
-    args = IAITrainingArguments(
-        output_dir=str(output / "trainer"),
+    return train_adapter(
+        model,
+        episodes,
+        tokenizer,
+        output,
+        steps=steps,
+        seed=seed,
         chunk_size=chunk_size,
         max_chunks=max_chunks,
         kl_weight=kl_weight,
-        max_steps=steps,
         per_device_train_batch_size=batch_size,
         learning_rate=lr,
         state_learning_rate=state_lr,
         lr_scheduler_type="cosine",
         warmup_steps=min(50, steps // 10),
         bf16=has_fast_bfloat16(),
-        use_cpu=not torch.cuda.is_available(),
-        logging_steps=25,
-        save_steps=200,
-        save_total_limit=1,
-        seed=seed,
-        report_to=[],
     )
-    trainer = IAITrainer(model, args, train_dataset=episodes, processing_class=tokenizer)
-    has_checkpoint = any((output / "trainer").glob("checkpoint-*"))
-    trainer.train(resume_from_checkpoint=has_checkpoint)
-    model.save_pretrained(output / "adapter")
-    return model.eval()
 
 
 def report(curve: Curve, output: Path, **recipe) -> None:

@@ -33,6 +33,7 @@ from recall_tasks import (
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from tqdm import tqdm
+from training import train_adapter
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -43,7 +44,7 @@ from transformers import (
     set_seed,
 )
 
-from hf_iai import EpisodeCollator, IAIConfig, IAITrainer, IAITrainingArguments
+from hf_iai import EpisodeCollator, IAIConfig
 from hf_iai.evaluation import bootstrap_mean
 
 SLOTS, WINDOW, ASKED = 16, 512, 32
@@ -225,28 +226,6 @@ def train(
     else:
         model = get_peft_model(AutoModelForCausalLM.from_pretrained(work / "base"), config)
     most_chunks = round(PAIRS * (1 + REWRITE_RATE)) // PAIRS_PER_CHUNK
-    args = IAITrainingArguments(
-        output_dir=str(output / "trainer"),
-        chunk_size=CHUNK,
-        min_chunks=most_chunks,  # every query may be about any chunk
-        max_chunks=most_chunks,
-        halve_chunks=0.0,
-        scored_states="last",
-        max_steps=steps,
-        per_device_train_batch_size=batch_size,
-        learning_rate=lr,
-        lr_scheduler_type="warmup_stable_decay",
-        lr_scheduler_kwargs={"num_decay_steps": 2 * steps // 5, "decay_type": "linear"},
-        warmup_steps=30,
-        weight_decay=0.0,
-        adam_beta2=0.98,
-        use_cpu=not torch.cuda.is_available(),
-        logging_steps=50,
-        save_steps=500,
-        save_total_limit=1,
-        seed=seed,
-        report_to=[],
-    )
     tasks = IterableDataset.from_generator(
         growing_episodes,
         gen_kwargs={
@@ -259,16 +238,26 @@ def train(
             "num_keys": keys,
         },
     )
-    trainer = IAITrainer(
+    train_adapter(
         model,
-        args,
-        train_dataset=tasks,
-        processing_class=AutoTokenizer.from_pretrained(work / "base"),
+        tasks,
+        AutoTokenizer.from_pretrained(work / "base"),
+        output,
+        steps=steps,
+        seed=seed,
         callbacks=[History(output / "history.json", keys)],
+        chunk_size=CHUNK,
+        min_chunks=most_chunks,  # every query may be about any chunk
+        max_chunks=most_chunks,
+        halve_chunks=0.0,
+        scored_states="last",
+        per_device_train_batch_size=batch_size,
+        learning_rate=lr,
+        lr_scheduler_type="warmup_stable_decay",
+        lr_scheduler_kwargs={"num_decay_steps": 2 * steps // 5, "decay_type": "linear"},
+        warmup_steps=30,
+        adam_beta2=0.98,
     )
-    has_checkpoint = any((output / "trainer").glob("checkpoint-*"))
-    trainer.train(resume_from_checkpoint=has_checkpoint)
-    model.save_pretrained(output / "adapter")
 
 
 # ---------------------------------------------------------------- what it remembers

@@ -24,6 +24,7 @@ from datasets import IterableDataset
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from provenance import provenance
 from tqdm import tqdm
+from training import train_adapter
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -34,7 +35,7 @@ from transformers import (
     set_seed,
 )
 
-from hf_iai import IAIConfig, IAITrainer, IAITrainingArguments, chunk_examples, embedded_base
+from hf_iai import IAIConfig, chunk_examples, embedded_base
 from hf_iai.data import tokenize_example
 from hf_iai.evaluation import bootstrap_mean
 
@@ -105,37 +106,27 @@ def conversations(num: int, seed: int) -> Iterator[dict]:
 def train(seed: int = 0, steps: int = 800, batch_size: int = 16, lr: float = 1e-3, work: Path = WORK) -> None:
     """Train an adapter that remembers what it was told."""
     set_seed(seed)
-    output = work / f"reader-{seed}"
     config = IAIConfig(
         task_type="CAUSAL_LM", num_state_tokens=SLOTS, delta_rule=True, r=16, lora_alpha=32, target_modules="all-linear"
     )
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(embedded_base()), config)
-    args = IAITrainingArguments(
-        output_dir=str(output / "trainer"),
+    train_adapter(
+        model,
+        IterableDataset.from_generator(conversations, gen_kwargs={"num": steps * batch_size, "seed": 1000 + seed}),
+        chat_tokenizer(),
+        work / f"reader-{seed}",
+        steps=steps,
+        seed=seed,
         chunk_size=CHUNK,
         min_chunks=MAX_CHUNKS,  # a question may be about any chunk
         max_chunks=MAX_CHUNKS,
         halve_chunks=0.0,
         scored_states="last",
-        max_steps=steps,
         per_device_train_batch_size=batch_size,
         learning_rate=lr,
         lr_scheduler_type="cosine",
         warmup_steps=30,
-        use_cpu=not torch.cuda.is_available(),
-        logging_steps=25,
-        save_steps=250,
-        save_total_limit=1,
-        seed=seed,
-        report_to=[],
     )
-    episodes = IterableDataset.from_generator(
-        conversations, gen_kwargs={"num": steps * batch_size, "seed": 1000 + seed}
-    )
-    trainer = IAITrainer(model, args, train_dataset=episodes, processing_class=chat_tokenizer())
-    has_checkpoint = any((output / "trainer").glob("checkpoint-*"))
-    trainer.train(resume_from_checkpoint=has_checkpoint)
-    model.save_pretrained(output / "adapter")
 
 
 def end_of(messages: list[dict], tokenizer) -> list[int]:

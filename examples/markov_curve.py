@@ -12,15 +12,15 @@ that saw the same symbols, to fewer shots and to the last chunk alone.
 from pathlib import Path
 
 import numpy as np
-import torch
 import typer
 from datasets import Dataset
 from hardware import has_fast_bfloat16
 from peft import AutoPeftModelForCausalLM, get_peft_model
 from provenance import provenance
+from training import train_adapter
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
-from hf_iai import IAIConfig, IAITrainer, IAITrainingArguments, embedded_base
+from hf_iai import IAIConfig, embedded_base
 from hf_iai.embedded.generated_tasks import LETTERS
 from hf_iai.evaluation import Curve, evaluate_curve
 
@@ -82,33 +82,25 @@ def train(
 ) -> None:
     """Train one adapter, from its checkpoint if there is one, into `work/reader-SEED`."""
     set_seed(seed)
-    output = work / f"reader-{seed}"
     tokenizer = AutoTokenizer.from_pretrained(embedded_base())
     base = AutoModelForCausalLM.from_pretrained(embedded_base())
     config = IAIConfig(task_type="CAUSAL_LM", num_state_tokens=SLOTS, r=32, lora_alpha=64, target_modules="all-linear")
     model = get_peft_model(base, config)
-    args = IAITrainingArguments(
-        output_dir=str(output / "trainer"),
+    train_adapter(
+        model,
+        episodes(draw_chains(num_chains, (MAX_CHUNKS + 1) * CHUNK, seed=1000 + seed), tokenizer),
+        tokenizer,
+        work / f"reader-{seed}",
+        steps=steps,
+        seed=seed,
         chunk_size=CHUNK,
         max_chunks=MAX_CHUNKS,
-        max_steps=steps,
         per_device_train_batch_size=batch_size,
         learning_rate=lr,
         lr_scheduler_type="cosine",
         warmup_steps=50,
         bf16=has_fast_bfloat16(),
-        use_cpu=not torch.cuda.is_available(),
-        logging_steps=25,
-        save_steps=200,
-        save_total_limit=1,
-        seed=seed,
-        report_to=[],
     )
-    chains = episodes(draw_chains(num_chains, (MAX_CHUNKS + 1) * CHUNK, seed=1000 + seed), tokenizer)
-    trainer = IAITrainer(model, args, train_dataset=chains, processing_class=tokenizer)
-    has_checkpoint = any((output / "trainer").glob("checkpoint-*"))
-    trainer.train(resume_from_checkpoint=has_checkpoint)
-    model.save_pretrained(output / "adapter")
 
 
 @app.command()
