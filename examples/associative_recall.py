@@ -156,13 +156,13 @@ def from_state(model: PeftModel, tasks: list[dict], num_chunks: int, batch_size:
     right = []
     for first in tqdm(range(0, len(tasks), batch_size), f"after {num_chunks} chunks", leave=False):
         batch = collate(tasks[first : first + batch_size])
-        chunks, masks = batch["chunk_input_ids"], batch["chunk_attention_mask"]  # (B, K, C)
+        chunks = {name: batch[f"chunk_{name}"] for name in ("input_ids", "attention_mask", "labels")}  # (B, K, C)
         asked = batch["input_ids"].to(model.device)  # (B, Q, 2)
-        read = [{"input_ids": chunks[:, k], "attention_mask": masks[:, k]} for k in range(chunks.shape[1])]
-        read = read[len(read) - num_chunks :]
-        state = model.adapt(read, parallel=8) if read else model.initial_state(len(chunks))
+        total = chunks["input_ids"].shape[1]
+        read = [{name: t[:, k] for name, t in chunks.items()} for k in range(total - num_chunks, total)]
+        state = model.adapt(read, parallel=8) if read else model.initial_state(len(asked))
         # A state for each query.
-        index = torch.arange(len(chunks), device=asked.device).repeat_interleave(asked.shape[1])
+        index = torch.arange(len(asked), device=asked.device).repeat_interleave(asked.shape[1])
         logits = model(
             input_ids=asked[..., :1].flatten(0, 1), task_state=state.map(lambda t, index=index: t[index])
         ).logits[:, -1]

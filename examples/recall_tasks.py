@@ -60,9 +60,10 @@ def recall_episode(
         age[pair] = num_chunks - place // pairs_per_chunk
         seen.add(pair)
     writes = np.stack([key_ids(keys[order]), value_ids(values)], 1)  # (W, 2)
+    labels = np.stack([np.full_like(writes[:, 1], -100), writes[:, 1]], 1)  # only gradients use them
     asked = np.stack([key_ids(keys), value_ids(newest)], 1).tolist()
     return {
-        "support": [{"input_ids": writes.flatten().tolist()}],
+        "support": [{"input_ids": writes.flatten().tolist(), "labels": labels.flatten().tolist()}],
         "query": [{"input_ids": [key, value], "labels": [-100, value]} for key, value in asked],
         "num_chunks": num_chunks,
         "rewritten": [pair < num_again for pair in range(num_pairs)],

@@ -138,11 +138,13 @@ class IAIConfig(LoraConfig):
         if self.signal == "observations":
             if self.second_order:
                 raise ValueError("second_order=True needs signal='gradients' or 'both', got signal='observations'")
-        elif (self.accumulation, self.num_kept_tokens, self.delta_rule) != ("average", 0, False):
+        elif (self.accumulation, self.num_kept_tokens) != ("average", 0):
             raise ValueError(
-                f"accumulation='recent', num_kept_tokens and delta_rule need signal='observations', got signal="
-                f"{self.signal!r} with {self.accumulation!r}, {self.num_kept_tokens} and {self.delta_rule}"
+                f"accumulation='recent' and num_kept_tokens need signal='observations', got signal={self.signal!r} "
+                f"with {self.accumulation!r} and {self.num_kept_tokens}"
             )
+        elif self.delta_rule and self.signal == "gradients":
+            raise ValueError("delta_rule=True needs signal='observations' or 'both', got signal='gradients'")
         if self.signal == "both" and not self.correction:
             raise ValueError("signal='both' uses gradients in the correction, got correction=False: leave it True")
         if self.initial_rate is not None and (self.signal != "gradients" or self.initial_rate <= 0):

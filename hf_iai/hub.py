@@ -23,6 +23,11 @@ RENDERED = "<!-- Rendered by hf_iai; rendered again when the configuration chang
 WEIGHTS = "- Weights: {}"
 PLACEHOLDER = "# Model Card for Model ID"  # the title that PEFT and transformers give to a card that nobody wrote
 
+GRADIENTS = {
+    "observations": "No gradient is taken",
+    "gradients": "Each chunk moves the state by the gradient of its loss",
+    "both": "The state also follows the gradient of each chunk's loss",
+}
 LABELS = {
     "no_context": "bare base, no context",
     "fewer_shots": "fewer shots: bare base, sees as many of the latest tokens as the state has slots",
@@ -183,6 +188,7 @@ def model_card(config: IAIConfig, facts: CardFacts) -> ModelCard:
         template_path=str(data_folder("model_cards") / "template.md"),
         facts=facts,
         adapter="\n".join([describe(config), *([WEIGHTS.format(facts.weights)] if facts.weights else [])]),
+        gradients=GRADIENTS[config.signal],
         chunking=f"chunk_size={facts.chunk_size}" if facts.chunk_size else "model=model",
         rendered=RENDERED,
     )

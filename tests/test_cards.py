@@ -179,6 +179,12 @@ def test_another_configuration_is_rendered_anew(tmp_path):
     assert "prefix with 6 slots" in card_of(tmp_path).text
 
 
+@pytest.mark.parametrize("signal", ["observations", "gradients", "both"])
+def test_a_card_says_whether_gradients_are_taken(signal):
+    card = model_card(IAIConfig(task_type="CAUSAL_LM", signal=signal), CardFacts("reader"))
+    assert ("No gradient is taken" in card.text) == (signal == "observations")
+
+
 def test_edits_stay(tmp_path):
     readme = tmp_path / "README.md"
     make_model().save_pretrained(tmp_path)

@@ -19,11 +19,12 @@ FAMILIES = ["llama", "qwen3", "gpt2"]
 # Whatever a state is and a chunk says.
 MEMBERS = [{"state_type": s, "signal": "gradients", "head": h} for s, h in product(STATES, HEADS)]
 MEMBERS += [{"state_type": s, "signal": "both"} for s in STATES]
+MEMBERS += [{"state_type": "prefix", "signal": "both", "delta_rule": True}]
 MEMBERS += [{"state_type": "lora", "signal": "observations"}]
 every_family = pytest.mark.parametrize(
     "family", ["llama", *(pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES[1:])]
 )
-every_member = pytest.mark.parametrize("member", MEMBERS, ids=lambda m: "-".join(m.values()))
+every_member = pytest.mark.parametrize("member", MEMBERS, ids=lambda m: "-".join(map(str, m.values())))
 
 
 def member_model(family="llama", *args, **config):
@@ -393,9 +394,9 @@ def test_labels_of_a_chunk():
 
 
 def test_both_starts_as_the_average():
-    for state_type in STATES:
+    for state_type, delta_rule in [*product(STATES, [False]), ("prefix", True)]:
         states = {
-            signal: member_model(trained=False, state_type=state_type, signal=signal)
+            signal: member_model(trained=False, state_type=state_type, signal=signal, delta_rule=delta_rule)
             for signal in ("both", "observations")
         }
         logits = [m(input_ids=ids(2, 6), task_state=m.adapt(chunks(3))).logits for m in states.values()]

@@ -1,0 +1,173 @@
+"""Observations, gradients or both: one adapter with each signal, on library code and on associative recall.
+
+    python examples/signals.py train --task code --signal both --seed 0    # 15 minutes on one core
+    python examples/signals.py evaluate --task code                        # all that were trained
+    python examples/signals.py report                                      # the tables
+
+Prefix states, explicit regime, the same number of training steps. Code: the loss of the 128 tokens that follow chunks
+64, of packages that neither base nor adapter was trained on. Recall: the exact match of 32 pairs, 8 of them
+rewritten, in 10 chunks; its base is made by `python examples/associative_recall.py base`. docs/gradients.md has the
+results.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+import typer
+from associative_recall import from_state
+from datasets import Dataset, IterableDataset
+from peft import AutoPeftModelForCausalLM, get_peft_model
+from provenance import provenance
+from recall_tasks import CHUNK as RECALL_CHUNK
+from recall_tasks import PAIRS_PER_CHUNK, REWRITE_RATE, growing_episodes, recall_episodes
+from steps_to_quality import CHUNK, documents, query_losses, windows
+from training import train_adapter
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+
+from hf_iai import EpisodeCollator, IAIConfig, embedded_base
+from hf_iai.evaluation import bootstrap_mean
+from hf_iai.trainer import last_chunks
+
+SIGNALS = ("observations", "gradients", "both")
+PAIRS = 32
+RECALL_CHUNKS = round(PAIRS * (1 + REWRITE_RATE)) // PAIRS_PER_CHUNK
+SLOTS = {"code": 16, "recall": 8}
+COUNTS = {"code": (0, 1, 2, 4, 8, 16), "recall": (0, 1, 2, 4, 8, RECALL_CHUNKS)}
+CODE_CHUNKS = 8  # the most in training
+WORK, RECALL_BASE = Path("work/signals"), Path("work/recall/base")
+
+app = typer.Typer(help=__doc__)
+
+
+def base_of(task: str) -> str:
+    return embedded_base() if task == "code" else str(RECALL_BASE)
+
+
+@app.command()
+def train(
+    task: str = "code",
+    signal: str = "both",
+    seed: int = 0,
+    steps: int = 400,
+    batch_size: int = 8,
+    lr: float = 1e-3,
+    work: Path = WORK,
+) -> None:
+    """Train one adapter, from its checkpoint if there is one."""
+    set_seed(seed)
+    tokenizer = AutoTokenizer.from_pretrained(base_of(task))
+    config = IAIConfig(
+        task_type="CAUSAL_LM",
+        signal=signal,
+        num_state_tokens=SLOTS[task],
+        delta_rule=task == "recall" and signal != "gradients",
+        r=16,
+        lora_alpha=32,
+        target_modules="all-linear",
+    )
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base_of(task)), config)
+    if task == "code":
+        episodes = windows(documents(None, None, "train"), tokenizer, CODE_CHUNKS, steps * batch_size, seed, 8)
+        reading = {"chunk_size": CHUNK, "max_chunks": CODE_CHUNKS}
+    else:
+        episodes = recall_training(steps * batch_size, seed)
+        reading = {"chunk_size": RECALL_CHUNK, "min_chunks": RECALL_CHUNKS, "max_chunks": RECALL_CHUNKS}
+        reading |= {"halve_chunks": 0.0}  # every query may be about any chunk
+    train_adapter(
+        model,
+        episodes,
+        tokenizer,
+        work / f"{task}-{signal}-{seed}",
+        steps=steps,
+        seed=seed,
+        scored_states="last",
+        per_device_train_batch_size=batch_size,
+        learning_rate=lr,
+        state_learning_rate=10 * lr if task == "code" else None,
+        lr_scheduler_type="cosine",
+        warmup_steps=30,
+        **reading,
+    )
+
+
+def recall_training(num: int, seed: int) -> IterableDataset:
+    values = {"num": num, "num_pairs": PAIRS, "rewrite_rate": REWRITE_RATE, "num_asked": PAIRS, "seed": 1000 + seed}
+    return IterableDataset.from_generator(growing_episodes, gen_kwargs=values)
+
+
+# ---------------------------------------------------------------- evaluation
+
+
+@torch.no_grad()
+def code_losses(model, batches: list[dict], num_chunks: int) -> np.ndarray:  # (E, 1)
+    found = []
+    for batch in batches:
+        chunks = last_chunks(batch, num_chunks)
+        names = ("input_ids", "attention_mask", "labels")
+        read = [dict(zip(names, (chunks[f"chunk_{n}"][:, k] for n in names), strict=True)) for k in range(num_chunks)]
+        state = model.adapt(read) if read else model.initial_state(len(batch["input_ids"]))
+        found.append(query_losses(model, state, {name: batch[name][:, 0] for name in names}))
+    return np.concatenate(found)[:, None]
+
+
+@app.command()
+def evaluate(task: str = "code", num: int = 128, work: Path = WORK) -> None:
+    """Every adapter of a task that was trained, on what no training has seen."""
+    tokenizer = AutoTokenizer.from_pretrained(base_of(task))
+    if task == "code":
+        test = windows(documents(None, None, "test"), tokenizer, max(COUNTS[task]), num, 0, 2)
+        groups, batches = list(test["group"]), _batches(test, EpisodeCollator(tokenizer, CHUNK))
+    else:
+        tasks = recall_episodes(num, PAIRS, REWRITE_RATE, seed=77)
+        groups = list(range(num))
+    command = f"python examples/signals.py evaluate --task {task} --num {num}"
+    report = {"recipe": {"command": command, **provenance()}, "task": task, "groups": groups, "rows": []}
+    for folder in sorted(work.glob(f"{task}-*/adapter")):
+        _, signal, seed = folder.parent.name.split("-")
+        model = AutoPeftModelForCausalLM.from_pretrained(folder).eval()
+        for n in COUNTS[task]:
+            values = code_losses(model, batches, n) if task == "code" else from_state(model, tasks, n).astype(float)
+            row = {"signal": signal, "seed": int(seed), "num_chunks": n, "mean": float(values.mean())}
+            report["rows"].append(row | {"values": values.mean(1).round(4).tolist()})
+    path = work / f"{task}.json"
+    path.with_suffix(".tmp").write_text(json.dumps(report) + "\n")
+    path.with_suffix(".tmp").replace(path)
+
+
+def _batches(episodes: Dataset, collate: EpisodeCollator, size: int = 16) -> list[dict]:
+    rows = list(episodes)
+    return [collate(rows[first : first + size]) for first in range(0, len(rows), size)]
+
+
+@app.command()
+def report(work: Path = WORK) -> None:
+    """Means over seeds, and `both` against the better of the two signals at every number of chunks."""
+    from rich.console import Console
+    from rich.table import Table
+
+    for path in sorted(work.glob("*.json")):
+        found = json.loads(path.read_text())
+        task, groups = found["task"], np.array(found["groups"])
+        table = Table("signal", *map(str, COUNTS[task]), title=f"{task}: after so many chunks")
+        values = {signal: [_values(found, signal, n) for n in COUNTS[task]] for signal in SIGNALS}
+        for signal in SIGNALS:
+            table.add_row(signal, *(f"{v.mean():.4f} ±{v.mean(1).std(ddof=1):.4f}" for v in values[signal]))
+        better = 1 if task == "recall" else -1
+        cells = []
+        for observed, gradient, both in zip(*values.values(), strict=True):
+            best = max(observed, gradient, key=lambda v: better * v.mean())
+            mean, low, high = bootstrap_mean((better * (both - best)).T, groups)
+            cells.append(f"{mean:+.4f} ({low:+.4f} .. {high:+.4f})")
+        table.add_row("both is ahead by", *cells)
+        Console(width=160).print(table)
+
+
+def _values(found: dict, signal: str, num_chunks: int) -> np.ndarray:  # (S, E)
+    rows = [r for r in found["rows"] if (r["signal"], r["num_chunks"]) == (signal, num_chunks)]
+    return np.array([row["values"] for row in sorted(rows, key=lambda row: row["seed"])])
+
+
+if __name__ == "__main__":
+    app()
