@@ -212,21 +212,6 @@ def test_state_follows_the_parameters(weights):
     assert {values["step"] for values in optimizer.state.values()} == {2}
 
 
-def test_weights_come_from_the_hub(weights, monkeypatch):
-    """The files that are asked for, and no more."""
-    folder, asked = weights("lora"), []
-
-    def download(name, **values):
-        asked.append((name, values["revision"], sorted(values["allow_patterns"])))
-        return folder
-
-    monkeypatch.setattr("hf_iai.learned_optimizer.snapshot_download", download)
-    optimizer = LearnedOptimizer(tuned(), "someone/adapter", revision="v1")
-    assert asked == [("someone/adapter", "v1", ["adapter_config.json", "adapter_model.safetensors"])]
-    expected = LearnedOptimizer(tuned(), folder).net.state_dict()
-    assert all(torch.equal(t, expected[name]) for name, t in optimizer.net.state_dict().items())
-
-
 def test_errors(weights, tmp_path):
     model, folder = tuned(), weights("lora")
     with pytest.raises(FileNotFoundError, match="holds no adapter: adapter_config.json is missing"):
