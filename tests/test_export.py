@@ -12,7 +12,7 @@ import card_rules
 import pytest
 import torch
 from hub_server import Hub
-from peft import AutoPeftModelForCausalLM, PeftType, PromptTuningConfig, get_peft_model
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftType, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import ATTENTION_FAMILIES, REGIMES, chunks, disturb, ids, make_base, make_model
 from transformers import (
@@ -31,6 +31,7 @@ from hf_iai import IAIConfig, chunk_text, embedded_base, export_to_peft
 from hf_iai.cli import app
 from hf_iai.export import _checked_type
 from hf_iai.published import published_adapter
+from hf_iai.vllm_limits import vllm_remarks
 
 FAMILIES = ["llama", "qwen3", "gpt2", "gemma3"]
 PROMPT, PREFIX, CARTRIDGE = TYPES = ["PROMPT_TUNING", "PREFIX_TUNING", "CARTRIDGE"]
@@ -251,6 +252,36 @@ def test_card_says_what_it_is(tmp_path):
     ):
         assert words in card
     assert not card_rules.errors(card)
+
+
+@pytest.mark.parametrize(
+    ("values", "remarks"),
+    [
+        ({"r": 3}, ["rank 3 fits its default `--max-lora-rank 16`"]),
+        ({"r": 16}, ["rank 16 fits its default"]),
+        ({"r": 17}, ["rank 17 needs `--max-lora-rank 32`; the default is 16"]),
+        ({"r": 4, "rank_pattern": {"q_proj": 257}}, ["rank 257 needs `--max-lora-rank 320`"]),
+        ({"r": 513}, ["rank 513 is above 512"]),
+        ({"target_modules": ["q_proj", "lm_head"]}, ["rank 8", "`lm_head`, which this adapter changes"]),
+        ({"target_modules": ["embed_out"], "fan_in_fan_out": True}, ["rank 8", "`embed_out`", "are `Conv1D`"]),
+        ({"use_dora": True, "bias": "all"}, ["rank 8", "bias is refused", "DoRA is refused"]),
+        ({"modules_to_save": ["lm_head"]}, ["rank 8", "modules_to_save is refused"]),
+    ],
+)
+def test_remarks_on_vllm(values, remarks):
+    found = vllm_remarks(LoraConfig(**({"target_modules": ["q_proj"]} | values)))
+    assert len(found) == len(remarks)
+    assert all(expected in remark for expected, remark in zip(remarks, found, strict=True))
+
+
+def test_card_of_plain_lora_says_whether_vllm_can_serve_it(tmp_path):
+    for family, remarks in (("llama", 1), ("gpt2", 2)):
+        model = make_model(
+            family, state_type="lora", state_r=20, signal="gradients"
+        )  # r = 2 of the predictor beside it
+        export_to_peft(model, model.initial_state(), tmp_path / family)
+        card = (tmp_path / family / "README.md").read_text()
+        assert card.count("- vLLM: ") == remarks and "- vLLM: rank 22 needs `--max-lora-rank 32`" in card
 
 
 def test_defaults_and_type_as_an_enum_member(tmp_path):
