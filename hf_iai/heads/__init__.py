@@ -8,6 +8,7 @@ from .delta import WRITES, DeltaRule
 from .kept import KEPT, NEVER, followed_by, keep_tokens, trace
 from .learned_optimizer import LearnedStep
 from .recent import push_tokens
+from .step_settings import LearnedStepSettings
 
 __all__ = [
     "KEPT",
@@ -17,6 +18,7 @@ __all__ = [
     "SGD",
     "DeltaRule",
     "LearnedStep",
+    "LearnedStepSettings",
     "MetaSGD",
     "PathAware",
     "RunningAverage",
