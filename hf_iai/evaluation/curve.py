@@ -1,4 +1,4 @@
-"""Curve: per-token losses of methods against the number of chunks, and what is read off them."""
+"""Curve: losses of tokens, or right answers, of methods against the number of chunks, and what is read off them."""
 
 import json
 import math
@@ -24,8 +24,10 @@ class Curve:
     k+1, ... count (token 0 has no loss): what remains where recency no longer helps.
 
     Args:
-        losses: (method, n, seed) -> (E, T - 1) losses in nats of query tokens 1..T-1; NaN where a token has none.
+        losses: (method, n, seed) -> (E, T - 1) losses in nats of query tokens 1..T-1; NaN where a token has none. With
+            metric `"accuracy"` (E, Q): 1 for a query that was answered right, 0 for one that was not.
         groups: (E,), the document or task of each episode.
+        metric: `"loss"` or `"accuracy"`; of the latter more is better.
 
     Raises:
         ValueError: when the arrays differ in shape, in which tokens have a loss, or from the number of groups.
@@ -43,6 +45,7 @@ class Curve:
 
     losses: dict[Key, np.ndarray]
     groups: np.ndarray
+    metric: str = "loss"
 
     def __post_init__(self) -> None:
         if not self.losses:
@@ -71,7 +74,7 @@ class Curve:
                 if key in losses and not np.array_equal(losses[key], values, equal_nan=True):
                     raise ValueError(f"two curves hold different losses of {key}: give each its own seed= or method=")
                 losses[key] = values
-        return Curve(losses, curves[0].groups)
+        return Curve(losses, curves[0].groups, curves[0].metric)
 
     @property
     def methods(self) -> list[str]:
@@ -89,13 +92,13 @@ class Curve:
         return counts
 
     def rows(self, from_token: int = 0) -> list[dict]:
-        """One row per method, count and seed: method, num_chunks, seed, loss, low, high, num_tokens."""
+        """One row per method, count and seed: method, num_chunks, seed, loss or accuracy, low, high, num_tokens."""
         columns = self._columns(from_token)
         rows = []
         for (method, n, seed), losses in self.losses.items():
             loss, low, high = bootstrap_mean(losses[:, columns], self.groups)
             num_tokens = int((~np.isnan(losses[:, columns])).sum())
-            values = {"loss": loss, "low": low, "high": high, "num_tokens": num_tokens}
+            values = {self.metric: loss, "low": low, "high": high, "num_tokens": num_tokens}
             rows.append({"method": method, "num_chunks": n, "seed": seed, **values})
         return rows
 
@@ -155,7 +158,8 @@ class Curve:
         The file is renamed into place when it is whole; an unknown interval is null.
         """
         num_tokens = self._num_columns + 1
-        rows = {f"rows_from_token_{k}": [_jsonable(r) for r in self.rows(k)] for k in (0, 32) if k < num_tokens}
+        parts = [k for k in (0, 32) if k < num_tokens] if self.metric == "loss" else [0]
+        rows = {f"rows_from_token_{k}": [_jsonable(r) for r in self.rows(k)] for k in parts}
         taken = sorted(set(rows) & set(extra))
         if taken:
             raise ValueError(f"{taken} are written by to_json itself: name the extra values otherwise")
