@@ -1,4 +1,4 @@
-"""The `hf-iai` command: `demo`, `train`, `adapt`, `export`."""
+"""The `hf-iai` command: `demo`, `train`, `adapt`, `classify`, `export`."""
 
 import json
 from collections.abc import Iterator
@@ -114,6 +114,36 @@ def adapt(
     state = model.adapt(cut(source, tokenizer, chunk_size=chunk_size, model=model), show_progress=True)
     state.save_pretrained(output)
     typer.echo(f"read {int(state.num_tokens)} tokens in {int(state.step)} chunks; state written to {output}")
+
+
+@app.command()
+def classify(
+    data: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="Labelled texts: CSV, or JSON lines.")],
+    output: Annotated[Path, typer.Option(help="Folder for the classifier and the state; read on if it is there.")],
+    test: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="Labelled texts to measure the accuracy on.")
+    ] = None,
+    adapter: Annotated[str, typer.Option(help="Published adapter, Hub id or folder; its state is linear.")] = (
+        "minilm-linear"
+    ),
+    encoder: Annotated[str | None, typer.Option(help="Hub id or folder of the encoder, if not the usual one.")] = None,
+    text: Annotated[str, typer.Option(help="Name of the column that holds the texts.")] = "text",
+    label: Annotated[str, typer.Option(help="Name of the column that holds the labels.")] = "label",
+    chunk_size: Annotated[int, typer.Option(min=1, help="Examples per chunk.")] = 20,
+    seed: Annotated[int, typer.Option(help="Of the order in which the examples are read.")] = 0,
+) -> None:
+    """Make a classifier of the labelled texts in DATA: no training run; read more of them later."""
+    from .classify import classify as read
+    from .classify import load_reader, read_rows
+    from .published import published_adapter, published_names
+
+    try:
+        rows, asked = (None if path is None else read_rows(path, text, label) for path in (data, test))
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    folder = published_adapter(adapter) if adapter in published_names() else adapter
+    read(*load_reader(folder, encoder), rows, output, asked, chunk_size=chunk_size, seed=seed)
+    typer.echo(f"classifier written to {output / 'classifier'}, state to {output / 'state'}")
 
 
 @app.command()

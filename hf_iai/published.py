@@ -20,10 +20,14 @@ def published_adapter(name: str) -> str:
         >>> Path(published_adapter("code-prefix")).name
         'code-prefix'
     """
-    published = {path.parent.name: path.parent for path in data_folder("adapters").glob("*/adapter_config.json")}
-    if name not in published:
-        raise ValueError(f"adapter {name!r} is not published; choose one of {sorted(published)}")
-    return str(published[name])
+    if name not in published_names():
+        raise ValueError(f"adapter {name!r} is not published; choose one of {published_names()}")
+    return str(data_folder("adapters") / name)
+
+
+def published_names() -> list[str]:
+    """Of all published adapters."""
+    return sorted(path.parent.name for path in data_folder("adapters").glob("*/adapter_config.json"))
 
 
 def data_folder(name: str) -> Path:

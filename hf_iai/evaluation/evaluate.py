@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..data import EpisodeCollator
+from .accuracy import accuracy_curve
 from .curve import Curve, NumChunks
 from .losses import Batch, bare_base_losses, state_losses
 
@@ -23,8 +24,8 @@ Scorers = dict[tuple[str, NumChunks], Callable[[Batch], Tensor]]
 def evaluate_curve(
     model,
     episodes: Iterable[dict],
-    num_chunks: Sequence[int] = (0, 1, 2, 4, 8, 16),
-    baselines: Sequence[str] = BASELINES,
+    num_chunks: Sequence[int] | None = None,
+    baselines: Sequence[str] | None = None,
     *,
     tokenizer=None,
     chunk_size: int | None = None,
@@ -46,12 +47,16 @@ def evaluate_curve(
       reported under the number of chunks that it really sees;
     - `static_state`, with `static_model`: a trained initial state of the same size that reads nothing.
 
+    For a model with a linear state the curve is of accuracy, after the first n chunks of `chunk_size` labelled examples
+    (20 by default), next to classifiers of the same features; see `hf_iai.evaluation.accuracy`.
+
     Args:
         model: an adapted model (a PeftModel of IAI).
         episodes: rows `{"support": [...], "query": [one example], optional "group": str}`; the support fills at least
             `max(num_chunks)` chunks. Intervals are clustered by `group`, each episode its own where there is none.
-        num_chunks: counts of chunks to evaluate at, in any order.
-        baselines: names out of the list above (`static_state` follows from `static_model`).
+        num_chunks: counts of chunks to evaluate at, in any order; None: 0, 1, 2, 4, 8, 16, or 1, 2, 5, 10, 20.
+        baselines: names out of the list above (`static_state` follows from `static_model`); None: all four, or nearest
+            class mean and logistic regression.
         tokenizer: needed unless the examples are tokenised (`{"input_ids"}`).
         chunk_size: C, tokens per chunk; `model.max_chunk_size` by default.
         batch_size: episodes read at once; changes speed and memory only.
@@ -79,6 +84,14 @@ def evaluate_curve(
         >>> sorted(curve.losses)[0], curve.losses["iai", 2, 0].shape
         (('fewer_shots', 1, 0), (1, 7))
     """
+    if model.active_peft_config.state_type == "linear":
+        num_chunks = (1, 2, 5, 10, 20) if num_chunks is None else num_chunks
+        baselines = ("nearest_class_mean", "logistic_regression") if baselines is None else baselines
+        names = {"seed": seed, "method": method, "show_progress": show_progress}
+        size = chunk_size or model.max_chunk_size
+        return accuracy_curve(model, episodes, num_chunks, baselines, tokenizer=tokenizer, chunk_size=size, **names)
+    num_chunks = (0, 1, 2, 4, 8, 16) if num_chunks is None else num_chunks
+    baselines = BASELINES if baselines is None else baselines
     counts = _checked_counts(num_chunks, baselines, static_model, method)
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")

@@ -1,0 +1,109 @@
+"""Right answers under a linear state against the number of chunks read, next to classifiers that keep all examples.
+
+Axes: S examples read, Q queries, d features.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from ..data import chunk_examples
+from .classifiers import CLASSIFIERS
+from .curve import Curve, Key
+
+
+def accuracy_curve(
+    model,
+    episodes: Iterable[dict],
+    num_chunks: Sequence[int],
+    baselines: Sequence[str],
+    *,
+    tokenizer,
+    chunk_size: int,
+    seed: int = 0,
+    method: str = "iai",
+    show_progress: bool = True,
+) -> Curve:
+    """`evaluate_curve` for a model with a linear state: which queries of each episode it answers right.
+
+    At n is the state that read the first n chunks. The baselines (`nearest_class_mean`, `nearest_neighbours`,
+    `logistic_regression`, `sgd_rows`, `adam_rows`; see `hf_iai.evaluation.classifiers`) are fitted to the features of
+    all examples in these chunks. A query whose class was not met yet is answered wrong, by all.
+
+    Args:
+        episodes: rows `{"support": [{"text", "label"}...], "query": [...], optional "group": str}`.
+        num_chunks: counts of at least 1.
+
+    Raises:
+        ValueError: for a count below 1, unknown baselines, no episode, or a support that fills too few chunks.
+    """
+    counts, episodes = _checked(num_chunks, baselines, method), list(episodes)
+    if not episodes:
+        raise ValueError("there is no episode to evaluate on")
+    rows: dict[Key, list[np.ndarray]] = {(name, n, seed): [] for name in (method, *baselines) for n in counts}
+    for index, episode in enumerate(tqdm(episodes, "evaluating", disable=not show_progress)):
+        needed = counts[-1] * chunk_size
+        if len(episode["support"]) < needed:
+            raise ValueError(
+                f"the support of episode {index} has {len(episode['support'])} examples, but {counts[-1]} chunks of "
+                f"{chunk_size} take {needed}: use longer episodes, a smaller chunk_size or fewer num_chunks"
+            )
+        found = _of_episode(model, episode, counts, baselines, tokenizer, chunk_size)
+        for (name, n), right in found:
+            rows[method if name is None else name, n, seed].append(right)
+    groups = [episode.get("group") for episode in episodes]
+    groups = np.array([f"episode {i}" if group is None else str(group) for i, group in enumerate(groups)])
+    return Curve({key: _join(right) for key, right in rows.items()}, groups, "accuracy")
+
+
+def _of_episode(
+    model, episode: dict, counts: list[int], baselines: Sequence[str], tokenizer, chunk_size: int
+) -> Iterator[tuple[tuple[str | None, int], np.ndarray]]:
+    """(method, count) -> whether each query was answered right; None names the model."""
+    wanted = np.array([row["label"] for row in episode["query"]])
+    query = _tokens([row["text"] for row in episode["query"]], tokenizer)
+    asked = _features(model, query) if baselines else None
+    chunks = list(chunk_examples(episode["support"][: counts[-1] * chunk_size], tokenizer, chunk_size=chunk_size))
+    features, labels = [], []
+    for n, (chunk, state) in enumerate(zip(chunks, model.adapt_steps(chunks), strict=True), 1):
+        if baselines:
+            texts = {name: chunk[name][0] for name in ("input_ids", "attention_mask")}
+            features.append(_features(model, texts))
+            labels.append(np.array(chunk["label_names"])[chunk["labels"][0]])
+        if n not in counts:
+            continue
+        with torch.no_grad():
+            best = model(**query, task_state=state).logits.argmax(-1)
+        yield (None, n), np.array(state.label_names)[best.cpu()] == wanted
+        for name in baselines:
+            names, y = np.unique(np.concatenate(labels), return_inverse=True)
+            yield (name, n), names[CLASSIFIERS[name](np.concatenate(features), y, asked)] == wanted
+
+
+def _features(model, texts: dict[str, torch.Tensor]) -> np.ndarray:  # (N, T) each -> (N, d)
+    return model.base_model.features(texts["input_ids"], texts["attention_mask"]).cpu().numpy()
+
+
+def _tokens(texts: list[str], tokenizer) -> dict[str, torch.Tensor]:  # (Q, T) each
+    limited = tokenizer.model_max_length < 10**6
+    found = tokenizer(texts, padding=True, truncation=limited, return_tensors="pt")
+    return {name: found[name] for name in ("input_ids", "attention_mask")}
+
+
+def _checked(num_chunks: Sequence[int], baselines: Sequence[str], method: str) -> list[int]:
+    counts = sorted(set(num_chunks))
+    if not counts or counts[0] < 1:
+        raise ValueError(f"num_chunks of a linear state must be one or more counts of at least 1, got {counts}")
+    unknown = [name for name in baselines if name not in CLASSIFIERS]
+    if unknown:
+        raise ValueError(f"unknown baselines {unknown} of a linear state; use any of {list(CLASSIFIERS)}")
+    if method in CLASSIFIERS:
+        raise ValueError(f"method={method!r} is the name of a baseline: choose another")
+    return counts
+
+
+def _join(rows: list[np.ndarray]) -> np.ndarray:  # (E, Q), NaN after the end of episodes with fewer queries
+    longest = max(map(len, rows))
+    return np.stack([np.pad(right.astype(float), (0, longest - len(right)), constant_values=np.nan) for right in rows])
