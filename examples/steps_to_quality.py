@@ -316,8 +316,8 @@ def rows_of_seed(
 @app.command()
 def evaluate(
     state: str = "prompt",
-    num: int = 40,
-    num_validation: int = 8,
+    num: int = 24,
+    num_validation: int = 16,
     model: Model = None,
     data: Data = None,
     held_out: HeldOut = None,
