@@ -327,6 +327,26 @@ def evaluate(num_tasks: int = 64, work: Path = WORK) -> None:
 
 
 @app.command()
+def ages(seed: int = 0, num_tasks: int = 32, work: Path = WORK) -> None:
+    """Twice the keys of training, by how long ago each was written, with the delta rule whole, halved and left out."""
+    model = AutoPeftModelForCausalLM.from_pretrained(folder_of(work, SLOTS, ALL_KEYS, True, seed) / "adapter").eval()
+    tasks = recall_episodes(num_tasks, ALL_KEYS, seed=78, num_keys=ALL_KEYS)
+    age = np.array([task["age"] for task in tasks])
+    write, rows = model.base_model.core.delta.write, []
+    learned = [parameter.detach().clone() for parameter in write.parameters()]
+    for share in (1.0, 0.5, 0.0):
+        for parameter, value in zip(write.parameters(), learned, strict=True):
+            parameter.data.copy_(share * value)
+        right = from_state(model, tasks, tasks[0]["num_chunks"])
+        groups = {f"age {n - 7}-{n}": right[(age > n - 8) & (age <= n)].mean() for n in (8, 16, 24, 32)}
+        rows.append({"share_of_delta_rule": share, "all": right.mean(), **groups})
+        print(rows[-1])
+    command = f"python examples/associative_recall.py ages --seed {seed} --num-tasks {num_tasks}"
+    report = {"recipe": {"command": command, **provenance()}, "rows": rows}
+    (work / "ages.json").write_text(json.dumps(report, indent=1) + "\n")
+
+
+@app.command()
 def pictures(report: Path = WORK / "recall.json", output: Path = WORK) -> None:
     """The table and the three pictures of a report."""
     from recall_pictures import draw_chunks, draw_sizes, draw_steps, print_table

@@ -47,9 +47,10 @@ def print_table(report: dict) -> None:
 
 def draw_chunks(report: dict, path: Path) -> None:
     """Exact match of all asked keys against chunks read."""
-    figure = Figure(figsize=(12, 4.2), layout="constrained")
-    settings = ("64 pairs", "25% rewritten", "100% rewritten")  # the last: 128 pairs in 32 chunks
-    for axes, setting in zip(figure.subplots(1, 3, sharey=True), settings, strict=True):
+    figure = Figure(figsize=(10, 8.4), layout="constrained")
+    # Below, twice the pairs and chunks: keys that are all written twice, and twice as many keys.
+    settings = ("64 pairs", "25% rewritten", "100% rewritten", "128 pairs")
+    for axes, setting in zip(figure.subplots(2, 2, sharey=True).flat, settings, strict=True):
         for color, method in enumerate(("delta", "average")):
             rows = chosen(report, setting=setting, asked="all", method=method, slots=TRAINED)
             _line(axes, over_seeds(rows, "num_chunks"), f"C{color}", f"hf_iai, {NAMES[method]}")

@@ -7,7 +7,8 @@
 Update k reads chunk k of a document, for all methods; the loss is that of the text that follows the last chunk. n
 updates read the n chunks right before that text, and begin again with the first where there are fewer. By default the
 base is the embedded one and the documents are library code; `--model FOLDER --data FOLDER --held-out A.txt,B.txt` takes
-others. Rates of the baselines are the best of six on other held-out documents, for every method, start and n.
+others. Rates of the baselines are the best of six on other held-out documents, for every method, start and n, found
+with the first seed.
 docs/gradients.md has the results.
 """
 
@@ -40,11 +41,12 @@ from hf_iai.evaluation.losses import token_losses
 CHUNK, QUERY, CHUNKS, TRAINED = 64, 128, 25, 5  # tokens, tokens, chunks of a test document, most updates in training
 COUNTS = (1, 2, 5, 10, 20, 25)
 CYCLED = 100  # updates of Adam that go round the chunks, from PEFT's start
+TIMES_LEARNED = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)  # Meta-SGD's rates are learned ones times these
 RATES = {
-    "adam": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
-    "sgd": (0.1, 0.3, 1.0, 3.0, 10.0, 30.0),
-    "meta_sgd": (0.1, 0.3, 1.0, 3.0, 10.0, 30.0),  # times its learned rates
+    "prompt": {"adam": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1), "sgd": (0.3, 1.0, 3.0, 10.0, 30.0, 100.0)},
+    "lora": {"adam": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2), "sgd": (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)},
 }
+RATES = {state: rates | {"meta_sgd": TIMES_LEARNED} for state, rates in RATES.items()}
 WORK = Path("work/steps")
 
 app = typer.Typer(help=__doc__)
@@ -103,7 +105,7 @@ def train(
     steps: int = 400,
     batch_size: int = 8,
     lr: float = 1e-3,
-    state_lr: float | None = None,
+    state_lr: float = 3e-3,
     model: Model = None,
     data: Data = None,
     held_out: HeldOut = None,
@@ -281,29 +283,33 @@ def losses_of_reader(model, batches, counts) -> dict[int, np.ndarray]:  # n -> (
     return losses
 
 
-def rows_of_seed(work: Path, state: str, seed: int, batches: list, validation: dict) -> list[dict]:
+def rows_of_seed(
+    work: Path, state: str, seed: int, batches: list, validation: dict, rates: dict[tuple[str, str], dict[int, float]]
+) -> list[dict]:
+    """Losses of all methods; `rates`, by method and start, are found where they are not yet known."""
     learned, meta = (
         AutoPeftModelForCausalLM.from_pretrained(folder_of(work, state, head, seed) / "adapter").eval()
         for head in ("learned_optimizer", "meta_sgd")
     )
     common, rows = {"state": state, "seed": seed}, []
 
-    def add(method: str, start: str, losses: dict[int, np.ndarray], rates: dict[int, float]) -> None:
+    def add(method: str, start: str, losses: dict[int, np.ndarray]) -> None:
         for n, values in losses.items():
-            row = common | {"method": method, "start": start, "num_updates": n, "rate": rates.get(n)}
+            rate = rates.get((method, start), {}).get(n)
+            row = common | {"method": method, "start": start, "num_updates": n, "rate": rate}
             rows.append(row | {"loss": float(values.mean()), "losses": values.round(4).tolist()})
 
-    add("learned_optimizer", "learned", losses_of_reader(learned, batches, (0, *COUNTS, 50, CYCLED)), {})
-    add("meta_sgd", "own", losses_of_reader(meta, batches, (0, *COUNTS)), {})
+    add("learned_optimizer", "learned", losses_of_reader(learned, batches, (0, *COUNTS, 50, CYCLED)))
+    add("meta_sgd", "own", losses_of_reader(meta, batches, (0, *COUNTS)))
     starts = {"learned": own_start(learned), "peft": peft_start(learned, state, seed)}
     for name, start in starts.items():
         if name == "peft":
-            add("none", name, losses_of_descent(learned, start, batches, makers("sgd", None), {0: 0.0}), {})
-        for method in tqdm(RATES, f"{state}, seed {seed}, {name} start", leave=False):
-            make = makers(method, meta)
-            cycled = (name, method) == ("peft", "adam")
-            rates = best_rates(learned, start, validation, make, RATES[method], cycled)
-            add(method, name, losses_of_descent(learned, start, batches, make, rates), rates)
+            add("none", name, losses_of_descent(learned, start, batches, makers("sgd", None), {0: 0.0}))
+        for method in tqdm(RATES[state], f"{state}, seed {seed}, {name} start", leave=False):
+            make, key = makers(method, meta), (method, name)
+            if key not in rates:
+                rates[key] = best_rates(learned, start, validation, make, RATES[state][method], key == ("adam", "peft"))
+            add(method, name, losses_of_descent(learned, start, batches, make, rates[key]))
     return rows
 
 
@@ -311,7 +317,7 @@ def rows_of_seed(work: Path, state: str, seed: int, batches: list, validation: d
 def evaluate(
     state: str = "prompt",
     num: int = 40,
-    num_validation: int = 16,
+    num_validation: int = 8,
     model: Model = None,
     data: Data = None,
     held_out: HeldOut = None,
@@ -328,10 +334,11 @@ def evaluate(
     batches = [collate(list(rows)) for rows in _groups(episodes["test"], 20)]
     validation = collate(list(episodes["validation"]))
     found = {"recipe": {"num": num, "num_validation": num_validation, "validation": VALIDATION, **provenance()}}
-    found |= {"model": Path(model).name if model else "embedded", "held_out": held_out, "rates": RATES}
+    found |= {"model": Path(model).name if model else "embedded", "held_out": held_out, "rates": RATES[state]}
     found |= {"state": state, "groups": list(episodes["test"]["group"]), "rows": []}
+    best: dict = {}  # of the first seed, for all
     for folder in sorted(work.glob(f"{state}-learned_optimizer-*/adapter")):
-        found["rows"] += rows_of_seed(work, state, int(folder.parent.name.split("-")[-1]), batches, validation)
+        found["rows"] += rows_of_seed(work, state, int(folder.parent.name.split("-")[-1]), batches, validation, best)
         path = work / f"{state}.json"
         path.with_suffix(".tmp").write_text(json.dumps(found) + "\n")
         path.with_suffix(".tmp").replace(path)

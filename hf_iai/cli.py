@@ -3,9 +3,12 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from .config import IAIConfig
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -36,8 +39,16 @@ def train(
     model: Annotated[str, typer.Option(help="Hub id or folder of the base.")] = "hf_iai:embedded",
     num_state_tokens: Annotated[int, typer.Option(min=1, help="Size of the state, in tokens.")] = 16,
     num_kept_tokens: Annotated[
-        int | None, typer.Option(min=0, help="How many of them keep single tokens; 7 of 8 if not given.")
+        int | None,
+        typer.Option(min=0, help="How many of them keep single tokens; 7 of 8 where a state can, if not given."),
     ] = None,
+    state_type: Annotated[str, typer.Option(help="What the state is: prefix, prompt or lora.")] = "prefix",
+    signal: Annotated[str, typer.Option(help="Learned from: observations, gradients or both.")] = "observations",
+    head: Annotated[
+        str | None,
+        typer.Option(help="How gradients refine it: learned_optimizer (default), sgd, meta_sgd or path_aware."),
+    ] = None,
+    state_r: Annotated[int, typer.Option(min=1, help="Rank of a lora state.")] = 8,
     chunk_size: Annotated[int, typer.Option(min=1, help="Tokens per chunk.")] = 128,
     max_chunks: Annotated[int, typer.Option(min=1, help="Most chunks read in a training step.")] = 4,
     max_steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 1000,
@@ -48,9 +59,11 @@ def train(
     """Train an adapter to read the documents in DATA."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from . import IAIConfig, IAITrainer, IAITrainingArguments
+    from . import IAITrainer, IAITrainingArguments
     from .data import episodes_from_documents
 
+    chosen = {"state_type": state_type, "signal": signal, "head": head, "state_r": state_r}
+    config = _config(num_state_tokens, num_kept_tokens, **chosen)
     folder = _base_folder(model)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     arguments = IAITrainingArguments(
@@ -65,13 +78,7 @@ def train(
     )
     trainer = IAITrainer(
         model=AutoModelForCausalLM.from_pretrained(folder),
-        peft_config=IAIConfig(
-            task_type="CAUSAL_LM",
-            num_state_tokens=num_state_tokens,
-            num_kept_tokens=num_state_tokens * 7 // 8 if num_kept_tokens is None else num_kept_tokens,
-            r=16,
-            target_modules="all-linear",
-        ),
+        peft_config=config,
         args=arguments,
         train_dataset=episodes_from_documents(
             _documents(data), tokenizer, chunk_size=chunk_size, num_chunks=max_chunks, seed=seed
@@ -115,7 +122,7 @@ def export(
     state: Annotated[str, typer.Option(help="Hub id or folder of the task state.")],
     output: Annotated[Path, typer.Option(help="Folder for the export.")],
     type: Annotated[
-        str | None, typer.Option(help="PROMPT_TUNING, PREFIX_TUNING or CARTRIDGE; by default as the state is.")
+        str | None, typer.Option(help="PROMPT_TUNING, PREFIX_TUNING, CARTRIDGE or LORA; by default as the state is.")
     ] = None,
 ) -> None:
     """Write a task state as a plain PEFT adapter, which loads without hf_iai."""
@@ -126,6 +133,20 @@ def export(
     model = AutoPeftModelForCausalLM.from_pretrained(adapter)
     export_to_peft(model, TaskState.from_pretrained(state), output, peft_type=type)
     typer.echo(f"export written to {output}; its README.md says how to load it")
+
+
+def _config(num_state_tokens: int, num_kept_tokens: int | None, **values) -> "IAIConfig":
+    """What the options ask for; a combination that cannot work is a wrong option, not a crash."""
+    from .config import IAIConfig
+
+    if num_kept_tokens is None:
+        keeps = (values["state_type"], values["signal"]) == ("prefix", "observations")
+        num_kept_tokens = num_state_tokens * 7 // 8 if keeps else 0
+    values |= {"num_state_tokens": num_state_tokens, "num_kept_tokens": num_kept_tokens}
+    try:
+        return IAIConfig(task_type="CAUSAL_LM", r=16, target_modules="all-linear", **values)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 def _base_folder(model: str) -> str:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from peft import LoraConfig
 
 from .embedded import EMBEDDED_NAME, embedded_base
+from .heads import LearnedStepSettings
 from .registration import IAIType
 
 # What exists, and what the design names but this version does not have yet.
@@ -42,6 +43,8 @@ class IAIConfig(LoraConfig):
             `"meta_sgd"` (one per coordinate) or `"path_aware"`. None: the first of these.
         second_order: whether training differentiates through the gradients of a chunk; several times the memory.
         initial_rate: what the learned rates of gradients start as; None: measured for the state type.
+        learned_optimizer: decays, times and sizes of `head="learned_optimizer"`, which its trained weights mean nothing
+            without: keys of `heads.LearnedStepSettings`. What is not given is completed with the defaults.
         path_window: w of `"path_aware"`, which mixes in the state of w chunks before after every w-th.
         num_state_tokens: m, the number of slots; at least 1. Of a lora state the read-out slots; gradients alone need
             none.
@@ -75,6 +78,9 @@ class IAIConfig(LoraConfig):
     head: str | None = field(default=None, metadata={"help": "how the state is refined; None: the signal's default"})
     second_order: bool = field(default=False, metadata={"help": "differentiate through the chunks' gradients"})
     initial_rate: float | None = field(default=None, metadata={"help": "learned rates start here; None: measured"})
+    learned_optimizer: dict | None = field(
+        default=None, metadata={"help": "constants of the learned_optimizer head; what is missing: the defaults"}
+    )
     path_window: int = field(default=5, metadata={"help": "w, chunks between skips of the path_aware head"})
     state_r: int = field(default=8, metadata={"help": "rank of a lora state"})
     state_target_modules: list[str] | str | None = field(
@@ -153,6 +159,16 @@ class IAIConfig(LoraConfig):
             )
         if self.path_window < 1:
             raise ValueError(f"path_window must be at least 1, got {self.path_window}")
+        self._complete_learned_optimizer()
+
+    def _complete_learned_optimizer(self) -> None:
+        if self.head == "learned_optimizer":  # all of it is saved, so that new defaults change no trained adapter
+            self.learned_optimizer = LearnedStepSettings.from_dict(self.learned_optimizer).to_dict()
+        elif self.learned_optimizer is not None:
+            raise ValueError(
+                f"learned_optimizer={self.learned_optimizer} needs head='learned_optimizer', got head={self.head!r}: "
+                "leave it None"
+            )
 
     @property
     def uses_reader(self) -> bool:

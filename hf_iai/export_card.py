@@ -6,6 +6,7 @@ from peft import LoraConfig, PeftConfig
 from .config import IAIConfig
 from .hub import TASK, base_in_words, base_on_hub
 from .state import TaskState
+from .vllm_limits import vllm_remarks
 
 MARK = "<!-- Written by hf_iai.export_to_peft, which replaces this folder when asked to write to it again. -->"
 
@@ -85,7 +86,8 @@ def _limits(config: IAIConfig, adapter: PeftConfig, dtype: str, has_base: bool) 
     method, merged = adapter.peft_type.value, has_base and config.regime == "explicit"
     limits = ["It cannot read any further: read on with the adapter that made the state, and export again."]
     if isinstance(adapter, LoraConfig):
-        return limits + ["`base` holds the weights of the base: its licence holds for them."] * has_base
+        limits += ["`base` holds the weights of the base: its licence holds for them."] * has_base
+        return limits + vllm_remarks(adapter)
     limits += [
         "PEFT places queries that are padded on the left wrongly: pad on the right, and generate for one query, or for "
         "queries of one length, at a time.",

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .config import IAIConfig, is_embedded_base
 from .embedded import EMBEDDED_NAME
+from .heads import LearnedStepSettings
 from .state import Identity
 
 SAMPLED_TENSORS, SAMPLED_VALUES = 16, 64
@@ -28,6 +29,8 @@ def fingerprint(base_model: nn.Module, config: IAIConfig, adapter: Iterable[tupl
     fields = list(CONFIG_FIELDS)
     fields += LORA_FIELDS if config.state_type == "lora" else ()
     fields += GRADIENT_FIELDS if config.signal != "observations" else ()
+    # Settings that are the defaults leave fingerprints as they were before there were any.
+    fields += ("learned_optimizer",) if config.learned_optimizer not in (None, LearnedStepSettings().to_dict()) else ()
     described = {name: getattr(config, name) for name in fields} | _architecture(base_model)
     digest.update(json.dumps(described, sort_keys=True, default=str).encode())
     weights = sorted(

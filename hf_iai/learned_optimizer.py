@@ -12,9 +12,9 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .heads import LearnedStep
+from .heads import LearnedStep, LearnedStepSettings
 from .heads.bound import most_rms, rms
-from .heads.learned_optimizer import KEPT_KINDS, accumulate
+from .heads.learned_optimizer import KEPT_KINDS
 from .hub import is_hub_id
 
 IN_ADAPTER = "base_model.iai.head."
@@ -41,8 +41,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
         FileNotFoundError: when the folder holds no adapter.
         huggingface_hub's own errors.
 
-    `state_dict` holds the averages, in the type of the parameters, and the network: a run goes on where it stopped,
-    bitwise, without the adapter.
+    `state_dict` holds the averages, in the type of the parameters, and the network with its settings: a run goes on
+    where it stopped, bitwise, without the adapter.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -117,7 +117,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         if not state:
             state |= {kind.removesuffix("_"): t for kind, t in net.initial({"": theta}).items()}
             state |= {"most_rms": most_rms(theta), "step": 0}
-        averages = accumulate({kind: state[kind].to(theta.dtype) for kind in KEPT_KINDS}, gradient)
+        averages = net.accumulated({kind: state[kind].to(theta.dtype) for kind in KEPT_KINDS}, gradient)
         # Rounded to how they are kept, so that a run that goes on from a file takes the same steps.
         state |= {kind: t.to(parameter.dtype) for kind, t in averages.items()}
         averages = {kind: state[kind].to(theta.dtype) for kind in KEPT_KINDS}
@@ -129,10 +129,11 @@ class LearnedOptimizer(torch.optim.Optimizer):
         parameter.copy_(theta.lerp(after, lr).view(parameter.shape))
 
     def state_dict(self) -> dict:
-        return super().state_dict() | {"net": self.net.state_dict()}
+        net = {"weights": self.net.state_dict(), "initial_rate": self.net.initial_rate}
+        return super().state_dict() | {"net": net | {"learned_optimizer": self.net.settings.to_dict()}}
 
     def load_state_dict(self, state_dict: dict) -> None:
-        self.net.load_state_dict(state_dict["net"])
+        self.net = _net(state_dict["net"]["weights"], state_dict["net"])
         super().load_state_dict({name: value for name, value in state_dict.items() if name != "net"})
 
 
@@ -162,7 +163,13 @@ def _load_net(weights: str | os.PathLike, revision: str | None, token: str | boo
         )
     tensors = load_file(Path(weights, SAFETENSORS_WEIGHTS_NAME))
     tensors = {n.removeprefix(IN_ADAPTER): t for n, t in tensors.items() if n.startswith(IN_ADAPTER)}
-    kinds = [n.removeprefix("log_rate.") for n in tensors if n.startswith("log_rate.")]
-    net = LearnedStep({kind: kind for kind in kinds}, config["initial_rate"], hidden=len(tensors["middle.bias"]))
-    net.load_state_dict(tensors)
+    return _net(tensors, config)
+
+
+def _net(weights: dict[str, Tensor], settings: dict) -> LearnedStep:
+    """Of its weights and what adapter_config.json says of them; one without settings was trained with the defaults."""
+    kinds = [name.removeprefix("log_rate.") for name in weights if name.startswith("log_rate.")]
+    constants = LearnedStepSettings.from_dict(settings.get("learned_optimizer"))
+    net = LearnedStep({kind: kind for kind in kinds}, settings["initial_rate"], constants)
+    net.load_state_dict(weights)
     return net.requires_grad_(False)

@@ -1,7 +1,6 @@
 """IAIModel: the PEFT tuner. Reads chunks into a task state, answers queries under it."""
 
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from operator import length_hint
@@ -16,11 +15,11 @@ from .compat import READ_BY_WEIGHT, default_target_modules, read_by_weight
 from .config import IAIConfig
 from .cores import Core, make_core
 from .identity import fingerprint
+from .inputs import Chunk, Inputs, batched
 from .objectives import Objective, episode_loss
 from .recurrent import base_of
 from .state import Identity, TaskState
 
-Chunk = Mapping[str, Tensor]
 # Of the base's forward: the state decides them.
 OWN_ARGUMENTS = {"use_cache", "past_key_values", "position_ids"}
 
@@ -146,16 +145,8 @@ class IAIModel(LoraModel):
         return self._config.num_state_tokens
 
     @property
-    def _slots_in_front(self) -> int:
-        """Of a text: m, or none of a lora state."""
-        return self.core.state.num_slots_in_front
-
-    @property
-    def _slots_around(self) -> int:
-        """Of a chunk: theta(0), and at most m read-out slots."""
-        if self._slots_in_front:
-            return 2 * self.num_slots
-        return 0 if self._config.signal == "gradients" else self.num_slots
+    def _inputs(self) -> Inputs:
+        return Inputs(self._base, self._config, self.core.state.num_slots_in_front)
 
     @property
     def max_chunk_size(self) -> int:
@@ -164,9 +155,7 @@ class IAIModel(LoraModel):
         Raises:
             ValueError: for a base without positions, such as Mamba, which has no window.
         """
-        if self.window == sys.maxsize:
-            raise ValueError(f"{self.model.config.model_type!r} has no window that a chunk could fill: pass chunk_size")
-        return self.window - self._slots_around
+        return self._inputs.max_chunk_size
 
     @property
     def identity(self) -> Identity:
@@ -231,7 +220,7 @@ class IAIModel(LoraModel):
         if state is not None:
             state = self._checked_state(state)
         chunks = iter(chunks)
-        while group := [self._checked(chunk) for chunk in islice(chunks, parallel)]:
+        while group := [self._inputs.chunk(chunk) for chunk in islice(chunks, parallel)]:
             with torch.no_grad(), self._eval_mode():
                 states = self._read_group(group, state)
             state = states[-1]
@@ -240,7 +229,7 @@ class IAIModel(LoraModel):
     def _read_group(self, group: list[tuple[Tensor, ...]], state: TaskState | None) -> list[TaskState]:
         batch = len(group[0][0])
         state = self.initial_state(batch) if state is None else state
-        ids, mask, labels = _batched(group)
+        ids, mask, labels = batched(group)
         for rows in (len(tensors[0]) for tensors in group):
             if rows != state.batch_size:
                 raise ValueError(f"a state of {state.batch_size} tasks cannot read a chunk of {rows} rows")
@@ -250,33 +239,6 @@ class IAIModel(LoraModel):
             part = {name: t[rows : rows + batch] for name, t in evidence.items()}
             states.append(state := self.core.step(self._base, state, part))
         return states
-
-    def _checked(self, chunk: Chunk) -> tuple[Tensor, Tensor, Tensor]:
-        """ids, mask and labels (B, C) of a chunk that fits, on our device, without columns that are all padding."""
-        ids = chunk["input_ids"].to(self.model.device)
-        if ids.dim() != 2:
-            raise ValueError(f"a chunk's input_ids must be (batch, chunk), got shape {tuple(ids.shape)}")
-        mask = chunk.get("attention_mask")
-        mask = torch.ones_like(ids) if mask is None else mask.to(ids.device, torch.long)
-        labels = self._labels(chunk.get("labels"), ids, mask)
-        columns = mask.any(0).nonzero().flatten()
-        if len(columns):
-            ids, mask, labels = (t[:, columns[0] : columns[-1] + 1] for t in (ids, mask, labels))
-        self._check_ids(ids)
-        self._check_chunk_length(ids.shape[1])
-        return ids, mask, labels
-
-    def _labels(self, labels: Tensor | None, ids: Tensor, mask: Tensor) -> Tensor:  # of ids' shape
-        """Of a chunk; all its tokens by default. Observations have no use for them."""
-        if labels is None or self._config.signal == "observations":
-            return ids.masked_fill(mask == 0, -100)
-        if labels.shape != ids.shape:
-            raise ValueError(
-                f"a chunk's labels must have the shape of its ids {tuple(ids.shape)}, got {tuple(labels.shape)}"
-            )
-        labels = labels.to(ids.device)
-        self._check_ids(labels.masked_fill((labels == -100) | (mask == 0), 0))
-        return labels
 
     # ---------------------------------------------------------------- answering
 
@@ -329,12 +291,9 @@ class IAIModel(LoraModel):
         ids = ids.flatten(0, 1)  # (B * Q, T)
         mask = torch.ones_like(ids) if mask is None else mask.flatten(0, 1)
         chunk_mask = torch.ones_like(chunk_ids) if chunk_mask is None else chunk_mask
-        self._check_ids(ids)
-        self._check_ids(chunk_ids)
-        self._check_query_length(ids.shape[1])
-        self._check_chunk_length(chunk_ids.shape[2])
+        self._inputs.check_episode(ids, chunk_ids)
         labels = None if labels is None else labels.flatten(0, 1)
-        chunks = (chunk_ids, chunk_mask, self._labels(chunk_labels, chunk_ids, chunk_mask))
+        chunks = (chunk_ids, chunk_mask, self._inputs.labels(chunk_labels, chunk_ids, chunk_mask))
         outputs = episode_loss(self, self.objective, ids, mask, labels, *chunks)
         outputs.logits = outputs.logits.unflatten(0, queries[:2])
         return outputs
@@ -430,37 +389,4 @@ class IAIModel(LoraModel):
 
     def _check_query(self, state: TaskState, ids: Tensor) -> None:
         self._refuse_when_disabled("a task state")
-        self._check_ids(ids)
-        if state.batch_size not in (1, len(ids)):
-            raise ValueError(f"a state of {state.batch_size} tasks with {len(ids)} queries: pass 1 or {len(ids)} tasks")
-        self._check_query_length(ids.shape[1])
-
-    def _check_query_length(self, length: int) -> None:
-        most = self.window - self._slots_in_front
-        if length > most:
-            raise ValueError(
-                f"a query of {length} tokens does not fit: window {self.window} - {self._slots_in_front} slots = {most}"
-            )
-
-    def _check_chunk_length(self, length: int) -> None:
-        most = self.window - self._slots_around
-        if length > most:
-            slots = f"2 x {self.num_slots}" if self._slots_in_front else self._slots_around
-            raise ValueError(
-                f"a chunk of {length} tokens does not fit: window {self.window} - {slots} slots "
-                f"= {most}; pass chunk_size <= {most}"
-            )
-
-    def _check_ids(self, ids: Tensor) -> None:
-        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self._base.vocab_size:
-            raise ValueError(
-                f"token ids {int(ids.min())}..{int(ids.max())} do not fit a vocabulary of {self._base.vocab_size}: "
-                "use the base model's own tokenizer"
-            )
-
-
-def _batched(group: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-    """ids, mask and labels of chunks of B rows each as one batch, chunk after chunk, padded to the longest."""
-    length = max(tensors[0].shape[1] for tensors in group)
-    padded = [[nn.functional.pad(t, (0, length - t.shape[1])) for t in tensors] for tensors in group]
-    return tuple(torch.cat(tensors) for tensors in zip(*padded, strict=True))
+        self._inputs.check_query(ids, state.batch_size)

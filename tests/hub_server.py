@@ -14,11 +14,15 @@ GATED = "tester/gated"
 
 
 class Hub(ThreadingHTTPServer):
-    """`commits[repo]` is the list of (commit id, {path: content}) of a repository, the newest last."""
+    """`commits[repo]` is the list of (commit id, {path: content}) of a repository, the newest last.
+
+    `served`: the names of the files that were asked for.
+    """
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Requests)
         self.commits: dict[str, list[tuple[str, dict[str, bytes]]]] = {}
+        self.served: list[str] = []
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     @property
@@ -113,6 +117,7 @@ class Requests(BaseHTTPRequestHandler):
     def _file(self, repo: str, commit: str, files: dict[str, bytes], path: str) -> None:
         if path not in files:
             return self._error(HTTPStatus.NOT_FOUND, "EntryNotFound", **{"X-Repo-Commit": commit})
+        self.server.served.append(path)
         headers = {"ETag": f'"{_digest(files[path])}"', "X-Repo-Commit": commit}
         return self._send(files[path], HTTPStatus.OK, **headers)
 

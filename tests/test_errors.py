@@ -32,6 +32,11 @@ CAUSAL = {"task_type": "CAUSAL_LM"}
         ({"signal": "gradients", "initial_rate": 0.0}, "initial_rate must be above 0"),
         ({"signal": "both", "initial_rate": 0.1}, "initial_rate must .*with signal='gradients', got 0.1 with 'both'"),
         ({"signal": "gradients", "path_window": 0}, "path_window must be at least 1, got 0"),
+        ({"learned_optimizer": {"hidden": 8}}, "{'hidden': 8} needs head='learned_optimizer', got head='gated'"),
+        (
+            {"signal": "gradients", "head": "sgd", "learned_optimizer": {"hidden": 8}},
+            "needs head='learned_optimizer', got head='sgd'",
+        ),
         ({"state_type": "lora", "state_r": 0}, "state_r must be at least 1, got 0"),
         ({"state_type": "lora", "accumulation": "recent"}, "keeps tokens, which state_type='lora' cannot"),
         ({"accumulation": "overwrite"}, "accumulation must be one of"),
@@ -54,6 +59,25 @@ CAUSAL = {"task_type": "CAUSAL_LM"}
 def test_configuration(values, message):
     with pytest.raises(ValueError, match=message):
         IAIConfig(**(CAUSAL | values))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"decay": 0.9}, r"has the settings \['momentum_decays', .*got \['decay'\]: leave them out"),
+        ({"momentum_decays": [0.9, 1.0]}, r"momentum_decays must be at least one decay from 0 .*got \(0.9, 1.0\)"),
+        ({"momentum_decays": 0.9}, "momentum_decays must be at least one decay .*got 0.9"),
+        ({"second_decays": []}, r"second_decays must be .*got \(\): leave it out for the default, \(0.9, 0.999\)"),
+        ({"factored_decay": -0.1}, "factored_decay must be a decay from 0 to below 1, got -0.1"),
+        ({"times": [3, 0]}, r"times must be at least one number above 0, got \(3, 0\)"),
+        ({"hidden": 0}, "hidden must be a whole number of at least 1, got 0"),
+        ({"step_size": "much"}, "step_size must be a number above 0, got 'much'"),
+        ({"smallest_rms": True}, "smallest_rms must be a number above 0, got True"),
+    ],
+)
+def test_settings_of_the_learned_optimizer(settings, message):
+    with pytest.raises(ValueError, match=message):
+        IAIConfig(**CAUSAL, signal="gradients", learned_optimizer=settings)
 
 
 def test_pin_bos_without_bos_token():

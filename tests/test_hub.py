@@ -1,23 +1,11 @@
 """Sharing: adapters, task states and training runs through a Hub on this machine."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from hub_process import HubProcess
 from hub_server import GATED, Hub
 from huggingface_hub import ModelCard
-
-START = """
-import warnings; warnings.simplefilter("ignore")
-import torch
-from peft import AutoPeftModelForCausalLM, get_peft_model
-from transformers import AutoModelForCausalLM
-from tiny import chunks, ids, make_base, make_model
-from hf_iai import IAITrainer, TaskState
-import huggingface_hub
-"""
 
 
 @pytest.fixture(scope="module")
@@ -27,25 +15,22 @@ def hub():
     hub.shutdown()
 
 
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """Where downloads go."""
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def process(hub, home):
+    process = HubProcess(hub.url, home)
+    yield process
+    process.close()
+
+
 @pytest.fixture
-def run(hub, tmp_path):
-    """Runs a script in a process whose Hub is ours: huggingface_hub reads its address when it is imported."""
-
-    def run(script: str, **environment: str) -> str:
-        own = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": "hf_test", "HF_HUB_OFFLINE": "0"}
-        here = Path(__file__).parent
-        own |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONPATH": f"{here}:{here.parent}"}
-        done = subprocess.run(
-            [sys.executable, "-c", START + script],
-            env=os.environ | own | environment,
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        return done.stdout
-
-    return run
+def run(process, tmp_path):
+    return lambda script: process.run(script, tmp_path)
 
 
 def test_adapter_and_state_come_back_bitwise(hub, run):
@@ -93,6 +78,30 @@ assert torch.equal(*answers)
         if "adapter_model.safetensors" in files
     ]
     assert len(pushes) >= 2 and pushes[0] != pushes[-1]
+
+
+def test_learned_optimizer_comes_from_the_hub(hub, run):
+    """Of the revision that is asked for, and no file beside the two that it needs."""
+    made = """
+from peft import LoraConfig
+from hf_iai import LearnedOptimizer
+
+def made(hidden):
+    values = {"state_type": "lora", "signal": "gradients", "learned_optimizer": {"hidden": hidden}}
+    return make_model(**values)
+
+"""
+    run(made + """for hidden in (8, 16): made(hidden).push_to_hub("tester/optimizer")""")
+    first = next(name for name, files in hub.commits["tester/optimizer"] if files)
+    hub.served.clear()
+    run(f"""{made}
+plain = get_peft_model(make_base(), LoraConfig(task_type="CAUSAL_LM", r=2, target_modules="all-linear"))
+for revision, hidden in (("{first}", 8), (None, 16)):
+    net, head = LearnedOptimizer(plain, "tester/optimizer", revision=revision).net, made(hidden).core.head
+    assert net.settings == head.settings
+    assert all(torch.equal(t, head.state_dict()[name]) for name, t in net.state_dict().items())
+""")
+    assert set(hub.served) == {"adapter_config.json", "adapter_model.safetensors"}
 
 
 def test_pushed_adapters_carry_our_card(hub, run):
@@ -152,19 +161,17 @@ except ValueError as error:
 @pytest.mark.parametrize(
     ("repository", "offline", "error"),
     [
-        ("tester/nowhere", "0", "RepositoryNotFoundError"),
-        (GATED, "0", "GatedRepoError"),
-        ("tester/nowhere", "1", "LocalEntryNotFoundError"),
+        ("tester/nowhere", False, "RepositoryNotFoundError"),
+        (GATED, False, "GatedRepoError"),
+        ("tester/nowhere", True, "LocalEntryNotFoundError"),
     ],
 )
 def test_errors_are_those_of_the_hub(run, repository, offline, error):
-    out = run(
-        f"""
+    out = run(f"""
+huggingface_hub.constants.HF_HUB_OFFLINE = {offline}
 try:
     TaskState.from_pretrained("{repository}")
 except Exception as error:
     print(type(error).__name__)
-""",
-        HF_HUB_OFFLINE=offline,
-    )
+""")
     assert out.strip() == error

@@ -1,26 +1,36 @@
-"""`LearnedOptimizer`: a trained head as an ordinary optimizer."""
+"""`LearnedOptimizer`: a trained head as an ordinary optimizer, and the constants it was trained with."""
+
+import json
 
 import pytest
 import torch
-from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from test_gradients import gradient_model
-from tiny import chunks, ids, make_base, make_model
+from tiny import chunks, ids, largest_difference, make_base, make_model
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
 from hf_iai import LearnedOptimizer
+from hf_iai.heads import LearnedStep, LearnedStepSettings
 
 CAUSAL = {"task_type": "CAUSAL_LM"}
 LORA = {"r": 2, "lora_alpha": 2, "target_modules": "all-linear"}
+# Constants unlike the defaults, with other numbers of averages and times.
+OTHER = {
+    "momentum_decays": [0.2, 0.8], "second_decays": [0.5], "factored_decay": 0.7, "times": [2, 5], "hidden": 8,
+    "step_size": 0.05, "smallest_rms": 0.2, "most_log_magnitude": 1.0, "largest_precondition": 10.0, "log_scale": 5.0,
+}  # fmt: skip
+DECAYS = {"momentum_decays": [0.1, 0.7], "second_decays": [0.3], "factored_decay": 0.6}
 
 
 @pytest.fixture
 def weights(tmp_path):
     """Adapters whose heads were disturbed, so that the network has a part in the steps."""
 
-    def save(state_type: str) -> str:
+    def save(state_type: str, settings: dict | None = None) -> str:
         rate = 0.1 if state_type == "lora" else None
-        model = gradient_model(state_type=state_type, regime="parametric", initial_rate=rate)
+        values = {"initial_rate": rate, "learned_optimizer": settings}
+        model = gradient_model(state_type=state_type, regime="parametric", **values)
         model.save_pretrained(tmp_path / state_type)
         return str(tmp_path / state_type)
 
@@ -41,9 +51,11 @@ class Texts(Dataset):
         return {"input_ids": row, "labels": row}
 
 
-def test_steps_are_those_of_the_states(weights):
+@pytest.mark.parametrize("settings", [None, OTHER], ids=["defaults", "other"])
+def test_steps_are_those_of_the_states(weights, settings):
     """A LoRA that starts as theta(0) takes, text by text, the steps that reading them would."""
-    model = gradient_model(state_type="lora", regime="parametric", initial_rate=0.1)
+    folder = weights("lora", settings)
+    model = gradient_model(state_type="lora", regime="parametric", initial_rate=0.1, learned_optimizer=settings)
     plain, support = tuned(), chunks(3, batch=1)
     start = model.core.state.update(model.initial_state().tensors)
     layers = {path: plain.base_model.model.get_submodule(path) for path in start}
@@ -51,7 +63,7 @@ def test_steps_are_those_of_the_states(weights):
         for path, (down, up) in start.items():
             layers[path].lora_A["default"].weight.copy_(down[0])
             layers[path].lora_B["default"].weight.copy_(up[0])
-    optimizer = LearnedOptimizer(plain, weights("lora"))
+    optimizer = LearnedOptimizer(plain, folder)
     for chunk in support:
         optimizer.zero_grad()
         plain(input_ids=chunk["input_ids"], labels=chunk["input_ids"]).loss.backward()
@@ -62,8 +74,55 @@ def test_steps_are_those_of_the_states(weights):
         assert (layers[path].lora_A["default"].weight - down[0]).abs().max() < 1e-4 * moved
         assert (layers[path].lora_B["default"].weight - up[0]).abs().max() < 1e-4 * moved
     # Without names, which tell A from B, both take the mean rate.
-    other = LearnedOptimizer([p for p in plain.parameters() if p.requires_grad], weights("lora"))
+    other = LearnedOptimizer([p for p in plain.parameters() if p.requires_grad], folder)
     assert all(not group.get("param_names") for group in other.param_groups)
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_every_setting_has_an_effect(name):
+    usual = getattr(LearnedStepSettings(), name)
+    half = usual // 2 if name == "hidden" else usual / 2 if isinstance(usual, float) else [v / 2 for v in usual]
+    found = []
+    for settings in (LearnedStepSettings(), LearnedStepSettings.from_dict({name: half})):
+        step = LearnedStep({"theta": "theta"}, 0.1, settings)
+        generator = torch.Generator().manual_seed(4)
+        for parameter in step.parameters():
+            torch.nn.init.normal_(parameter, std=0.1, generator=generator)
+        generator = torch.Generator().manual_seed(5)
+        theta = {"theta": 0.05 * torch.randn(1, 4, 32, generator=generator)}
+        kept = step.initial(theta)
+        for count in range(3):
+            gradient = {"theta": torch.randn(1, 4, 32, generator=generator) ** 3}
+            theta, kept = step(theta, kept, gradient, torch.tensor([count]))
+        found.append(theta["theta"])
+    assert (found[0] - found[1]).abs().max() > 1e-6
+
+
+def test_settings_travel_with_the_weights(tmp_path):
+    model = gradient_model(state_type="prompt", learned_optimizer=OTHER)
+    state = model.adapt(chunks(3))
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["learned_optimizer"] == OTHER
+    again = PeftModel.from_pretrained(make_base(), tmp_path).eval()
+    assert largest_difference(again.adapt(chunks(3)), state) == 0
+    assert again.identity == state.identity
+    # The network would fit, but not to these constants: its states are others.
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"learned_optimizer": OTHER | DECAYS}))
+    changed = PeftModel.from_pretrained(make_base(), tmp_path).eval()
+    assert largest_difference(changed.adapt(chunks(3)), state) > 1e-5
+    assert changed.identity != state.identity
+
+
+def test_adapters_without_settings_have_the_defaults(tmp_path):
+    model = gradient_model(state_type="prompt")
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config.pop("learned_optimizer") == LearnedStepSettings().to_dict()
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    again = PeftModel.from_pretrained(make_base(), tmp_path).eval()
+    assert largest_difference(again.adapt(chunks(2)), model.adapt(chunks(2))) == 0
+    assert LearnedOptimizer(tuned(), tmp_path).net.settings == LearnedStepSettings()
 
 
 @pytest.mark.parametrize(
@@ -112,8 +171,8 @@ def test_closure_and_rate(weights):
 
 
 def test_trainer_resumes_bitwise(weights, tmp_path):
-    """Even when the adapter that the network came from has changed since."""
-    weights = weights("lora")
+    """Even when the adapter that the network came from has changed since, its constants too."""
+    weights = weights("lora", OTHER)
 
     def run(folder, resume=None):
         model = tuned()
@@ -151,21 +210,6 @@ def test_state_follows_the_parameters(weights):
     kept = [t for values in optimizer.state.values() for t in values.values() if torch.is_tensor(t)]
     assert {t.dtype for t in kept} == {torch.bfloat16}
     assert {values["step"] for values in optimizer.state.values()} == {2}
-
-
-def test_weights_come_from_the_hub(weights, monkeypatch):
-    """The files that are asked for, and no more."""
-    folder, asked = weights("lora"), []
-
-    def download(name, **values):
-        asked.append((name, values["revision"], sorted(values["allow_patterns"])))
-        return folder
-
-    monkeypatch.setattr("hf_iai.learned_optimizer.snapshot_download", download)
-    optimizer = LearnedOptimizer(tuned(), "someone/adapter", revision="v1")
-    assert asked == [("someone/adapter", "v1", ["adapter_config.json", "adapter_model.safetensors"])]
-    expected = LearnedOptimizer(tuned(), folder).net.state_dict()
-    assert all(torch.equal(t, expected[name]) for name, t in optimizer.net.state_dict().items())
 
 
 def test_errors(weights, tmp_path):

@@ -1,5 +1,6 @@
 """The project files: the wheel, the README, the command line."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from hf_iai.cli import _documents, app
+from hf_iai.cli import _config, _documents, app
 from hf_iai.published import published_adapter
 
 ROOT = Path(__file__).parent.parent
@@ -119,6 +120,52 @@ def test_documents_of_a_folder_and_of_json_lines(tmp_path):
     lines = tmp_path / "rows.jsonl"
     lines.write_text('{"text": "x"}\n\n{"text": "y", "path": "p"}\n')
     assert list(_documents(lines)) == [{"text": "x", "path": "rows.jsonl:0"}, {"text": "y", "path": "p"}]
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ({}, 14),
+        ({"num_kept_tokens": 3}, 3),
+        ({"state_type": "prompt"}, 0),
+        ({"state_type": "lora", "signal": "gradients", "head": "sgd", "state_r": 2}, 0),
+        ({"signal": "both"}, 0),
+    ],
+)
+def test_options_of_train_make_a_configuration(options, kept):
+    usual = {"state_type": "prefix", "signal": "observations", "head": None, "state_r": 8, "num_kept_tokens": None}
+    config = _config(16, **(usual | options))
+    assert config.num_kept_tokens == kept
+    assert all(getattr(config, name) == value for name, value in options.items())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--state-type linear", "state_type='linear' is not available yet"),
+        ("--signal magic", "signal must be one of"),
+        ("--head sgd", "signal='observations' has the heads ['gated'], got head='sgd'"),
+        ("--state-type prompt --num-kept-tokens 2", "num_kept_tokens=2 needs state_type='prefix'"),
+        ("--state-r 0", "Invalid value for '--state-r'"),
+    ],
+)
+def test_train_refuses_options_that_cannot_work(tmp_path, options, message):
+    result = CliRunner().invoke(app, ["train", "--data", str(tmp_path), "--output", "out", *options.split()])
+    assert result.exit_code == 2
+    assert message in " ".join(result.output.replace("│", " ").split())
+
+
+@pytest.mark.slow
+def test_train_a_lora_state_then_export(tmp_path):
+    text = " ".join(f"word {i}" for i in range(400))
+    (tmp_path / "data.jsonl").write_text("\n".join([json.dumps({"text": text})] * 4))
+    (tmp_path / "text.txt").write_text(text)
+    adapter, state, plain = tmp_path / "adapter", tmp_path / "state", tmp_path / "plain"
+    few = "--chunk-size 32 --max-chunks 2 --max-steps 2 --batch-size 2 --state-type lora --signal gradients".split()
+    run("train", "--data", tmp_path / "data.jsonl", "--output", adapter, *few, "--head", "sgd", "--state-r", "2")
+    run("adapt", "--adapter", adapter, "--data", tmp_path / "text.txt", "--output", state, "--chunk-size", "32")
+    run("export", "--adapter", adapter, "--state", state, "--output", plain, "--type", "LORA")
+    assert json.loads((plain / "adapter_config.json").read_text())["peft_type"] == "LORA"
 
 
 @pytest.mark.slow

@@ -15,7 +15,13 @@ from hf_iai import TaskState
 from hf_iai.state import CONFIG, WEIGHTS
 
 
-@pytest.mark.parametrize(("family", "state_type", "regime"), MEMBERS)
+@pytest.mark.parametrize(
+    ("family", "state_type", "regime"),
+    [
+        pytest.param(f, s, r, marks=[] if f == "llama" or (s, r) == ("prefix", "explicit") else pytest.mark.slow)
+        for f, s, r in MEMBERS
+    ],
+)
 def test_adapter_survives_every_way_of_loading(tmp_path, family, state_type, regime):
     make_base(family).save_pretrained(tmp_path / "base")
     base = lambda: AutoModelForCausalLM.from_pretrained(tmp_path / "base")  # noqa: E731
@@ -37,7 +43,7 @@ def test_adapter_survives_every_way_of_loading(tmp_path, family, state_type, reg
         assert (loaded(input_ids=query, task_state=state).logits - expected).abs().max() == 0.0
 
 
-@pytest.mark.parametrize("state_type", ["prefix", "kept"])
+@pytest.mark.parametrize("state_type", [pytest.param("prefix", marks=pytest.mark.slow), "kept"])
 def test_state_continues_in_a_new_process_bitwise(tmp_path, state_type):
     make_base().save_pretrained(tmp_path / "base")
     model = make_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), state_type=state_type)

@@ -1,5 +1,6 @@
 """Core: all that an adapter learns besides LoRA, and one refinement step h_phi."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,7 +14,7 @@ from ..state import Identity, TaskState
 from ..states import HypernetworkState, LoraState, PrefixState, PromptState
 
 
-class Core(nn.Module):
+class Core(nn.Module, ABC):
     """theta(0), what a chunk says, and how the state is refined.
 
     Subclasses say what `read` finds in a chunk alone, so that many chunks can be read in one batch, and what `_next`
@@ -43,8 +44,9 @@ class Core(nn.Module):
         zero = torch.zeros(batch_size, dtype=torch.long, device=next(iter(tensors.values())).device)
         return TaskState(tensors, zero, zero.clone(), identity, self.kind)
 
+    @abstractmethod
     def _initial(self, base: Base, batch_size: int) -> dict[str, Tensor]:
-        raise NotImplementedError
+        """The tensors of theta(0)."""
 
     def read(self, base: Base, ids: Tensor, mask: Tensor, labels: Tensor) -> dict[str, Tensor]:  # (B, C) each
         """Evidence of a chunk that does not depend on the state; `mask` is part of it."""
@@ -61,8 +63,9 @@ class Core(nn.Module):
         }
         return replace(state, tensors=tensors, step=state.step + read, num_tokens=state.num_tokens + num_tokens)
 
+    @abstractmethod
     def _next(self, base: Base, state: TaskState, evidence: dict[str, Tensor]) -> dict[str, Tensor]:
-        raise NotImplementedError
+        """The tensors of theta(i+1)."""
 
     @contextmanager
     def under(self, base: Base, state: TaskState) -> Iterator[Prefix]:

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from ..base import Base
 from ..config import IAIConfig
-from ..heads import SGD, LearnedStep, MetaSGD, PathAware, bounded
+from ..heads import SGD, LearnedStep, LearnedStepSettings, MetaSGD, PathAware, bounded
 from ..signals import read_gradients
 from ..state import TaskState
 from .core import Core, full_precision
@@ -26,7 +26,8 @@ class GradientCore(Core):
         start, config = dict(self.state.start.items()), self.config
         rate = config.initial_rate
         if config.head == "learned_optimizer":
-            return LearnedStep({name: self.state.kind(name) for name in start}, rate)
+            settings = LearnedStepSettings.from_dict(config.learned_optimizer)
+            return LearnedStep({name: self.state.kind(name) for name in start}, rate, settings)
         start = {name: t.detach() for name, t in start.items()}
         if config.head == "path_aware":
             return PathAware(start, rate, config.path_window)

@@ -9,6 +9,7 @@ from .delta import WRITES, DeltaRule
 from .kept import KEPT, NEVER, followed_by, keep_tokens, trace
 from .learned_optimizer import LearnedStep
 from .recent import push_tokens
+from .step_settings import LearnedStepSettings
 
 __all__ = [
     "KEPT",
@@ -19,6 +20,7 @@ __all__ = [
     "SGD",
     "DeltaRule",
     "LearnedStep",
+    "LearnedStepSettings",
     "MetaSGD",
     "PathAware",
     "RunningAverage",

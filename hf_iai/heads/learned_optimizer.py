@@ -1,6 +1,7 @@
 """A learned optimizer: preconditioned SGD with learned rates, plus what a small network adds for each coordinate.
 
-Axes: B tasks, F features, h hidden width. All tensors of a task, whatever their shape, go through one network.
+Axes: B tasks, F features, h hidden width, M momenta, S second moments. All tensors of a task, whatever their shape, go
+through one network.
 """
 
 from collections.abc import Iterable
@@ -9,26 +10,21 @@ import torch
 from torch import Tensor, nn
 
 from .bound import rms
-from .classical import LOG_SCALE, Tensors
+from .classical import Tensors
+from .step_settings import LearnedStepSettings
 
-MOMENTA, SECONDS, FACTORED = (0.5, 0.9, 0.99), (0.9, 0.999), 0.999  # decays
 KEPT_KINDS = ("momentum", "second", "row", "column")
-TIMES = (1, 3, 10, 30, 100, 300, 1e3, 3e3, 1e4, 3e4, 1e5)  # chunks
-NUM_FEATURES = 20
-MOST_LOG_MAGNITUDE = 3.0
-LARGEST_PRECONDITION = 1e3
-STEP, SMALLEST = 0.01, 0.1  # of the network's part, in units of theta's rms or of this where theta is smaller
 TINY = 1e-20
 
 
 class LearnedStep(nn.Module):
     """theta' = theta - rate P gradient - s rms(theta) u / max(1, rms(u)),        u = d exp(a), (d, a) = net(features)
 
-    The features of a coordinate are its gradient, its value, three momenta, two second moments, their ratios and the
-    row and column means of the squared gradient, each divided by its root mean square over the tensor, and
-    tanh(t / tau - 1) for eleven times tau, with t the chunks read: nothing learned belongs to any one step. P is
-    diagonal, (second moment)^(-p/2) over its mean. Rate, s and p are learned for each kind of tensor: `key` and
-    `value` of a prefix, `A` and `B` of a low-rank update.
+    The features of a coordinate are its gradient, its value, momenta, second moments, their ratios and the row and
+    column means of the squared gradient, each divided by its root mean square over the tensor, and tanh(t / tau - 1)
+    for several times tau, with t the chunks read: nothing learned belongs to any one step. P is diagonal,
+    (second moment)^(-p/2) over its mean. Rate, s and p are learned for each kind of tensor: `key` and `value` of a
+    prefix, `A` and `B` of a low-rank update.
 
     The last layer and p start at zero: then this is SGD. The network's part is as large as s rms(theta) at most,
     and nothing at all moves where the gradient is zero everywhere.
@@ -36,29 +32,30 @@ class LearnedStep(nn.Module):
     Args:
         kinds: name of each tensor -> its kind.
         rate: what every rate starts as.
-        hidden: h.
+        settings: decays, times and sizes; the weights mean nothing without them.
 
-    What it keeps: `momentum_{name}` (B, 3, ...), `second_{name}` (B, 2, ...), `row_{name}` and `column_{name}`, the
+    What it keeps: `momentum_{name}` (B, M, ...), `second_{name}` (B, S, ...), `row_{name}` and `column_{name}`, the
     means of the squared gradient over the last axis and over the last but one.
 
     Source: features after Metz et al., arXiv 2203.11860; normed steps after CELO, arXiv 2501.12670.
     """
 
-    def __init__(self, kinds: dict[str, str], rate: float, hidden: int = 32) -> None:
+    def __init__(self, kinds: dict[str, str], rate: float, settings: LearnedStepSettings) -> None:
         super().__init__()
-        self.kinds, self.initial_rate = kinds, rate
+        self.kinds, self.initial_rate, self.settings = kinds, rate, settings
+        hidden, num_features = settings.hidden, _num_features(settings)
         self.log_rate, self.log_step, self.power = (_zero_for_each(kinds.values()) for _ in range(3))
-        self.read, self.read_times = nn.Linear(NUM_FEATURES, hidden), nn.Linear(len(TIMES), hidden, bias=False)
+        self.read, self.read_times = nn.Linear(num_features, hidden), nn.Linear(len(settings.times), hidden, bias=False)
         self.middle, self.write = nn.Linear(hidden, hidden), nn.Linear(hidden, 2)
         nn.init.zeros_(self.write.weight)
         nn.init.zeros_(self.write.bias)
 
     def initial(self, theta: Tensors) -> Tensors:
         """What is kept beside theta, before anything was read."""
-        kept = {}
+        kept, settings = {}, self.settings
         for name, t in theta.items():
-            kept[f"momentum_{name}"] = t.new_zeros(len(t), len(MOMENTA), *t.shape[1:])
-            kept[f"second_{name}"] = t.new_zeros(len(t), len(SECONDS), *t.shape[1:])
+            kept[f"momentum_{name}"] = t.new_zeros(len(t), len(settings.momentum_decays), *t.shape[1:])
+            kept[f"second_{name}"] = t.new_zeros(len(t), len(settings.second_decays), *t.shape[1:])
             kept[f"row_{name}"], kept[f"column_{name}"] = (
                 t.new_zeros(t.shape[:-1]),
                 t.new_zeros(*t.shape[:-2], t.shape[-1]),
@@ -68,10 +65,21 @@ class LearnedStep(nn.Module):
     def forward(self, theta: Tensors, kept: Tensors, gradient: Tensors, step: Tensor) -> tuple[Tensors, Tensors]:
         after, kept_after = {}, {}
         for name, t in theta.items():
-            averages = accumulate({kind: kept[f"{kind}_{name}"] for kind in KEPT_KINDS}, gradient[name])
+            averages = self.accumulated({kind: kept[f"{kind}_{name}"] for kind in KEPT_KINDS}, gradient[name])
             after[name] = self.stepped(self.kinds[name], t, averages, gradient[name], step)
             kept_after |= {f"{kind}_{name}": a for kind, a in averages.items()}
         return after, kept_after
+
+    def accumulated(self, averages: Tensors, gradient: Tensor) -> Tensors:
+        """The running averages of one tensor after one more gradient (B, ...)."""
+        square, decays = gradient.square(), self.settings.decays
+        new = {
+            "momentum": gradient.unsqueeze(1),
+            "second": square.unsqueeze(1),
+            "row": square.mean(-1),
+            "column": square.mean(-2),
+        }
+        return {kind: averages[kind].lerp(value, 1 - _decay(decays[kind], value)) for kind, value in new.items()}
 
     def stepped(
         self,
@@ -82,10 +90,12 @@ class LearnedStep(nn.Module):
         step: Tensor,  # (B,) gradients before this one
     ) -> Tensor:  # (B, ...)
         """The next theta of one tensor; kind None: as the mean of all kinds."""
-        averages = without_bias(averages, step + 1)
-        rate = self.initial_rate * (LOG_SCALE * self._of_kind(self.log_rate, kind)).exp()
+        settings = self.settings
+        averages = without_bias(averages, step + 1, settings.decays)
+        rate = self.initial_rate * (settings.log_scale * self._of_kind(self.log_rate, kind)).exp()
         theta_after = theta - rate * self._precondition(kind, averages) * gradient
-        size = STEP * (LOG_SCALE * self._of_kind(self.log_step, kind)).exp() * rms(theta.detach()).clamp_min(SMALLEST)
+        size = settings.step_size * (settings.log_scale * self._of_kind(self.log_step, kind)).exp()
+        size = size * rms(theta.detach()).clamp_min(settings.smallest_rms)
         moving = gradient.detach().flatten(1).any(1).view(-1, *[1] * (theta.dim() - 1))
         return theta_after - moving * size * self._direction(features(theta, averages, gradient), step)
 
@@ -95,14 +105,15 @@ class LearnedStep(nn.Module):
 
     def _precondition(self, kind: str | None, averages: Tensors) -> Tensor:  # (B, ...)
         root = (averages["second"][:, -1] + TINY).sqrt()
-        ratio = (root / rms(root)).clamp_min(1 / LARGEST_PRECONDITION)
-        return (-LOG_SCALE * self._of_kind(self.power, kind) * ratio.log()).exp()
+        ratio = (root / rms(root)).clamp_min(1 / self.settings.largest_precondition)
+        return (-self.settings.log_scale * self._of_kind(self.power, kind) * ratio.log()).exp()
 
     def _direction(self, inputs: Tensor, step: Tensor) -> Tensor:  # (B, ..., F), (B,) -> (B, ...)
-        times = torch.tanh(step.unsqueeze(-1) / inputs.new_tensor(TIMES) - 1)  # (B, times)
+        times = torch.tanh(step.unsqueeze(-1) / inputs.new_tensor(self.settings.times) - 1)  # (B, times)
         x = self.read(inputs) + self.read_times(times).view(len(step), *[1] * (inputs.dim() - 2), -1)
         direction, magnitude = self.write(self.middle(x.relu()).relu()).unbind(-1)
-        u = direction * (MOST_LOG_MAGNITUDE * torch.tanh(magnitude / MOST_LOG_MAGNITUDE)).exp()
+        most = self.settings.most_log_magnitude
+        u = direction * (most * torch.tanh(magnitude / most)).exp()
         return u / rms(u.detach()).clamp_min(1)
 
     def extra_repr(self) -> str:
@@ -113,21 +124,8 @@ def _zero_for_each(kinds: Iterable[str]) -> nn.ParameterDict:
     return nn.ParameterDict({kind: nn.Parameter(torch.zeros(1)) for kind in sorted(set(kinds))})
 
 
-def accumulate(averages: Tensors, gradient: Tensor) -> Tensors:
-    """The running averages of one tensor after one more gradient (B, ...)."""
-    square = gradient.square()
-    new = {
-        "momentum": (gradient.unsqueeze(1), MOMENTA),
-        "second": (square.unsqueeze(1), SECONDS),
-        "row": (square.mean(-1), FACTORED),
-        "column": (square.mean(-2), FACTORED),
-    }
-    return {kind: averages[kind].lerp(value, 1 - _decay(decay, value)) for kind, (value, decay) in new.items()}
-
-
-def without_bias(averages: Tensors, count: Tensor) -> Tensors:
+def without_bias(averages: Tensors, count: Tensor, decays: dict[str, float | tuple[float, ...]]) -> Tensors:
     """Averages that started at zero, `count` (B,) gradients ago, as weighted means of these gradients."""
-    decays = {"momentum": MOMENTA, "second": SECONDS, "row": FACTORED, "column": FACTORED}
     scaled = {}
     for kind, t in averages.items():
         seen = 1 - _decay(decays[kind], t) ** count.view(-1, *[1] * (t.dim() - 1))
@@ -141,6 +139,11 @@ def _decay(decay: float | tuple[float, ...], like: Tensor) -> Tensor:  # one, or
         if isinstance(decay, tuple)
         else like.new_tensor(decay)
     )
+
+
+def _num_features(settings: LearnedStepSettings) -> int:
+    """F of `features`: seven, and for each momentum and second moment itself and its ratios."""
+    return 7 + 3 * len(settings.momentum_decays) + 2 * len(settings.second_decays)
 
 
 def features(theta: Tensor, averages: Tensors, gradient: Tensor) -> Tensor:  # (B, ...) -> (B, ..., F)
