@@ -4,6 +4,7 @@ from .compat import carry_cards
 from .config import IAIConfig
 from .data import (
     EpisodeCollator,
+    LabelledEpisodeCollator,
     batch_chunks,
     chunk_examples,
     chunk_text,
@@ -31,6 +32,7 @@ __all__ = [
     "IAIModel",
     "IAITrainer",
     "IAITrainingArguments",
+    "LabelledEpisodeCollator",
     "LearnedOptimizer",
     "TaskState",
     "batch_chunks",

@@ -53,6 +53,21 @@ class Base:
         """Last parts of the names of modules whose weights are read without calling them."""
         return read_by_weight(self.model)
 
+    def check_state_type(self, state_type: str) -> None:
+        """
+        Raises:
+            ValueError: for a state that this kind of base cannot read.
+        """
+        if state_type not in self.state_types:
+            raise ValueError(
+                f"state_type={state_type!r} needs a sequence classifier, got {type(self.model).__name__}: load the base "
+                "with AutoModelForSequenceClassification"
+            )
+
+    def reads(self, name: str) -> bool:
+        """Whether passes depend on the module or parameter of that name."""
+        return True
+
     def lora(self, enabled: bool) -> AbstractContextManager[None]:
         return lora_enabled([m for m in self.model.modules() if isinstance(m, LoraLayer)], enabled)
 

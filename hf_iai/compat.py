@@ -124,6 +124,26 @@ def window_of(config) -> int:
     return getattr(config, "max_position_embeddings", sys.maxsize)
 
 
+def encoder_window(config) -> int:
+    """The most tokens of a text; RoBERTa numbers positions from the padding id on, so that it has fewer than rows."""
+    numbered = config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet")
+    return window_of(config) - (config.pad_token_id + 1 if numbered else 0)
+
+
+def is_classifier(model: nn.Module) -> bool:
+    """Whether this is an `AutoModelForSequenceClassification`: an encoder below a head of its own."""
+    return type(model).__name__.endswith("ForSequenceClassification")
+
+
+# PEFT trains and saves what `modules_to_save` names; this names nothing.
+UNUSED_CLASSIFIER = "unused_classifier_of_the_base"
+
+
+def leave_out_classifier(config) -> None:
+    """Undo what PEFT has just asked for of every sequence classifier: to train the base's own head, and to save it."""
+    config.modules_to_save = [UNUSED_CLASSIFIER]
+
+
 def rotations(model: nn.Module, like: Tensor, positions: Tensor) -> tuple[Tensor, Tensor] | None:
     """cos and sin of unit length for every layer, (B, L, 1, T, R) each with L = 1 where all layers are alike.
 

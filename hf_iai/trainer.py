@@ -8,11 +8,17 @@ from pathlib import Path
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, Trainer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    Trainer,
+)
 from transformers.modelcard import extract_hyperparameters_from_trainer
 from transformers.trainer_utils import has_length
 
-from .data import EpisodeCollator
+from .data import EpisodeCollator, LabelledEpisodeCollator
 from .hub import CardFacts, Measurement, installed_versions, is_edited, model_card
 from .training_args import IAITrainingArguments
 
@@ -47,7 +53,9 @@ class IAITrainer(Trainer):
     ) -> None:
         if isinstance(model, str):
             processing_class = processing_class or AutoTokenizer.from_pretrained(model)
-            model = AutoModelForCausalLM.from_pretrained(model)
+            classifies = getattr(peft_config, "state_type", None) == "linear"
+            auto = AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
+            model = auto.from_pretrained(model)
         if peft_config is not None:
             if isinstance(model, PeftModel):
                 raise ValueError("peft_config was given, but the model is a PeftModel already: pass one of the two")
@@ -62,7 +70,8 @@ class IAITrainer(Trainer):
             raise ValueError("processing_class is missing: pass the base model's tokenizer")
         if args.state_learning_rate is not None and kwargs.get("optimizers", (None, None))[0] is not None:
             raise ValueError("state_learning_rate was given, but optimizers= brings its own rates: pass one of the two")
-        collator = EpisodeCollator(processing_class, args.chunk_size or model.max_chunk_size)
+        collate = LabelledEpisodeCollator if model.active_peft_config.state_type == "linear" else EpisodeCollator
+        collator = collate(processing_class, args.chunk_size or model.max_chunk_size)
         kwargs.setdefault("data_collator", collator)
         super().__init__(model=model, args=args, processing_class=processing_class, **kwargs)
         # Our loss is a mean over query tokens: Trainer must not rescale it by its own count of labels.
@@ -112,11 +121,11 @@ class IAITrainer(Trainer):
 
     @staticmethod
     def _halved(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        chunks, size = inputs["chunk_input_ids"].shape[1:]
+        rows, chunks, size = inputs["chunk_input_ids"].shape[:3]
         if size % 2:
             return inputs
-        split = {n: t.reshape(len(t), chunks * 2, size // 2) for n, t in inputs.items() if n.startswith("chunk_")}
-        return inputs | split
+        chunked = {name: t for name, t in inputs.items() if name.startswith("chunk_")}
+        return inputs | {name: t.reshape(rows, chunks * 2, size // 2, *t.shape[3:]) for name, t in chunked.items()}
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
