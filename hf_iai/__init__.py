@@ -14,6 +14,7 @@ from .data import (
 from .embedded import embedded_base
 from .evaluation import evaluate_curve
 from .export import export_to_peft
+from .export_classifier import export_classifier
 from .hub import update_card
 from .learned_optimizer import LearnedOptimizer
 from .model import IAIModel
@@ -42,5 +43,6 @@ __all__ = [
     "episodes_from_documents",
     "episodes_from_labels",
     "evaluate_curve",
+    "export_classifier",
     "export_to_peft",
 ]

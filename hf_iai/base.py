@@ -6,6 +6,7 @@ Axes: B rows, T tokens, m slots, L layers, H key/value heads, D head width, d hi
 from contextlib import AbstractContextManager
 
 import torch
+from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import DynamicCache
@@ -60,9 +61,19 @@ class Base:
         """
         if state_type not in self.state_types:
             raise ValueError(
-                f"state_type={state_type!r} needs a sequence classifier, got {type(self.model).__name__}: load the base "
-                "with AutoModelForSequenceClassification"
+                f"state_type={state_type!r} needs a sequence classifier, got {type(self.model).__name__}: load the "
+                "base with AutoModelForSequenceClassification"
             )
+
+    def prepare(self, config: LoraConfig) -> None:
+        """Before LoRA is put in: leave out what it would change without effect."""
+        if config.target_modules == "all-linear":
+            self._exclude(config, self.uncalled)
+
+    @staticmethod
+    def _exclude(config: LoraConfig, names: set[str]) -> None:
+        if not isinstance(config.exclude_modules, str):  # a regular expression is left to its author
+            config.exclude_modules = {*(config.exclude_modules or ()), *names} or None
 
     def reads(self, name: str) -> bool:
         """Whether passes depend on the module or parameter of that name."""

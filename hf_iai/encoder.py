@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from .base import Base
-from .compat import encoder_window, prepare_checkpointing
+from .compat import encoder_window, leave_out_classifier, prepare_checkpointing
+from .config import IAIConfig
 
 
 class Encoder(Base):
@@ -21,6 +22,12 @@ class Encoder(Base):
                 f"{type(self.model).__name__} is a sequence classifier, which reads state_type='linear' only, got "
                 f"{state_type!r}: load the base with AutoModelForCausalLM"
             )
+
+    def prepare(self, config: IAIConfig) -> None:
+        leave_out_classifier(config)
+        if config.uses_reader:
+            linear = {name for name, module in self.model.named_modules() if isinstance(module, nn.Linear)}
+            self._exclude(config, {name for name in linear if not self.reads(name)})
 
     @property
     def window(self) -> int:

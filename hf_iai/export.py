@@ -216,13 +216,13 @@ def _check_writable(tuner: IAIModel, config: IAIConfig) -> None:
 
 def _write_base(tuner: IAIModel, config: IAIConfig, folder: Path) -> None:
     """What answers queries as a plain transformers model, and the tokenizer that lies in the base's folder."""
-    _unwrapped(tuner, merged=_is_merged(config)).save_pretrained(folder)
+    unwrapped(tuner, merged=_is_merged(config)).save_pretrained(folder)
     source = config.base_model_name_or_path
     if source and Path(source, "tokenizer_config.json").is_file():
         AutoTokenizer.from_pretrained(source).save_pretrained(folder)
 
 
-def _unwrapped(tuner: IAIModel, *, merged: bool) -> PreTrainedModel:
+def unwrapped(tuner: IAIModel, *, merged: bool) -> PreTrainedModel:
     tuner = _copy_in_main_memory(tuner)
     if not merged:
         return tuner.unload()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .base import Base
-from .compat import READ_BY_WEIGHT, default_target_modules, leave_out_classifier, read_by_weight
+from .compat import READ_BY_WEIGHT, default_target_modules, read_by_weight
 from .config import IAIConfig
 from .cores import Core, make_core
 from .identity import fingerprint
@@ -58,13 +58,7 @@ class IAIModel(LoraModel):
             self._disabled, self._using, self._identities = False, [], {}
         base, config = base_of(model), self.peft_config[adapter_name]
         base.check_state_type(config.state_type)
-        if config.state_type == "linear":
-            leave_out_classifier(config)
-            unread = {n for n, m in model.named_modules() if isinstance(m, nn.Linear) and not base.reads(n)}
-            if config.uses_reader and not isinstance(config.exclude_modules, str):
-                config.exclude_modules = {*(config.exclude_modules or ()), *unread}
-        elif config.target_modules == "all-linear" and not isinstance(config.exclude_modules, str):
-            config.exclude_modules = {*(config.exclude_modules or ()), *read_by_weight(model)} or None
+        base.prepare(config)
         if config.state_type == "lora":
             # Saved as it is, so that another version of PEFT, which may choose otherwise, loads the same state.
             targets = config.state_target_modules or default_target_modules(model.config)

@@ -44,7 +44,7 @@ class TaskState:
         step: (B,) int64, chunks read.
         num_tokens: (B,) int64, tokens read.
         identity: the base and adapter that made it.
-        accumulation: how it came about: `"average"`, `"recent"`, `"gradients"`, `"both"`, or `"sums"`, of a linear state.
+        accumulation: how it came about: `"average"`, `"recent"`, `"gradients"`, `"both"`; `"sums"`: a linear state.
         class_names: of a linear state the names of each task's classes; see `label_names`.
 
     Example:

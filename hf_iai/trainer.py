@@ -83,6 +83,10 @@ class IAITrainer(Trainer):
     def _iai(self):
         return self.accelerator.unwrap_model(self.model).base_model
 
+    @property
+    def _classifies(self) -> bool:
+        return self.accelerator.unwrap_model(self.model).active_peft_config.state_type == "linear"
+
     def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
         made_before = self.optimizer is not None
         optimizer = super().create_optimizer(*args, **kwargs)
@@ -139,13 +143,17 @@ class IAITrainer(Trainer):
 
     @torch.no_grad()
     def _loss_at_chunks(self, dataset) -> dict[int, float]:
-        """Mean loss of the queries' tokens after the n nearest chunks, for each n of `eval_chunks` that exists."""
+        """Mean loss of the queries' tokens after the n nearest chunks, for each n of `eval_chunks` that exists.
+
+        Of a linear state mean loss of the queries.
+        """
         self.model.eval()
         counts = self.args.eval_chunks
         sums = torch.zeros(len(counts), 2, device=self.args.device)  # loss and tokens
         for inputs in self.get_eval_dataloader(dataset):
             inputs = self._prepare_inputs(inputs)
-            tokens = (inputs["labels"][..., 1:] != -100).sum().float()
+            labels = inputs["labels"] if self._classifies else inputs["labels"][..., 1:]
+            tokens = (labels != -100).sum().float()
             for i, n in enumerate(counts):
                 if n <= inputs["chunk_input_ids"].shape[1]:
                     with self.compute_loss_context_manager():
@@ -218,6 +226,7 @@ class IAITrainer(Trainer):
                 rows,
                 data_name=f"the evaluation set `{name}` ({data})",
                 data_type=dataset_tags[0] if dataset_tags else name,
+                unit="nats per query" if self._classifies else "nats per token",
                 measured_by=f"`IAITrainer.evaluate` at step {step} of {self.state.max_steps}",
             )
             for name, (step, rows) in last.items()
