@@ -1,6 +1,6 @@
 """Iterative amortized inference for Hugging Face models; importing registers the method "IAI" with PEFT."""
 
-from .compat import carry_cards
+from .compat import allow_no_layers, carry_cards
 from .config import IAIConfig
 from .data import (
     EpisodeCollator,
@@ -25,6 +25,7 @@ from .training_args import IAITrainingArguments
 
 register(IAIConfig, IAIModel)
 carry_cards(IAIType.IAI, update_card)
+allow_no_layers(IAIType.IAI)
 
 __version__ = "0.1.0"
 __all__ = [

@@ -9,6 +9,7 @@ from functools import wraps
 
 import torch
 from peft import PeftModel
+from peft.peft_model import TunerModelStatus
 from peft.tuners.lora import LoraLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
@@ -343,3 +344,31 @@ def carry_cards(method: str, update: Callable[[PeftModel, str, str], None]) -> N
 
     PeftModel.create_or_update_model_card = create_and_update
     PeftModel._upload_modified_files = update_and_upload
+
+
+def allow_no_layers(method: str) -> None:
+    """PEFT asks an adapter's layers whether they are enabled before it disables them; `method` may have none."""
+    status = PeftModel.get_model_status
+
+    @wraps(status)
+    def status_without_layers(self) -> TunerModelStatus:
+        if self.peft_type != method or any(isinstance(m, LoraLayer) for m in self.base_model.modules()):
+            return status(self)
+        trainable, total = self.get_nb_trainable_parameters()
+        return TunerModelStatus(
+            base_model_type=type(self.get_base_model()).__name__,
+            adapter_model_type=type(self.base_model).__name__,
+            peft_types={name: method for name in self.peft_config},
+            trainable_params=trainable,
+            total_params=total,
+            num_adapter_layers=0,
+            enabled=not self.base_model._disabled,
+            active_adapters=self.active_adapters,
+            merged_adapters=[],
+            requires_grad={},
+            available_adapters=sorted(self.peft_config),
+            devices={},
+            quantization_backend=None,
+        )
+
+    PeftModel.get_model_status = status_without_layers

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import Base
-from .compat import encoder_window, leave_out_classifier, prepare_checkpointing
+from .compat import default_target_modules, encoder_window, leave_out_classifier, prepare_checkpointing
 from .config import IAIConfig
 
 
@@ -26,6 +26,8 @@ class Encoder(Base):
     def prepare(self, config: IAIConfig) -> None:
         leave_out_classifier(config)
         if config.uses_reader:
+            if config.target_modules is None:
+                config.target_modules = default_target_modules(self.config)
             linear = {name for name, module in self.model.named_modules() if isinstance(module, nn.Linear)}
             self._exclude(config, {name for name in linear if not self.reads(name)})
 

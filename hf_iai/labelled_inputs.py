@@ -38,9 +38,7 @@ class LabelledInputs(Inputs):
         """Class numbers; -100 for an example without a token."""
         if labels is None or labels.shape != ids.shape[:-1]:
             found = None if labels is None else tuple(labels.shape)
-            raise ValueError(
-                f"labels of examples {tuple(ids.shape)} must have shape {tuple(ids.shape[:-1])}, got {found}"
-            )
+            raise ValueError(f"labels of texts {tuple(ids.shape)} must have shape {tuple(ids.shape[:-1])}, got {found}")
         return labels.to(ids.device).masked_fill(~mask.any(-1), -100)
 
     def matched(

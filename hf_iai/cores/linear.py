@@ -97,9 +97,6 @@ class LinearCore(Core):
             loss = None if labels is None else _loss(logits, labels, state)
         return SequenceClassifierOutput(loss=loss, logits=logits)
 
-    def under(self, base: Encoder, state: TaskState):
-        raise ValueError("a linear state classifies texts and generates none: call the model itself")
-
     def _features(self, base: Encoder, ids: Tensor, mask: Tensor) -> Tensor:  # (N, T) each -> (N, d)
         trained = self.config.regime == "explicit"
         with base.lora(trained):
