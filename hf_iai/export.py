@@ -75,6 +75,8 @@ def export_to_peft(
     if not isinstance(tuner, IAIModel):
         raise ValueError(f"export_to_peft needs an IAI model, got {type(model).__name__}: pass the one of the state")
     config, path = model.active_peft_config, Path(os.path.abspath(path))
+    if config.state_type == "linear":
+        raise ValueError("a linear state is a classifier, not an adapter: use export_classifier")
     peft_type = _checked_type(peft_type, config.state_type, tuner.model.config)
     _check_free(path)
     if peft_type == "LORA":

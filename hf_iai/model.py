@@ -26,7 +26,7 @@ OWN_ARGUMENTS = {"use_cache", "past_key_values", "position_ids"}
 
 
 class IAIModel(LoraModel):
-    """f_gamma(x, theta) and theta(i+1) = h_phi(theta(i), chunk(i)), on one pretrained decoder.
+    """f_gamma(x, theta) and theta(i+1) = h_phi(theta(i), chunk(i)), on one pretrained decoder or encoder.
 
     Made by `get_peft_model(base, IAIConfig(...))`, or `AutoPeftModelForCausalLM.from_pretrained(folder)`; everything
     below is reached through the PeftModel that these return.

@@ -26,7 +26,7 @@ CURVE = re.compile(r"(.+)_loss_at_chunks_(\d+)")  # as `evaluate` logs it
 
 
 class IAITrainer(Trainer):
-    """Trains an IAI adapter on episodes, `{"support": [...], "query": [...]}`.
+    """Trains an IAI adapter on episodes, `{"support": [...], "query": [...]}`; rows with labels for linear states.
 
     Args:
         model: an IAI PeftModel, or a base model or its id together with `peft_config`.
@@ -35,7 +35,7 @@ class IAITrainer(Trainer):
         processing_class: the tokenizer; loaded with the model when the model is an id.
 
     Raises:
-        ValueError: when `peft_config` and `model` do not fit together, the tokenizer is missing, or
+        ValueError: when `peft_config` and `model` do not fit together, the tokenizer is missing, or `kl_weight` or
             `state_learning_rate` cannot be honoured.
 
     `evaluate` logs `eval_loss`, under all chunks, and `eval_loss_at_chunks_{n}`, under the n right before the query.
@@ -70,6 +70,11 @@ class IAITrainer(Trainer):
             raise ValueError("processing_class is missing: pass the base model's tokenizer")
         if args.state_learning_rate is not None and kwargs.get("optimizers", (None, None))[0] is not None:
             raise ValueError("state_learning_rate was given, but optimizers= brings its own rates: pass one of the two")
+        if model.active_peft_config.state_type == "linear" and (args.kl_weight or args.state_learning_rate):
+            raise ValueError(
+                f"a linear state has no teacher and no learned theta(0), got kl_weight={args.kl_weight} and "
+                f"state_learning_rate={args.state_learning_rate}: leave them out"
+            )
         collate = LabelledEpisodeCollator if model.active_peft_config.state_type == "linear" else EpisodeCollator
         collator = collate(processing_class, args.chunk_size or model.max_chunk_size)
         kwargs.setdefault("data_collator", collator)

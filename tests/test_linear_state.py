@@ -24,7 +24,9 @@ from hf_iai import (
     TaskState,
     batch_chunks,
     chunk_examples,
+    episodes_from_labels,
     export_classifier,
+    export_to_peft,
 )
 
 _COMMON = {
@@ -229,7 +231,8 @@ def test_gradients_reach_lora_through_what_was_read():
 
 @pytest.mark.parametrize("regime", ["parametric", "explicit"])
 def test_trainer_moves_every_parameter(regime, tmp_path):
-    episodes = [{"support": ROWS[i : i + 14], "query": ROWS[i + 14 : i + 18]} for i in range(6)]
+    sizes = {"num_classes": 3, "num_support": 14, "num_queries": 3, "num_episodes": 6}
+    episodes = episodes_from_labels(ROWS, template=None, **sizes)
     config = IAIConfig(task_type="SEQ_CLS", state_type="linear", regime=regime, r=2, target_modules="all-linear")
     arguments = IAITrainingArguments(
         output_dir=str(tmp_path), max_steps=4, per_device_train_batch_size=2, chunk_size=4, max_chunks=4, curriculum=0,
@@ -238,7 +241,7 @@ def test_trainer_moves_every_parameter(regime, tmp_path):
     )  # fmt: skip
     trainer = IAITrainer(
         make_encoder(), arguments, peft_config=config, processing_class=TOKENIZER, train_dataset=episodes,
-        eval_dataset=episodes[:2],
+        eval_dataset=episodes,
     )  # fmt: skip
     before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
     assert torch.isfinite(torch.tensor(trainer.train().training_loss))
@@ -281,6 +284,7 @@ def test_inputs_that_cannot_work(model, tmp_path):
         (lambda: model(**QUERIES, task_state=state, output_hidden_states=True), "output_hidden_states"),
         (lambda: model(**QUERIES, task_state=TaskState.stack([state] * 2)), "as many for each of the 2 tasks"),
         (lambda: TaskState.stack([state] * 2).label_names, "2 tasks have names of their own"),
+        (lambda: export_to_peft(model, state, tmp_path / "x"), "use export_classifier"),
         (lambda: export_classifier(model, model.initial_state(), tmp_path / "x"), "this state has no classes"),
         (lambda: chunks([{"text": "a", "label": 3}]), "'label' of row 0 must be a string, got 3"),
         (lambda: chunks([*ROWS, {"text": "a"}]), "row 24 must have a text and a label"),
