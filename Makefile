@@ -1,5 +1,7 @@
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+# Two processes of one thread each: the models of the tests are too small for two threads to help.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist worksteal
 
 .PHONY: demo test test-slow lint cards
 
@@ -7,10 +9,10 @@ demo: $(INSTALLED)
 	$(BIN)/hf-iai demo
 
 test: lint
-	$(BIN)/pytest -q -m "not slow" tests hf_iai
+	$(PYTEST) -m "not slow" tests hf_iai
 
 test-slow: $(INSTALLED)
-	$(BIN)/pytest -q -m slow tests hf_iai
+	$(PYTEST) -m slow tests hf_iai
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

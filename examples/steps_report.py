@@ -78,22 +78,34 @@ def _shown(found: tuple[float, float, float]) -> str:
     return f"{found[0]:.3f} ({found[1]:.3f} .. {found[2]:.3f})"
 
 
-def draw(reports: list[dict], path: Path) -> None:
-    """Loss against updates, a panel for each report."""
-    figure = Figure(figsize=(5.5 * len(reports), 4.5), layout="constrained")
-    for axes, report in zip(figure.subplots(1, len(reports), squeeze=False)[0], reports, strict=True):
-        for key, (name, color, style) in LINES.items():
-            at = counts(report, *key)
-            mean = [losses(report, *key, n).mean() for n in at]
-            axes.plot(at, mean, color=color, linestyle=style, label=name, marker=".")
-        axes.set_xscale("symlog", base=2, linthresh=1)
-        axes.set_xlabel("updates, one chunk of 64 tokens each")
-        axes.set_ylabel("loss of the text that follows, nats per token")
-        axes.set_title(f"{report['model']}, {report['state']} state")
-        # From PEFT's start a few updates are far away.
-        best = min(losses(report, *LEARNED, n).mean() for n in counts(report, *LEARNED))
-        axes.set_ylim(best - 0.02, losses(report, *LEARNED, 0).mean() + 0.15)
-        axes.legend(fontsize=7)
+def means(report: dict) -> dict:
+    """The report with one number in place of a loss for each window, in the columns of a published curve."""
+    rows = []
+    for row in report["rows"]:
+        key = row["method"], row["start"]
+        method = "iai" if key == LEARNED else LINES[key][0] if key in LINES else "no update, PEFT's start"
+        own = {name: row[name] for name in ("seed", "rate")}
+        rows.append({"method": method, "num_chunks": row["num_updates"], "loss": round(row["loss"], 4), **own})
+    found = {"share_of_adam": share_of_gain(report), "recipe": report["recipe"], "rates": report["rates"]}
+    return found | {"num_windows": len(report["groups"]), "num_documents": len(set(report["groups"])), "rows": rows}
+
+
+def draw(report: dict, path: Path) -> None:
+    """Loss against updates."""
+    figure = Figure(figsize=(6.5, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for key, (name, color, style) in LINES.items():
+        at = counts(report, *key)
+        mean = [losses(report, *key, n).mean() for n in at]
+        axes.plot(at, mean, color=color, linestyle=style, label=name, marker=".")
+    axes.set_xscale("symlog", base=2, linthresh=1)
+    axes.set_xlabel("updates, one chunk of 64 tokens each")
+    axes.set_ylabel("loss of the text that follows, nats per token")
+    axes.set_title(f"{report['model']}, {report['state']} state")
+    # From PEFT's start a few updates are far away.
+    best = min(losses(report, *LEARNED, n).mean() for n in counts(report, *LEARNED))
+    axes.set_ylim(best - 0.02, losses(report, *LEARNED, 0).mean() + 0.15)
+    axes.legend(fontsize=7)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path.with_suffix(".tmp"), format="png", dpi=110)
     os.replace(path.with_suffix(".tmp"), path)

@@ -333,8 +333,10 @@ def evaluate(
     }
     batches = [collate(list(rows)) for rows in _groups(episodes["test"], 20)]
     validation = collate(list(episodes["validation"]))
-    found = {"recipe": {"num": num, "num_validation": num_validation, "validation": VALIDATION, **provenance()}}
-    found |= {"model": Path(model).name if model else "embedded", "held_out": held_out, "rates": RATES[state]}
+    command = f"python examples/steps_to_quality.py evaluate --state {state} --num {num}"
+    command += f" --model {Path(model).name} --data {data} --held-out {held_out}" if model else ""
+    found = {"recipe": {"command": command, "num_validation": num_validation, "validation": VALIDATION, **provenance()}}
+    found |= {"model": Path(model).name if model else "embedded", "rates": RATES[state]}
     found |= {"state": state, "groups": list(episodes["test"]["group"]), "rows": []}
     best: dict = {}  # of the first seed, for all
     for folder in sorted(work.glob(f"{state}-learned_optimizer-*/adapter")):
@@ -345,14 +347,16 @@ def evaluate(
 
 
 @app.command()
-def report(work: Path = WORK, output: Path | None = None) -> None:
-    """Tables, verdicts and one picture of all state types that were evaluated."""
-    from steps_report import draw, print_report
+def report(work: Path = WORK, output: Path = WORK.parent) -> None:
+    """Tables and verdicts, and for each report a picture and the means over its windows."""
+    from steps_report import draw, means, print_report
 
-    reports = [json.loads(path.read_text()) for path in sorted(work.glob("*.json"))]
-    for found in reports:
+    for path in sorted(work.glob("*.json")):
+        found = json.loads(path.read_text())
         print_report(found)
-    draw(reports, (output or work) / "steps.png")
+        name = f"steps_{found['model']}_{found['state']}"
+        draw(found, output / f"{name}.png")
+        (output / f"{name}.json").write_text(json.dumps(means(found), indent=1) + "\n")
 
 
 def _groups(rows: Dataset, size: int) -> Iterator[list]:
