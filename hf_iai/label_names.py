@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 Names = tuple[str, ...]  # of one task
-AXES = {"count": 1, "total": 1, "correction": 1}  # which axis of a tensor is that of the classes
+OF_CLASSES = ("count", "total", "correction")  # the tensors (B, C, ...) of a state
 
 
 def names_of_tasks(given: Sequence | None, known: tuple[Names, ...], labels: Tensor) -> tuple[Names, ...]:  # (B, n)
@@ -68,9 +68,8 @@ def with_classes(tensors: dict[str, Tensor], num_classes: int) -> dict[str, Tens
     """The same sums with room for C classes; those beyond are empty, and dropped."""
     sized = {}
     for name, tensor in tensors.items():
-        if name in AXES:
-            more = num_classes - tensor.shape[AXES[name]]
-            tensor = pad(tensor, (*[0, 0] * (tensor.dim() - 1 - AXES[name]), 0, more))
+        if name in OF_CLASSES:
+            tensor = pad(tensor, (*[0, 0] * (tensor.dim() - 2), 0, num_classes - tensor.shape[1]))
         sized[name] = tensor
     return sized
 
@@ -79,7 +78,7 @@ def in_order(tensors: dict[str, Tensor], numbers: list[list[int]], num_classes: 
     """The same sums with class c of task b as number `numbers[b][c]` of C."""
     ordered = {}
     for name, tensor in tensors.items():
-        if name in AXES:
+        if name in OF_CLASSES:
             moved = tensor.new_zeros(len(tensor), num_classes, *tensor.shape[2:])
             for task, own in enumerate(numbers):
                 moved[task, own] = tensor[task, : len(own)]
