@@ -1,9 +1,10 @@
 """Iterative amortized inference for Hugging Face models; importing registers the method "IAI" with PEFT."""
 
-from .compat import carry_cards
+from .compat import allow_no_layers, carry_cards
 from .config import IAIConfig
 from .data import (
     EpisodeCollator,
+    LabelledEpisodeCollator,
     batch_chunks,
     chunk_examples,
     chunk_text,
@@ -13,6 +14,7 @@ from .data import (
 from .embedded import embedded_base
 from .evaluation import evaluate_curve
 from .export import export_to_peft
+from .export_classifier import export_classifier
 from .hub import update_card
 from .learned_optimizer import LearnedOptimizer
 from .model import IAIModel
@@ -23,6 +25,7 @@ from .training_args import IAITrainingArguments
 
 register(IAIConfig, IAIModel)
 carry_cards(IAIType.IAI, update_card)
+allow_no_layers(IAIType.IAI)
 
 __version__ = "0.1.0"
 __all__ = [
@@ -31,6 +34,7 @@ __all__ = [
     "IAIModel",
     "IAITrainer",
     "IAITrainingArguments",
+    "LabelledEpisodeCollator",
     "LearnedOptimizer",
     "TaskState",
     "batch_chunks",
@@ -40,5 +44,6 @@ __all__ = [
     "episodes_from_documents",
     "episodes_from_labels",
     "evaluate_curve",
+    "export_classifier",
     "export_to_peft",
 ]

@@ -6,6 +6,7 @@ Axes: B rows, T tokens, m slots, L layers, H key/value heads, D head width, d hi
 from contextlib import AbstractContextManager
 
 import torch
+from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import DynamicCache
@@ -52,6 +53,31 @@ class Base:
     def uncalled(self) -> set[str]:
         """Last parts of the names of modules whose weights are read without calling them."""
         return read_by_weight(self.model)
+
+    def check_state_type(self, state_type: str) -> None:
+        """
+        Raises:
+            ValueError: for a state that this kind of base cannot read.
+        """
+        if state_type not in self.state_types:
+            raise ValueError(
+                f"state_type={state_type!r} needs a sequence classifier, got {type(self.model).__name__}: load the "
+                "base with AutoModelForSequenceClassification"
+            )
+
+    def prepare(self, config: LoraConfig) -> None:
+        """Before LoRA is put in: leave out what it would change without effect."""
+        if config.target_modules == "all-linear":
+            self._exclude(config, self.uncalled)
+
+    @staticmethod
+    def _exclude(config: LoraConfig, names: set[str]) -> None:
+        if not isinstance(config.exclude_modules, str):  # a regular expression is left to its author
+            config.exclude_modules = {*(config.exclude_modules or ()), *names} or None
+
+    def reads(self, name: str) -> bool:
+        """Whether passes depend on the module or parameter of that name."""
+        return True
 
     def lora(self, enabled: bool) -> AbstractContextManager[None]:
         return lora_enabled([m for m in self.model.modules() if isinstance(m, LoraLayer)], enabled)

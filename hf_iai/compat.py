@@ -9,6 +9,7 @@ from functools import wraps
 
 import torch
 from peft import PeftModel
+from peft.peft_model import TunerModelStatus
 from peft.tuners.lora import LoraLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
@@ -122,6 +123,26 @@ def window_of(config) -> int:
     if has_longrope(config):
         return config.rope_parameters["original_max_position_embeddings"]
     return getattr(config, "max_position_embeddings", sys.maxsize)
+
+
+def encoder_window(config) -> int:
+    """The most tokens of a text; RoBERTa numbers positions from the padding id on, so that it has fewer than rows."""
+    numbered = config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet")
+    return window_of(config) - (config.pad_token_id + 1 if numbered else 0)
+
+
+def is_classifier(model: nn.Module) -> bool:
+    """Whether this is an `AutoModelForSequenceClassification`: an encoder below a head of its own."""
+    return type(model).__name__.endswith("ForSequenceClassification")
+
+
+# PEFT trains and saves what `modules_to_save` names; this names nothing.
+UNUSED_CLASSIFIER = "unused_classifier_of_the_base"
+
+
+def leave_out_classifier(config) -> None:
+    """Undo what PEFT has just asked for of every sequence classifier: to train the base's own head, and to save it."""
+    config.modules_to_save = [UNUSED_CLASSIFIER]
 
 
 def rotations(model: nn.Module, like: Tensor, positions: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -323,3 +344,31 @@ def carry_cards(method: str, update: Callable[[PeftModel, str, str], None]) -> N
 
     PeftModel.create_or_update_model_card = create_and_update
     PeftModel._upload_modified_files = update_and_upload
+
+
+def allow_no_layers(method: str) -> None:
+    """PEFT asks an adapter's layers whether they are enabled before it disables them; `method` may have none."""
+    status = PeftModel.get_model_status
+
+    @wraps(status)
+    def status_without_layers(self) -> TunerModelStatus:
+        if self.peft_type != method or any(isinstance(m, LoraLayer) for m in self.base_model.modules()):
+            return status(self)
+        trainable, total = self.get_nb_trainable_parameters()
+        return TunerModelStatus(
+            base_model_type=type(self.get_base_model()).__name__,
+            adapter_model_type=type(self.base_model).__name__,
+            peft_types={name: method for name in self.peft_config},
+            trainable_params=trainable,
+            total_params=total,
+            num_adapter_layers=0,
+            enabled=not self.base_model._disabled,
+            active_adapters=self.active_adapters,
+            merged_adapters=[],
+            requires_grad={},
+            available_adapters=sorted(self.peft_config),
+            devices={},
+            quantization_backend=None,
+        )
+
+    PeftModel.get_model_status = status_without_layers

@@ -12,10 +12,11 @@ from .registration import IAIType
 # What exists, and what the design names but this version does not have yet.
 AVAILABLE = {
     "regime": (("parametric", "explicit"), ("implicit",)),
-    "state_type": (("prefix", "prompt", "lora"), ("linear",)),
+    "state_type": (("prefix", "prompt", "lora", "linear"), ()),
     "signal": (("observations", "gradients", "both"), ()),
     "accumulation": (("average", "recent"), ()),
-    "task_type": (("CAUSAL_LM",), ("SEQ_CLS", "TOKEN_CLS", "FEATURE_EXTRACTION", "SEQ_2_SEQ_LM")),
+    "task_type": (("CAUSAL_LM", "SEQ_CLS"), ("TOKEN_CLS", "FEATURE_EXTRACTION", "SEQ_2_SEQ_LM")),
+    "pooling": (("mean", "cls"), ()),
 }
 # The heads of each signal; the first is the default.
 HEADS = {
@@ -23,6 +24,11 @@ HEADS = {
     "gradients": ("learned_optimizer", "sgd", "meta_sgd", "path_aware"),
     "both": ("gated",),
 }
+# What a linear state, which has neither slots nor a gated head, leaves at their defaults.
+NOT_OF_LINEAR = (
+    "num_state_tokens signal head accumulation num_kept_tokens correction delta_rule pin_bos second_order initial_rate "
+    "learned_optimizer"
+).split()
 
 
 @dataclass
@@ -30,12 +36,15 @@ class IAIConfig(LoraConfig):
     """Configuration of iterative amortized inference: `theta(i+1) = h_phi(theta(i), chunk(i))`.
 
     The LoRA fields (`r`, `lora_alpha`, `target_modules`, ...) describe the reader: it is active while a chunk is read,
-    and, in regime `"explicit"`, while a query is answered.
+    and, in regime `"explicit"`, while a query is answered. A linear state compares queries with what was read, so that
+    both are embedded alike: by the frozen encoder in regime `"parametric"`, by encoder + LoRA in `"explicit"`.
 
     Args:
-        regime: `"parametric"` (queries are answered by the bare base) or `"explicit"` (by base + LoRA).
+        regime: `"parametric"` (queries are answered by the bare base) or `"explicit"` (by base + LoRA). None: explicit,
+            but for a linear state.
         state_type: `"prefix"` (keys and values of every layer; all layers must be attention), `"prompt"` (input
-            embeddings) or `"lora"` (a low-rank update of the base's weights, one per task).
+            embeddings), `"lora"` (a low-rank update of the base's weights, one per task), or, with
+            `task_type="SEQ_CLS"` and only there, `"linear"` (the rows of a classifier; see `cores.LinearCore`).
         signal: `"observations"`: what the base holds about the chunk's tokens; `"gradients"`: how the loss of the
             chunk's labels changes with the state; or `"both"`.
         head: how the state is refined. Of observations and of both: `"gated"`, an average with a learned
@@ -46,8 +55,8 @@ class IAIConfig(LoraConfig):
         learned_optimizer: decays, times and sizes of `head="learned_optimizer"`, which its trained weights mean nothing
             without: keys of `heads.LearnedStepSettings`. What is not given is completed with the defaults.
         path_window: w of `"path_aware"`, which mixes in the state of w chunks before after every w-th.
-        num_state_tokens: m, the number of slots; at least 1. Of a lora state the read-out slots; gradients alone need
-            none.
+        num_state_tokens: m, the number of slots; at least 1. None: 16. Of a lora state the read-out slots; gradients
+            alone need none. A linear state has none.
         state_r: r, the rank of a lora state.
         state_target_modules: which modules a lora state updates: the last parts of their names, a regular expression
             for whole paths, or `"all-linear"`. None: PEFT's choice for the base's family, such as the query and value
@@ -60,6 +69,8 @@ class IAIConfig(LoraConfig):
             `heads.delta`); for text in which newer facts replace older ones. It needs the order of the text:
             `TaskState.merge` cannot know which of two states is the newer, and leaves it out.
         pin_bos: keep a begin-of-sequence token in slot 0, for bases that need an attention sink (`"recent"` only).
+        pooling: how the last hidden states of a text become one vector, of a linear state: `"mean"` over its tokens, or
+            its first token's, `"cls"`.
 
     Raises:
         ValueError: for an unknown value, one that is not available yet, or a combination that cannot work.
@@ -72,8 +83,12 @@ class IAIConfig(LoraConfig):
     Source: Mittal et al., Iterative Amortized Inference, arXiv 2510.11471, section 3.
     """
 
-    regime: str = field(default="explicit", metadata={"help": "who answers a query: parametric or explicit"})
-    state_type: str = field(default="prefix", metadata={"help": "what the task state is: prefix, prompt or lora"})
+    regime: str | None = field(
+        default=None, metadata={"help": "who answers a query: parametric or explicit; None: the state type's default"}
+    )
+    state_type: str = field(
+        default="prefix", metadata={"help": "what the task state is: prefix, prompt, lora or linear"}
+    )
     signal: str = field(default="observations", metadata={"help": "learned from: observations, gradients or both"})
     head: str | None = field(default=None, metadata={"help": "how the state is refined; None: the signal's default"})
     second_order: bool = field(default=False, metadata={"help": "differentiate through the chunks' gradients"})
@@ -86,14 +101,19 @@ class IAIConfig(LoraConfig):
     state_target_modules: list[str] | str | None = field(
         default=None, metadata={"help": "what a lora state updates; None: PEFT's choice for the family"}
     )
-    num_state_tokens: int = field(default=16, metadata={"help": "m, the number of slots of the state"})
+    num_state_tokens: int | None = field(
+        default=None, metadata={"help": "m, the number of slots of the state; None: 16, or none of a linear state"}
+    )
     accumulation: str = field(default="average", metadata={"help": "backbone of the state: average or recent"})
     num_kept_tokens: int = field(default=0, metadata={"help": "K, slots of an average prefix that keep single tokens"})
     correction: bool = field(default=True, metadata={"help": "learned precisions and correction of the average"})
     delta_rule: bool = field(default=False, metadata={"help": "what a token replaces is taken out of the average"})
     pin_bos: bool = field(default=False, metadata={"help": "keep a BOS token in slot 0 (recent only)"})
+    pooling: str = field(default="mean", metadata={"help": "hidden states to one vector (linear only): mean or cls"})
 
     def __post_init__(self) -> None:
+        if self.regime is None:
+            self.regime = "parametric" if self.state_type == "linear" else "explicit"
         if self.uses_reader:
             super().__post_init__()
         else:  # nothing reads with LoRA, so none is created: data-parallel training finds no unused parameter
@@ -102,6 +122,38 @@ class IAIConfig(LoraConfig):
         self.peft_type = IAIType.IAI
         for name, (now, later) in AVAILABLE.items():
             _check_choice(name, getattr(self, name), now, later)
+        if (self.state_type == "linear") != (self.task_type == "SEQ_CLS"):
+            raise ValueError(
+                f"state_type='linear' and task_type='SEQ_CLS' need each other, got state_type={self.state_type!r} and "
+                f"task_type={getattr(self.task_type, 'value', self.task_type)!r}: set both, or neither"
+            )
+        if self.state_type == "linear":
+            self._check_linear()
+        else:
+            self._check_slots()
+        if self.bias != "none":
+            raise ValueError(f"bias={self.bias!r} would change the bare base: leave it 'none'")
+        if isinstance(self.init_lora_weights, str) and self.init_lora_weights not in ("gaussian", "orthogonal"):
+            raise ValueError(f"init_lora_weights={self.init_lora_weights!r} rewrites the base: use True or 'gaussian'")
+        for name in ("use_dora", "alora_invocation_tokens", "modules_to_save", "trainable_token_indices"):
+            if getattr(self, name):
+                raise ValueError(f"{name}={getattr(self, name)!r} cannot be combined with IAI: leave it unset")
+        if self.base_model_name_or_path == EMBEDDED_NAME:
+            self.base_model_name_or_path = embedded_base()
+
+    def _check_linear(self) -> None:
+        for name in NOT_OF_LINEAR:
+            given, default = getattr(self, name), self.__dataclass_fields__[name].default
+            if given != default:
+                raise ValueError(f"{name}={given!r} has no meaning for state_type='linear': leave it {default!r}")
+
+    def _check_slots(self) -> None:
+        """Of a state that is read in slots, or behind them."""
+        self.num_state_tokens = 16 if self.num_state_tokens is None else self.num_state_tokens
+        if self.pooling != "mean":
+            raise ValueError(
+                f"pooling={self.pooling!r} needs state_type='linear', got {self.state_type!r}: leave it out"
+            )
         self._check_gradients()
         if self.state_r < 1:
             raise ValueError(f"state_r must be at least 1, got {self.state_r}")
@@ -126,15 +178,6 @@ class IAIConfig(LoraConfig):
                 f"delta_rule=True needs state_type='prefix', accumulation='average' and correction=True, "
                 f"got {self.state_type!r}, {self.accumulation!r} and {self.correction}"
             )
-        if self.bias != "none":
-            raise ValueError(f"bias={self.bias!r} would change the bare base: leave it 'none'")
-        if isinstance(self.init_lora_weights, str) and self.init_lora_weights not in ("gaussian", "orthogonal"):
-            raise ValueError(f"init_lora_weights={self.init_lora_weights!r} rewrites the base: use True or 'gaussian'")
-        for name in ("use_dora", "alora_invocation_tokens", "modules_to_save", "trainable_token_indices"):
-            if getattr(self, name):
-                raise ValueError(f"{name}={getattr(self, name)!r} cannot be combined with IAI: leave it unset")
-        if self.base_model_name_or_path == EMBEDDED_NAME:
-            self.base_model_name_or_path = embedded_base()
 
     def _check_gradients(self) -> None:
         heads = HEADS[self.signal]
@@ -173,11 +216,14 @@ class IAIConfig(LoraConfig):
     @property
     def uses_reader(self) -> bool:
         """Whether any pass runs with LoRA: a predictor's, or one that reads chunks out."""
-        return self.regime == "explicit" or (self.accumulation == "average" and self.signal != "gradients")
+        reads_out = self.state_type != "linear" and self.accumulation == "average" and self.signal != "gradients"
+        return self.regime == "explicit" or reads_out
 
     def to_dict(self) -> dict:
         """As saved: an adapter of the embedded base names it, not the folder that holds it on this machine."""
         values = super().to_dict()
+        if self.state_type == "linear":
+            values["modules_to_save"] = None  # see `compat.leave_out_classifier`
         if is_embedded_base(values.get("base_model_name_or_path")):
             values["base_model_name_or_path"] = EMBEDDED_NAME
         return values

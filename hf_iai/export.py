@@ -75,6 +75,8 @@ def export_to_peft(
     if not isinstance(tuner, IAIModel):
         raise ValueError(f"export_to_peft needs an IAI model, got {type(model).__name__}: pass the one of the state")
     config, path = model.active_peft_config, Path(os.path.abspath(path))
+    if config.state_type == "linear":
+        raise ValueError("a linear state is a classifier, not an adapter: use export_classifier")
     peft_type = _checked_type(peft_type, config.state_type, tuner.model.config)
     _check_free(path)
     if peft_type == "LORA":
@@ -216,13 +218,13 @@ def _check_writable(tuner: IAIModel, config: IAIConfig) -> None:
 
 def _write_base(tuner: IAIModel, config: IAIConfig, folder: Path) -> None:
     """What answers queries as a plain transformers model, and the tokenizer that lies in the base's folder."""
-    _unwrapped(tuner, merged=_is_merged(config)).save_pretrained(folder)
+    unwrapped(tuner, merged=_is_merged(config)).save_pretrained(folder)
     source = config.base_model_name_or_path
     if source and Path(source, "tokenizer_config.json").is_file():
         AutoTokenizer.from_pretrained(source).save_pretrained(folder)
 
 
-def _unwrapped(tuner: IAIModel, *, merged: bool) -> PreTrainedModel:
+def unwrapped(tuner: IAIModel, *, merged: bool) -> PreTrainedModel:
     tuner = _copy_in_main_memory(tuner)
     if not merged:
         return tuner.unload()

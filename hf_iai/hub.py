@@ -18,7 +18,7 @@ from .embedded import EMBEDDED_NAME
 from .published import data_folder
 
 TAGS = ("hf_iai", "iterative-amortized-inference", "arxiv:2510.11471")
-TASK = "text-generation"
+TASK, LINEAR_TASK = "text-generation", "text-classification"
 RENDERED = "<!-- Rendered by hf_iai; rendered again when the configuration changes: delete this line to keep edits. -->"
 WEIGHTS = "- Weights: {}"
 PLACEHOLDER = "# Model Card for Model ID"  # the title that PEFT and transformers give to a card that nobody wrote
@@ -94,11 +94,11 @@ class Measurement:
             lines.append([label, *(f"{sum(v) / len(v):.3f}" if v else "" for v in values)])
         return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
-    def eval_results(self) -> list[EvalResult]:
+    def eval_results(self, task: str = TASK) -> list[EvalResult]:
         of = f", mean of {len(self.seeds)} training seeds" if len(self.seeds) > 1 else ""
         return [
             EvalResult(
-                task_type=TASK,
+                task_type=task,
                 dataset_type=self.data_type,
                 dataset_name=self.data_name,
                 metric_type=self.metric,
@@ -170,10 +170,12 @@ def model_card(config: IAIConfig, facts: CardFacts) -> ModelCard:
 
     Source: https://huggingface.co/docs/hub/model-cards
     """
-    results = [result for measurement in facts.measurements for result in measurement.eval_results()]
+    linear = config.state_type == "linear"
+    task = LINEAR_TASK if linear else TASK
+    results = [result for measurement in facts.measurements for result in measurement.eval_results(task)]
     data = ModelCardData(
         library_name="peft",
-        pipeline_tag=TASK,
+        pipeline_tag=task,
         base_model=base_on_hub(config),
         license=facts.license,
         language=facts.language,
@@ -191,6 +193,7 @@ def model_card(config: IAIConfig, facts: CardFacts) -> ModelCard:
         gradients=GRADIENTS[config.signal],
         chunking=f"chunk_size={facts.chunk_size}" if facts.chunk_size else "model=model",
         rendered=RENDERED,
+        linear=linear,
     )
 
 
@@ -226,6 +229,14 @@ def is_edited(path: Path) -> bool:
 
 def describe(config: IAIConfig) -> str:
     """The adapter's configuration as a markdown list."""
+    if config.state_type == "linear":
+        embeds = {"explicit": "encoder and LoRA embed examples and queries", "parametric": "the encoder is frozen"}
+        lines = [
+            f"Base: {base_in_words(config)}",
+            f"Regime: {config.regime} ({embeds[config.regime]})",
+            f"State: linear, the rows of a classifier; pooling: {config.pooling}",
+        ]
+        return "\n".join(f"- {line}" for line in lines)
     answers = {"explicit": "base and LoRA answer a query", "parametric": "the bare base answers a query"}
     kept = f", {config.num_kept_tokens} of which keep single tokens" if config.num_kept_tokens else ""
     rule = ", delta rule" if config.delta_rule else ""

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from .base import Base
 from .config import IAIConfig, is_embedded_base
 from .embedded import EMBEDDED_NAME
 from .heads import LearnedStepSettings
@@ -23,21 +24,23 @@ CONFIG_FIELDS = (
 LORA_FIELDS, GRADIENT_FIELDS = ("state_r", "state_target_modules"), ("head", "initial_rate", "path_window")
 
 
-def fingerprint(base_model: nn.Module, config: IAIConfig, adapter: Iterable[tuple[str, Tensor]]) -> Identity:
+def fingerprint(base: Base, config: IAIConfig, adapter: Iterable[tuple[str, Tensor]]) -> Identity:
     """Hash of the base's architecture, a sample of its weights, and the adapter's weights and configuration."""
     digest = hashlib.sha256()
     fields = list(CONFIG_FIELDS)
+    fields += ("pooling",) if config.state_type == "linear" else ()
     fields += LORA_FIELDS if config.state_type == "lora" else ()
     fields += GRADIENT_FIELDS if config.signal != "observations" else ()
     # Settings that are the defaults leave fingerprints as they were before there were any.
     fields += ("learned_optimizer",) if config.learned_optimizer not in (None, LearnedStepSettings().to_dict()) else ()
+    base_model = base.model
     described = {name: getattr(config, name) for name in fields} | _architecture(base_model)
     digest.update(json.dumps(described, sort_keys=True, default=str).encode())
     weights = sorted(
         (n.replace(".base_layer.", "."), p)
         for n, p in base_model.named_parameters()
         # Kernels lay quantized weights out anew at their first use.
-        if "lora_" not in n and p.is_floating_point()
+        if "lora_" not in n and p.is_floating_point() and base.reads(n)
     )
     for name, tensor in weights[:: max(1, len(weights) // SAMPLED_TENSORS)]:
         flat = tensor.detach().flatten()
@@ -62,7 +65,7 @@ def _architecture(base_model: nn.Module) -> dict:
 def _display_name(base_model: nn.Module, config: IAIConfig, digest: str) -> str:
     path = base_model.config._name_or_path
     base = EMBEDDED_NAME if is_embedded_base(path) else os.path.basename(path.rstrip("/")) or type(base_model).__name__
-    size = config.state_r if config.state_type == "lora" else config.num_state_tokens
+    size = {"lora": config.state_r, "linear": config.pooling}.get(config.state_type, config.num_state_tokens)
     return f"{base} + {config.regime} {config.state_type}-{size} ({digest[:8]})"
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .base import Base
 from .config import IAIConfig
+from .state import TaskState
 
 Chunk = Mapping[str, Tensor]
 
@@ -45,7 +46,8 @@ class Inputs:
         """ids, mask and labels (B, C) of a chunk that fits, on the base's device, without columns that are padding."""
         ids = chunk["input_ids"].to(self.base.model.device)
         if ids.dim() != 2:
-            raise ValueError(f"a chunk's input_ids must be (batch, chunk), got shape {tuple(ids.shape)}")
+            labelled = "; labelled examples are for a linear state" if ids.dim() == 3 else ""
+            raise ValueError(f"a chunk's input_ids must be (batch, chunk), got shape {tuple(ids.shape)}{labelled}")
         mask = chunk.get("attention_mask")
         mask = torch.ones_like(ids) if mask is None else mask.to(ids.device, torch.long)
         labels = self.labels(chunk.get("labels"), ids, mask)
@@ -55,6 +57,10 @@ class Inputs:
         self._check_ids(ids)
         self._check_chunk_length(ids.shape[1])
         return ids, mask, labels
+
+    def matched(self, group: list[tuple[Tensor, ...]], state: TaskState) -> tuple[list[tuple[Tensor, ...]], list]:
+        """The chunks as the state numbers their classes, and the classes met after each: here there are none."""
+        return group, [None] * len(group)
 
     def labels(self, labels: Tensor | None, ids: Tensor, mask: Tensor) -> Tensor:  # of ids' shape
         """Of a chunk; all its tokens by default. Observations have no use for them."""
@@ -108,6 +114,12 @@ class Inputs:
 
 def batched(group: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
     """ids, mask and labels of chunks of B rows each as one batch, chunk after chunk, padded to the longest."""
-    length = max(tensors[0].shape[1] for tensors in group)
-    padded = [[nn.functional.pad(t, (0, length - t.shape[1])) for t in tensors] for tensors in group]
-    return tuple(torch.cat(tensors) for tensors in zip(*padded, strict=True))
+    return tuple(torch.cat(_padded(tensors)) for tensors in zip(*group, strict=True))
+
+
+def _padded(tensors: tuple[Tensor, ...]) -> list[Tensor]:
+    """All axes but the first as long as the longest; what the mask leaves out may be anything."""
+    sizes = [max(lengths) for lengths in zip(*(t.shape[1:] for t in tensors), strict=True)]
+    room = [[most - length for most, length in zip(sizes, t.shape[1:], strict=True)] for t in tensors]
+    pads = [[side for more in reversed(own) for side in (0, more)] for own in room]
+    return [nn.functional.pad(t, pad) for t, pad in zip(tensors, pads, strict=True)]

@@ -16,6 +16,7 @@ from .config import IAIConfig
 from .cores import Core, make_core
 from .identity import fingerprint
 from .inputs import Chunk, Inputs, batched
+from .labelled_inputs import LabelledInputs
 from .objectives import Objective, episode_loss
 from .recurrent import base_of
 from .state import Identity, TaskState
@@ -25,7 +26,7 @@ OWN_ARGUMENTS = {"use_cache", "past_key_values", "position_ids"}
 
 
 class IAIModel(LoraModel):
-    """f_gamma(x, theta) and theta(i+1) = h_phi(theta(i), chunk(i)), on one pretrained decoder.
+    """f_gamma(x, theta) and theta(i+1) = h_phi(theta(i), chunk(i)), on one pretrained decoder or encoder.
 
     Made by `get_peft_model(base, IAIConfig(...))`, or `AutoPeftModelForCausalLM.from_pretrained(folder)`; everything
     below is reached through the PeftModel that these return.
@@ -56,13 +57,8 @@ class IAIModel(LoraModel):
             self.objective = Objective()
             self._disabled, self._using, self._identities = False, [], {}
         base, config = base_of(model), self.peft_config[adapter_name]
-        if config.state_type not in base.state_types:  # only a prefix is not in all
-            raise ValueError(
-                f"state_type={config.state_type!r} needs keys and values in every layer, which "
-                f"{model.config.model_type!r} does not have: use state_type='prompt' or 'lora'"
-            )
-        if config.target_modules == "all-linear" and not isinstance(config.exclude_modules, str):
-            config.exclude_modules = {*(config.exclude_modules or ()), *read_by_weight(model)} or None
+        base.check_state_type(config.state_type)
+        base.prepare(config)
         if config.state_type == "lora":
             # Saved as it is, so that another version of PEFT, which may choose otherwise, loads the same state.
             targets = config.state_target_modules or default_target_modules(model.config)
@@ -141,16 +137,19 @@ class IAIModel(LoraModel):
 
     @property
     def num_slots(self) -> int:
-        """m, the slots of the state."""
-        return self._config.num_state_tokens
+        """m, the slots of the state; a linear one has none."""
+        return self._config.num_state_tokens or 0
 
     @property
     def _inputs(self) -> Inputs:
-        return Inputs(self._base, self._config, self.core.state.num_slots_in_front)
+        kind = LabelledInputs if self._config.state_type == "linear" else Inputs
+        return kind(self._base, self._config, self.core.state.num_slots_in_front)
 
     @property
     def max_chunk_size(self) -> int:
         """window - 2m: a chunk is read between theta(0), which takes no place of a lora state, and m read-out slots.
+
+        Of a linear state, which any number of examples fits, the usual number: 20.
 
         Raises:
             ValueError: for a base without positions, such as Mamba, which has no window.
@@ -167,7 +166,7 @@ class IAIModel(LoraModel):
         norms = torch.stack([p.detach().float().norm() for _, p in adapter]).tolist()
         versions = tuple((p.data_ptr(), p._version, norm) for (_, p), norm in zip(adapter, norms, strict=True))
         if self._identities.get(name, (None,))[0] != versions:
-            self._identities[name] = versions, fingerprint(self.model, self._config, adapter)
+            self._identities[name] = versions, fingerprint(self._base, self._config, adapter)
         return self._identities[name][1]
 
     # ---------------------------------------------------------------- reading
@@ -191,6 +190,8 @@ class IAIModel(LoraModel):
         Args:
             chunks: a finite iterable of mappings with `input_ids` (B, C) and optionally `attention_mask` and `labels`
                 (B, C). Gradients are of the labels' loss, -100 for none; default: all tokens where the mask is 1.
+                Of a linear state ids and mask (B, n, T) of n examples, `labels` (B, n), -100 for padding, and
+                optionally `label_names`, what the labels' numbers mean: matched by name to the state's classes.
             state: where to go on; theta(0) by default.
             show_progress: a progress bar, one tick per chunk.
             on_step: called with the state after every chunk.
@@ -229,15 +230,15 @@ class IAIModel(LoraModel):
     def _read_group(self, group: list[tuple[Tensor, ...]], state: TaskState | None) -> list[TaskState]:
         batch = len(group[0][0])
         state = self.initial_state(batch) if state is None else state
-        ids, mask, labels = batched(group)
         for rows in (len(tensors[0]) for tensors in group):
             if rows != state.batch_size:
                 raise ValueError(f"a state of {state.batch_size} tasks cannot read a chunk of {rows} rows")
-        evidence = self.core.read(self._base, ids, mask, labels)
+        group, classes = self._inputs.matched(group, state)
+        evidence = self.core.read(self._base, *batched(group))
         states = []
-        for rows in range(0, len(ids), batch):
-            part = {name: t[rows : rows + batch] for name, t in evidence.items()}
-            states.append(state := self.core.step(self._base, state, part))
+        for number, met in enumerate(classes):
+            part = {name: t[number * batch : (number + 1) * batch] for name, t in evidence.items()}
+            states.append(state := self.core.step(self._base, self.core.met(state, met), part))
         return states
 
     # ---------------------------------------------------------------- answering
@@ -262,7 +263,9 @@ class IAIModel(LoraModel):
                 in training, which states the loss is taken under. Gradients are of the chunks' labels; see `adapt`.
 
         Returns:
-            transformers' output, `logits` (B, T, V) (episode: (B, Q, T, V)), `loss` over `labels[:, 1:]`.
+            transformers' output, `logits` (B, T, V) (episode: (B, Q, T, V)), `loss` over `labels[:, 1:]`. Of a linear
+            state `logits` (Q, C) (episode: (B, Q, C)), `loss` over `labels` (Q,) (episode: (B, Q)); chunks are
+            (B, K, n, T), `chunk_labels` (B, K, n), and without a state only `disable_adapter()` lets the base answer.
         """
         if chunk_input_ids is not None:
             if task_state is not None:
@@ -271,6 +274,8 @@ class IAIModel(LoraModel):
             return self._episode(input_ids, attention_mask, labels, *chunks)
         state = self._state_for(task_state)
         if state is None:
+            if not self._disabled:
+                self.core.check_answers_without_state()
             with self._predictor_lora():
                 kwargs |= {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
                 return self.model(**kwargs)
@@ -282,8 +287,8 @@ class IAIModel(LoraModel):
         return self._answer(state, input_ids, mask, labels, **kwargs)
 
     def _answer(self, state: TaskState, ids: Tensor, mask: Tensor, labels: Tensor | None, **kwargs):
-        with self._predictor_lora(), self.core.under(self._base, state) as prefix:
-            return self._base.answer(prefix, ids, mask, labels, **kwargs)
+        with self._predictor_lora():
+            return self.core.answer(self._base, state, ids, mask, labels, **kwargs)
 
     def _episode(self, ids, mask, labels, chunk_ids, chunk_mask, chunk_labels):  # (B, Q, T) and (B, K, C)
         self._refuse_when_disabled("an episode")

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import kl_div
 
-from .state import Identity, TaskState
+from .state import TaskState
 
-Chunks = tuple[Tensor, Tensor, Tensor]  # ids, mask and labels, (B, K, C) each
+# ids, mask and labels, (B, K, C) each; of a linear state (B, K, n, T) twice, and (B, K, n)
+Chunks = tuple[Tensor, Tensor, Tensor]
 KINDS = ("unrolled", "truncated", "greedy")
 SCORED = ("doubling", "last")
 
@@ -55,19 +56,19 @@ def episode_loss(
     objective: Objective,
     ids: Tensor,  # (B * Q, T)
     mask: Tensor,
-    labels: Tensor | None,
+    labels: Tensor | None,  # (B * Q, T), or (B * Q,) of a linear state
     chunk_ids: Tensor,  # (B, K, C)
     chunk_mask: Tensor,
     chunk_labels: Tensor,
 ):
     """transformers' output of the queries under the last state; its `loss` is the objective's."""
-    states = _states(model, objective, (chunk_ids, chunk_mask, chunk_labels))
+    states = _states(model, objective, (chunk_ids, chunk_mask, chunk_labels), labels)
     scored = len(states)
     outputs = model._answer(
         TaskState.stack(states),
         ids.repeat(scored, 1),
         mask.repeat(scored, 1),
-        None if labels is None else labels.repeat(scored, 1),
+        None if labels is None else torch.cat([labels] * scored),
     )
     outputs.logits = outputs.logits[-len(ids) :]
     if model.training and objective.kl_weight and labels is not None and chunk_ids.shape[1]:
@@ -76,11 +77,11 @@ def episode_loss(
     return outputs
 
 
-def _states(model, objective: Objective, chunks: Chunks) -> list[TaskState]:
+def _states(model, objective: Objective, chunks: Chunks, labels: Tensor | None) -> list[TaskState]:
     """The states to score, the last one last."""
     base, core = model._base, model.core
     batch, num_chunks = chunks[0].shape[:2]
-    start = core.initial_state(base, batch, Identity("", "in training"))
+    start = core.first_of_episode(base, batch, chunks[2], labels)
     if not model.training:
         return [_read_on(core, base, start, chunks)]
     if num_chunks == 0:

@@ -6,13 +6,16 @@ import torch
 from torch import Tensor, nn
 
 from .base import Base, positions_of, without_first
-from .compat import has_recurrent_layers, prepare_checkpointing
+from .compat import has_recurrent_layers, is_classifier, prepare_checkpointing
+from .encoder import Encoder
 
 LENGTHS = ("max_length", "min_length")  # of `generate`, prompt included
 
 
 def base_of(model: nn.Module) -> Base:
-    """The base that suits the model's layers."""
+    """The base that suits the model's layers, and its head."""
+    if is_classifier(model):
+        return Encoder(model)
     return RecurrentBase(model) if has_recurrent_layers(model.config) else Base(model)
 
 
@@ -25,6 +28,14 @@ class RecurrentBase(Base):
     """
 
     state_types = ("prompt", "lora")
+
+    def check_state_type(self, state_type: str) -> None:
+        if state_type == "prefix":
+            raise ValueError(
+                f"state_type='prefix' needs keys and values in every layer, which {self.config.model_type!r} does not "
+                "have: use state_type='prompt' or 'lora'"
+            )
+        super().check_state_type(state_type)
 
     def no_prefix(self, rows: int) -> Tensor:  # (B, 0, d)
         weight = self.model.get_input_embeddings().weight

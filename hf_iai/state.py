@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .heads import KEPT, followed_by
+from .label_names import Names, in_order, union, with_classes
 
 FORMAT = "hf_iai.task_state.v1"
 WEIGHTS, CONFIG = "task_state.safetensors", "config.json"
@@ -43,7 +44,8 @@ class TaskState:
         step: (B,) int64, chunks read.
         num_tokens: (B,) int64, tokens read.
         identity: the base and adapter that made it.
-        accumulation: how it came about: `"average"`, `"recent"`, `"gradients"` or `"both"`.
+        accumulation: how it came about: `"average"`, `"recent"`, `"gradients"`, `"both"`; `"sums"`: a linear state.
+        class_names: of a linear state the names of each task's classes; see `label_names`.
 
     Example:
         >>> import torch
@@ -59,6 +61,20 @@ class TaskState:
     num_tokens: Tensor  # (B,)
     identity: Identity
     accumulation: str
+    class_names: tuple[Names, ...] | None = None
+
+    @property
+    def label_names(self) -> Names:
+        """Of a linear state of one task: what the columns of its logits are called.
+
+        Raises:
+            ValueError: for a state without classes, or of several tasks.
+        """
+        if self.class_names is None:
+            raise ValueError("only a linear state has classes, which this is not")
+        if self.batch_size != 1:
+            raise ValueError(f"{self.batch_size} tasks have names of their own: use select(i).label_names")
+        return self.class_names[0]
 
     @property
     def batch_size(self) -> int:
@@ -96,7 +112,11 @@ class TaskState:
         if not -self.batch_size <= index < self.batch_size:
             raise IndexError(f"task {index} of a state of {self.batch_size} tasks")
         index %= self.batch_size
-        return self.map(lambda t: t[index : index + 1])
+        one = self.map(lambda t: t[index : index + 1])
+        if self.class_names is None:
+            return one
+        names = self.class_names[index]
+        return replace(one, tensors=with_classes(one.tensors, len(names)), class_names=(names,))
 
     @staticmethod
     def stack(states: Sequence["TaskState"]) -> "TaskState":
@@ -105,9 +125,14 @@ class TaskState:
         Raises:
             ValueError: for no state, or states of different adapters.
         """
-        first = _same_kind(states)
+        first, names = _same_kind(states), None
+        if first.class_names is not None:
+            names = tuple(own for s in states for own in s.class_names)
+            most = max(map(len, names))
+            states = [replace(s, tensors=with_classes(s.tensors, most)) for s in states]
         return replace(
             first,
+            class_names=names,
             tensors={name: torch.cat([s.tensors[name] for s in states]) for name in first.tensors},
             step=torch.cat([s.step for s in states]),
             num_tokens=torch.cat([s.num_tokens for s in states]),
@@ -125,18 +150,21 @@ class TaskState:
         rule are left out. Kept tokens age by what the states after theirs have read:
         with `num_kept_tokens` the states go from the earliest text to the latest.
 
+        The sums of linear states add up, class by class of the same name. Their learned corrections and weights of
+        examples depend on what had been read before: without them it equals reading in sequence.
+
         Raises:
             ValueError: for no state, different adapters or batches, or states of another accumulation than
-                `"average"`.
+                `"average"` and `"sums"`.
         """
         first = _same_kind(states)
-        if first.accumulation != "average":
-            raise ValueError(f"only states of accumulation 'average' merge, got {first.accumulation!r}")
+        if first.accumulation not in ("average", "sums"):
+            raise ValueError(f"only states of accumulation 'average' or 'sums' merge, got {first.accumulation!r}")
         if len({s.batch_size for s in states}) > 1:
             raise ValueError(f"states of different batches cannot be merged: {[s.batch_size for s in states]}")
-        merged = first
+        merged, merge_two = first, _merge_two if first.accumulation == "average" else _add_two
         for other in states[1:]:
-            merged = _merge_two(merged, other)
+            merged = merge_two(merged, other)
         return merged
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
@@ -152,6 +180,8 @@ class TaskState:
             "accumulation": self.accumulation,
             "tensors": {name: list(t.shape) for name, t in tensors.items()},
         }
+        if self.class_names is not None:
+            config["label_names"] = self.class_names
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
             save_file(tensors, Path(temporary, WEIGHTS), metadata={"format": FORMAT})
             Path(temporary, CONFIG).write_text(json.dumps(config, indent=1) + "\n")
@@ -220,7 +250,9 @@ class TaskState:
             if not torch.isfinite(tensor).all():
                 raise ValueError(f"tensor {name!r} in {folder / WEIGHTS} has values that are not finite")
         step, num_tokens = tensors.pop("step"), tensors.pop("num_tokens")
-        return cls(tensors, step, num_tokens, Identity(config["fingerprint"], config["name"]), config["accumulation"])
+        identity = Identity(config["fingerprint"], config["name"])
+        names = tuple(map(tuple, config["label_names"])) if "label_names" in config else None
+        return cls(tensors, step, num_tokens, identity, config["accumulation"], names)
 
 
 def _is_on_hub(name: str | os.PathLike) -> bool:
@@ -259,6 +291,19 @@ def _merge_two(a: TaskState, b: TaskState) -> TaskState:
         kept_a, kept_b = ({name: state.tensors[name] for name in KEPT} for state in (a, b))
         tensors |= followed_by(kept_a, kept_b, b.num_tokens)
     return replace(a, tensors=tensors, step=step, num_tokens=a.num_tokens + b.num_tokens)
+
+
+def _add_two(a: TaskState, b: TaskState) -> TaskState:
+    names, places_of_b = union(a.class_names, b.class_names)
+    most = max(map(len, names))
+    a_tensors, b_tensors = with_classes(a.tensors, most), in_order(b.tensors, places_of_b, most)
+    return replace(
+        a,
+        tensors={name: t + b_tensors[name] for name, t in a_tensors.items()},
+        step=a.step + b.step,
+        num_tokens=a.num_tokens + b.num_tokens,
+        class_names=names,
+    )
 
 
 def _times(tensor: Tensor, row: Tensor) -> Tensor:  # (B, ...), (B,)

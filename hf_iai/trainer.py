@@ -8,11 +8,17 @@ from pathlib import Path
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, Trainer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    Trainer,
+)
 from transformers.modelcard import extract_hyperparameters_from_trainer
 from transformers.trainer_utils import has_length
 
-from .data import EpisodeCollator
+from .data import EpisodeCollator, LabelledEpisodeCollator
 from .hub import CardFacts, Measurement, installed_versions, is_edited, model_card
 from .training_args import IAITrainingArguments
 
@@ -20,7 +26,7 @@ CURVE = re.compile(r"(.+)_loss_at_chunks_(\d+)")  # as `evaluate` logs it
 
 
 class IAITrainer(Trainer):
-    """Trains an IAI adapter on episodes, `{"support": [...], "query": [...]}`.
+    """Trains an IAI adapter on episodes, `{"support": [...], "query": [...]}`; rows with labels for linear states.
 
     Args:
         model: an IAI PeftModel, or a base model or its id together with `peft_config`.
@@ -29,7 +35,7 @@ class IAITrainer(Trainer):
         processing_class: the tokenizer; loaded with the model when the model is an id.
 
     Raises:
-        ValueError: when `peft_config` and `model` do not fit together, the tokenizer is missing, or
+        ValueError: when `peft_config` and `model` do not fit together, the tokenizer is missing, or `kl_weight` or
             `state_learning_rate` cannot be honoured.
 
     `evaluate` logs `eval_loss`, under all chunks, and `eval_loss_at_chunks_{n}`, under the n right before the query.
@@ -47,7 +53,9 @@ class IAITrainer(Trainer):
     ) -> None:
         if isinstance(model, str):
             processing_class = processing_class or AutoTokenizer.from_pretrained(model)
-            model = AutoModelForCausalLM.from_pretrained(model)
+            classifies = getattr(peft_config, "state_type", None) == "linear"
+            auto = AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
+            model = auto.from_pretrained(model)
         if peft_config is not None:
             if isinstance(model, PeftModel):
                 raise ValueError("peft_config was given, but the model is a PeftModel already: pass one of the two")
@@ -62,7 +70,13 @@ class IAITrainer(Trainer):
             raise ValueError("processing_class is missing: pass the base model's tokenizer")
         if args.state_learning_rate is not None and kwargs.get("optimizers", (None, None))[0] is not None:
             raise ValueError("state_learning_rate was given, but optimizers= brings its own rates: pass one of the two")
-        collator = EpisodeCollator(processing_class, args.chunk_size or model.max_chunk_size)
+        if model.active_peft_config.state_type == "linear" and (args.kl_weight or args.state_learning_rate):
+            raise ValueError(
+                f"a linear state has no teacher and no learned theta(0), got kl_weight={args.kl_weight} and "
+                f"state_learning_rate={args.state_learning_rate}: leave them out"
+            )
+        collate = LabelledEpisodeCollator if model.active_peft_config.state_type == "linear" else EpisodeCollator
+        collator = collate(processing_class, args.chunk_size or model.max_chunk_size)
         kwargs.setdefault("data_collator", collator)
         super().__init__(model=model, args=args, processing_class=processing_class, **kwargs)
         # Our loss is a mean over query tokens: Trainer must not rescale it by its own count of labels.
@@ -73,6 +87,10 @@ class IAITrainer(Trainer):
     @property
     def _iai(self):
         return self.accelerator.unwrap_model(self.model).base_model
+
+    @property
+    def _classifies(self) -> bool:
+        return self.accelerator.unwrap_model(self.model).active_peft_config.state_type == "linear"
 
     def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
         made_before = self.optimizer is not None
@@ -112,11 +130,11 @@ class IAITrainer(Trainer):
 
     @staticmethod
     def _halved(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        chunks, size = inputs["chunk_input_ids"].shape[1:]
+        rows, chunks, size = inputs["chunk_input_ids"].shape[:3]
         if size % 2:
             return inputs
-        split = {n: t.reshape(len(t), chunks * 2, size // 2) for n, t in inputs.items() if n.startswith("chunk_")}
-        return inputs | split
+        chunked = {name: t for name, t in inputs.items() if name.startswith("chunk_")}
+        return inputs | {name: t.reshape(rows, chunks * 2, size // 2, *t.shape[3:]) for name, t in chunked.items()}
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
@@ -130,13 +148,17 @@ class IAITrainer(Trainer):
 
     @torch.no_grad()
     def _loss_at_chunks(self, dataset) -> dict[int, float]:
-        """Mean loss of the queries' tokens after the n nearest chunks, for each n of `eval_chunks` that exists."""
+        """Mean loss of the queries' tokens after the n nearest chunks, for each n of `eval_chunks` that exists.
+
+        Of a linear state mean loss of the queries.
+        """
         self.model.eval()
         counts = self.args.eval_chunks
         sums = torch.zeros(len(counts), 2, device=self.args.device)  # loss and tokens
         for inputs in self.get_eval_dataloader(dataset):
             inputs = self._prepare_inputs(inputs)
-            tokens = (inputs["labels"][..., 1:] != -100).sum().float()
+            labels = inputs["labels"] if self._classifies else inputs["labels"][..., 1:]
+            tokens = (labels != -100).sum().float()
             for i, n in enumerate(counts):
                 if n <= inputs["chunk_input_ids"].shape[1]:
                     with self.compute_loss_context_manager():
@@ -209,6 +231,7 @@ class IAITrainer(Trainer):
                 rows,
                 data_name=f"the evaluation set `{name}` ({data})",
                 data_type=dataset_tags[0] if dataset_tags else name,
+                unit="nats per query" if self._classifies else "nats per token",
                 measured_by=f"`IAITrainer.evaluate` at step {step} of {self.state.max_steps}",
             )
             for name, (step, rows) in last.items()

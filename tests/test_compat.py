@@ -4,7 +4,7 @@ import inspect
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, PeftModelForSequenceClassification
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTuner
 from tiny import WINDOW, chunks, ids, make_base, make_model
@@ -27,6 +27,13 @@ def test_peft_still_has_what_we_override():
         assert hasattr(BaseTuner, name), f"PEFT moved BaseTuner.{name}: see hf_iai/model.py"
     layer = next(m for m in make_model().modules() if isinstance(m, LoraLayer))
     assert layer._disable_adapters is False, "PEFT moved LoraLayer._disable_adapters: see compat.lora_enabled"
+
+
+def test_peft_still_asks_for_the_classifier_where_we_undo_it():
+    source = inspect.getsource(PeftModelForSequenceClassification)
+    assert "peft_config.modules_to_save = classifier_module_names" in source, "see compat.leave_out_classifier"
+    config = make_model(signal="gradients", regime="parametric").get_model_status()  # no layer at all
+    assert (config.num_adapter_layers, config.enabled) == (0, True), "see compat.allow_no_layers"
 
 
 def test_transformers_still_has_what_we_set():

@@ -16,7 +16,10 @@ CAUSAL = {"task_type": "CAUSAL_LM"}
     [
         ({"regime": "implicit"}, "regime='implicit' is not available yet"),
         ({"regime": "magic"}, "regime must be one of .*'magic'"),
-        ({"state_type": "linear"}, "state_type='linear' is not available yet"),
+        ({"state_type": "linear"}, "'linear' and task_type='SEQ_CLS' need each other, .* task_type='CAUSAL_LM'"),
+        ({"task_type": "SEQ_CLS"}, "need each other, got state_type='prefix' and task_type='SEQ_CLS'"),
+        ({"pooling": "cls"}, "pooling='cls' needs state_type='linear', got 'prefix'"),
+        ({"task_type": "TOKEN_CLS"}, "task_type='TOKEN_CLS' is not available yet"),
         ({"state_type": "x"}, "state_type must be one of"),
         ({"signal": "magic"}, "signal must be one of"),
         ({"head": "sgd"}, r"signal='observations' has the heads \['gated'\], got head='sgd'"),

@@ -6,14 +6,17 @@ from .average import AverageCore
 from .both import BothCore
 from .core import Core
 from .gradient import GradientCore
+from .linear import LinearCore
 from .recent import RecentCore
 
-__all__ = ["AverageCore", "BothCore", "Core", "GradientCore", "RecentCore", "make_core"]
+__all__ = ["AverageCore", "BothCore", "Core", "GradientCore", "LinearCore", "RecentCore", "make_core"]
 
 
 def make_core(base: Base, config: IAIConfig) -> Core:
     """The core that the configuration asks for, on the base's device."""
-    if config.signal == "observations":
+    if config.state_type == "linear":
+        core = LinearCore
+    elif config.signal == "observations":
         core = {"average": AverageCore, "recent": RecentCore}[config.accumulation]
     else:
         core = {"gradients": GradientCore, "both": BothCore}[config.signal]

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from ..base import Base, Prefix
 from ..config import IAIConfig
+from ..label_names import Names
 from ..state import Identity, TaskState
-from ..states import HypernetworkState, LoraState, PrefixState, PromptState
+from ..states import HypernetworkState, LinearState, LoraState, PrefixState, PromptState
 
 
 class Core(nn.Module, ABC):
@@ -29,9 +30,7 @@ class Core(nn.Module, ABC):
     def __init__(self, base: Base, config: IAIConfig, *, reads: bool) -> None:
         super().__init__()
         self.config = config
-        token_ids = torch.randint(base.vocab_size, (config.num_state_tokens,))
-        token_ids = token_ids.to(base.model.get_input_embeddings().weight.device)
-        self.state = _state_type(base, config, token_ids, reads=reads)
+        self.state = _state_type(base, config, reads=reads)
 
     @property
     def kind(self) -> str:
@@ -44,6 +43,10 @@ class Core(nn.Module, ABC):
         zero = torch.zeros(batch_size, dtype=torch.long, device=next(iter(tensors.values())).device)
         return TaskState(tensors, zero, zero.clone(), identity, self.kind)
 
+    def first_of_episode(self, base: Base, batch_size: int, *labels: Tensor | None) -> TaskState:
+        """theta(0) in training; `labels` are those of the chunks and of the queries."""
+        return self.initial_state(base, batch_size, Identity("", "in training"))
+
     @abstractmethod
     def _initial(self, base: Base, batch_size: int) -> dict[str, Tensor]:
         """The tensors of theta(0)."""
@@ -52,6 +55,10 @@ class Core(nn.Module, ABC):
         """Evidence of a chunk that does not depend on the state; `mask` is part of it."""
         # What stands under the mask must not even route: experts compute all tokens that chose them in one batch.
         return {"ids": ids.masked_fill(mask == 0, 0), "mask": mask, "labels": labels.masked_fill(mask == 0, -100)}
+
+    def met(self, state: TaskState, names: tuple[Names, ...] | None) -> TaskState:
+        """The state with room for the classes of each task that have been met; there are none but of a linear state."""
+        return state
 
     def step(self, base: Base, state: TaskState, evidence: dict[str, Tensor]) -> TaskState:
         """theta(i+1) = h(theta(i), evidence). Rows that read no token keep their state bitwise."""
@@ -73,12 +80,24 @@ class Core(nn.Module, ABC):
         with self.state.under(base, self.corrected(base, state)) as prefix:
             yield prefix
 
+    def check_answers_without_state(self) -> None:
+        """Refuse where there is no answer without a state."""
+
+    def answer(self, base: Base, state: TaskState, ids: Tensor, mask: Tensor, labels: Tensor | None = None, **kwargs):
+        """transformers' own output for queries (N, T) under the state."""
+        with self.under(base, state) as prefix:
+            return base.answer(prefix, ids, mask, labels, **kwargs)
+
     def corrected(self, base: Base, state: TaskState) -> dict[str, Tensor]:
         """The state as a query sees it: all m slots, in the layout of the state type, after any learned correction."""
         return self.state.visible(base, state.tensors)
 
 
-def _state_type(base: Base, config: IAIConfig, token_ids: Tensor, *, reads: bool) -> nn.Module:  # (m,)
+def _state_type(base: Base, config: IAIConfig, *, reads: bool) -> nn.Module:
+    if config.state_type == "linear":
+        return LinearState(base.width)
+    token_ids = torch.randint(base.vocab_size, (config.num_state_tokens,))
+    token_ids = token_ids.to(base.model.get_input_embeddings().weight.device)
     if config.state_type == "prompt":
         return PromptState(base, token_ids, reads=reads)
     if config.state_type == "prefix":

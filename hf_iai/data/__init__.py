@@ -4,10 +4,12 @@ from .chunks import batch_chunks, chunk_examples, chunk_text
 from .collator import EpisodeCollator
 from .episodes import check_disjoint, episodes_from_documents, episodes_from_labels
 from .examples import Example, tokenize_example
+from .labelled import LabelledEpisodeCollator
 
 __all__ = [
     "EpisodeCollator",
     "Example",
+    "LabelledEpisodeCollator",
     "batch_chunks",
     "check_disjoint",
     "chunk_examples",

@@ -9,6 +9,7 @@ from torch.nn.functional import pad
 from transformers import PreTrainedTokenizerBase
 
 from .examples import NO_LOSS, Example, Tokens, text_ids, tokenize_example, with_end
+from .labelled import is_labelled, labelled_chunks, labelled_side_by_side
 
 Chunk = Mapping[str, torch.Tensor]
 
@@ -64,18 +65,25 @@ def chunk_examples(
     `{"prompt", "completion"}` or `{"text"}` of plain strings stands the tokenizer's end-of-sequence token, if it has
     one, as part of the completion.
 
+    Rows `{"text", "label"}`, with strings for labels, are examples for a linear state: each text stands by itself, with
+    the tokenizer's special tokens, cut at its `model_max_length`, and `chunk_size` counts examples. The first row
+    decides. For tokens of such texts leave the labels out.
+
     Args:
         examples: any iterable of examples (formats: `tokenize_example`), also an endless or a streaming one.
         tokenizer: adds no special tokens but those of its chat template and the end after a plain example.
-        chunk_size: tokens per chunk (C); the last chunk may be shorter. By default what `model` can read at once.
+        chunk_size: tokens per chunk (C), or labelled examples per chunk (n); the last chunk may be shorter. By default
+            what `model` can read at once; 20 examples where it has a linear state.
         model: an IAI model, asked for its `max_chunk_size` when `chunk_size` is None.
 
     Returns:
-        A generator of `{"input_ids", "attention_mask", "labels"}`, each a long tensor (1, C).
+        A generator of `{"input_ids", "attention_mask", "labels"}`, each a long tensor (1, C). Of labelled rows ids and
+        mask are (1, n, T), `labels` (1, n) are numbers, and `label_names` says of what: all labels met so far, in the
+        order in which they were met.
 
     Raises:
         ValueError: neither `chunk_size` nor `model` is given, `chunk_size` is below 1, `examples` is a single one, or
-            an example has no known format.
+            an example has no known format, or not that of the rows before.
 
     Example:
         >>> from transformers import ByT5Tokenizer
@@ -84,17 +92,32 @@ def chunk_examples(
         >>> first, second = chunk_examples(shots, ByT5Tokenizer(), chunk_size=8)
         >>> first["labels"].tolist(), second["labels"].tolist()
         ([[-100, -100, -100, -100, 53, 1, -100, -100]], [[-100, -100, 54, 1]])
+        >>> rows = [{"text": "hi", "label": "greeting"}, {"text": "why", "label": "question"}]
+        >>> (chunk,) = chunk_examples(rows, ByT5Tokenizer(), chunk_size=20)
+        >>> chunk["input_ids"].shape, chunk["labels"].tolist(), chunk["label_names"]
+        (torch.Size([1, 2, 4]), [[0, 1]], ('greeting', 'question'))
     """
     check_iterable("examples", examples)
-    tokens = (with_end(tokenize_example(example, tokenizer), example, tokenizer) for example in examples)
-    return _chunks(tokens, _chunk_size(chunk_size, model))
+    return _chunks_of_examples(iter(examples), tokenizer, _chunk_size(chunk_size, model))
+
+
+def _chunks_of_examples(
+    examples: Iterator[Example], tokenizer: PreTrainedTokenizerBase, chunk_size: int
+) -> Iterator[Chunk]:
+    first = list(islice(examples, 1))
+    examples = chain(first, examples)
+    if first and is_labelled(first[0]):
+        yield from labelled_chunks(examples, tokenizer, chunk_size)
+    else:
+        tokens = (with_end(tokenize_example(example, tokenizer), example, tokenizer) for example in examples)
+        yield from _chunks(tokens, chunk_size)
 
 
 def batch_chunks(streams: Iterable[Iterable[Chunk]], pad_token_id: int = 0) -> Iterator[Chunk]:
     """Read several streams of chunks side by side: chunk k of the batch holds chunk k of every stream.
 
-    Shorter chunks are padded on the right. A stream that has ended gives rows whose mask is all 0, which leave a
-    state as it is, until the last stream has ended.
+    Shorter chunks, of tokens or of labelled examples, are padded on the right. A stream that has ended gives rows whose
+    mask is all 0, which leave a state as it is, until the last stream has ended.
 
     Args:
         streams: one iterable of single-row chunks per task (B of them). Without `attention_mask` all tokens count;
@@ -103,10 +126,10 @@ def batch_chunks(streams: Iterable[Iterable[Chunk]], pad_token_id: int = 0) -> I
 
     Returns:
         A generator of `{"input_ids", "attention_mask", "labels"}`, each a long tensor (B, C), C the longest chunk of
-        that step.
+        that step. Of labelled examples (B, n, T) twice, and (B, n); `label_names` is a list of each task's names.
 
     Raises:
-        ValueError: no stream at all, or a chunk whose shape is not (1, C).
+        ValueError: no stream at all, or a chunk whose shape is not (1, C), or (1, n, T) of labelled examples.
 
     Example:
         >>> from transformers import ByT5Tokenizer
@@ -158,6 +181,9 @@ def _chunks(tokens: Iterable[Tokens], chunk_size: int) -> Iterator[Chunk]:
 
 def _side_by_side(iterators: list[Iterator[Chunk]], pad_token_id: int) -> Iterator[Chunk]:
     while any(rows := [next(iterator, None) for iterator in iterators]):
+        if any("label_names" in row for row in rows if row):
+            yield labelled_side_by_side(rows, pad_token_id)
+            continue
         rows = [row and _complete(row) for row in rows]
         width = max(row["input_ids"].shape[1] for row in rows if row)
         nothing = {key: value[:, :0] for key, value in next(row for row in rows if row).items()}

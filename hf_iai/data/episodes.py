@@ -108,7 +108,7 @@ def episodes_from_labels(
     num_episodes: int,
     seed: int = 0,
     label_names: Sequence[str] | Mapping[Any, str] | None = None,
-    template: str = "Input: {text}\nLabel:",
+    template: str | None = "Input: {text}\nLabel:",
 ) -> Dataset:
     """Draw few-shot classification tasks from a labelled set.
 
@@ -126,11 +126,12 @@ def episodes_from_labels(
         num_episodes: rows of the result.
         seed: of every draw.
         label_names: what is written for each label; by default the names of a `ClassLabel` column, else `str(label)`.
-        template: the prompt, with `{text}` in it. The completion is a space and the label's name.
+        template: the prompt, with `{text}` in it. The completion is a space and the label's name. None: examples
+            `{"text", "label"}`, for a linear state.
 
     Returns:
-        A dataset with columns `support` and `query` (examples `{"prompt", "completion"}`) and `group`, the episode's
-        number.
+        A dataset with columns `support` and `query` (examples `{"prompt", "completion"}`, or `{"text", "label"}`) and
+        `group`, the episode's number.
 
     Raises:
         ValueError: a number is below 1, a column or the name of a label is missing, the template has no `{text}`, or
@@ -146,7 +147,7 @@ def episodes_from_labels(
     check_iterable("rows", rows)
     check_at_least(1, num_classes=num_classes, num_support=num_support)
     check_at_least(1, num_queries=num_queries, num_episodes=num_episodes)
-    if "{text}" not in template:
+    if template is not None and "{text}" not in template:
         raise ValueError(f"template must contain {{text}}, got {template!r}")
     names = _class_names(rows, label_column) if label_names is None else label_names
     texts = _texts_by_name(rows, text_column, label_column, names)
@@ -165,12 +166,11 @@ def episodes_from_labels(
             support, query = _evenly(rng, drawn, num_support), _evenly(rng, drawn, num_queries)
             pools = {name: iter(rng.sample(rich[name], (support + query).count(name))) for name in drawn}
             support, query = (
-                [{"prompt": template.replace("{text}", next(pools[name])), "completion": f" {name}"} for name in part]
-                for part in (support, query)
+                [_labelled_example(next(pools[name]), name, template) for name in part] for part in (support, query)
             )
             yield {"support": support, "query": query, "group": str(number)}
 
-    return _dataset(rows_of_examples(), {"prompt": Value("string"), "completion": Value("string")})
+    return _dataset(rows_of_examples(), {name: Value("string") for name in _labelled_example("", "", template)})
 
 
 def check_disjoint(episode: Episode, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -248,6 +248,12 @@ def _texts_by_name(
             seen.add(content)
             texts.setdefault(str(label) if names is None else names[label], []).append(text)
     return texts
+
+
+def _labelled_example(text: str, name: str, template: str | None) -> dict[str, str]:
+    if template is None:
+        return {"text": text, "label": name}
+    return {"prompt": template.replace("{text}", text), "completion": f" {name}"}
 
 
 def _evenly(rng: random.Random, labels: list[str], count: int) -> list[str]:

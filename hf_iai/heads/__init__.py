@@ -2,6 +2,7 @@
 
 from .average import RunningAverage
 from .bound import bounded
+from .class_rows import ClassRows
 from .classical import SGD, MetaSGD, PathAware
 from .correction import Correction
 from .delta import WRITES, DeltaRule
@@ -14,6 +15,7 @@ __all__ = [
     "KEPT",
     "NEVER",
     "WRITES",
+    "ClassRows",
     "Correction",
     "SGD",
     "DeltaRule",

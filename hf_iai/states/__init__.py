@@ -1,8 +1,9 @@
 """What theta is, and how the base reads it."""
 
 from .hypernetwork import HypernetworkState
+from .linear import LinearState
 from .lora import LoraState
 from .prefix import PrefixState
 from .prompt import PromptState
 
-__all__ = ["HypernetworkState", "LoraState", "PrefixState", "PromptState"]
+__all__ = ["HypernetworkState", "LinearState", "LoraState", "PrefixState", "PromptState"]

@@ -1,0 +1,149 @@
+"""`ClassRows`: at the start it is the nearest class mean, and what it learns keeps to the rules of a state."""
+
+import pytest
+import torch
+
+from hf_iai.heads import ClassRows
+
+TASKS, CLASSES, WIDTH, CHUNK = 3, 5, 12, 8
+
+
+def stream(seed=0, tasks=TASKS, classes=CLASSES, num_chunks=3, spread=0.5):
+    """Unit features around a centre for each class, (B, N, d), and labels (B, N)."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(tasks, classes, WIDTH, generator=generator)
+    orders = [torch.randperm(num_chunks * CHUNK, generator=generator) for _ in range(tasks)]
+    labels = torch.stack(orders) % classes  # every class is there
+    features = centres.gather(1, labels.unsqueeze(-1).expand(-1, -1, WIDTH))
+    features = features + spread * torch.randn(features.shape, generator=generator)
+    return torch.nn.functional.normalize(features, dim=-1), labels
+
+
+def disturbed(scale=0.05) -> ClassRows:
+    """A head whose networks have a part in the rows."""
+    torch.manual_seed(1)
+    head = ClassRows()
+    with torch.no_grad():
+        for network in (head.of_task, head.of_class, head.of_example):
+            network[-1].weight.normal_(0, scale)
+            network[-1].bias.fill_(0.2)
+    return head
+
+
+def read(head, features, labels, classes=CLASSES, kept=None):
+    kept = kept or head.initial(len(features), classes, features.shape[-1])
+    for x, y in zip(features.split(CHUNK, 1), labels.split(CHUNK, 1), strict=True):
+        kept = head(kept, x, y)
+    return kept
+
+
+def logits(head, kept, queries):
+    rows, bias = head.rows(kept)
+    return queries @ rows.mT + bias.unsqueeze(1)
+
+
+def assert_close(one, other, atol=1e-5):
+    for name, tensor in one.items():
+        torch.testing.assert_close(tensor, other[name], atol=atol, rtol=1e-4, msg=name)
+
+
+def test_starts_as_the_nearest_class_mean():
+    head, (features, labels) = ClassRows(), stream()
+    rows, bias = head.rows(read(head, features, labels))
+    for task in range(TASKS):
+        for c in range(CLASSES):
+            mean = features[task, labels[task] == c].mean(0)
+            torch.testing.assert_close(rows[task, c] / 50, mean, atol=1e-6, rtol=0)
+            torch.testing.assert_close(bias[task, c] / 50, -mean.square().sum() / 2, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("make", [ClassRows, disturbed], ids=["start", "disturbed"])
+def test_a_batch_is_its_tasks(make):
+    head, (features, labels) = make(), stream()
+    together = read(head, features, labels)
+    for task in range(TASKS):
+        alone = read(head, features[task : task + 1], labels[task : task + 1])
+        assert_close(alone, {name: t[task : task + 1] for name, t in together.items()})
+
+
+def test_padding_changes_nothing():
+    head, (features, labels) = disturbed(), stream()
+    kept = read(head, features, labels)
+    nothing = head(kept, torch.full((TASKS, CHUNK, WIDTH), torch.nan), torch.full((TASKS, CHUNK), -100))
+    assert all(torch.equal(kept[name], nothing[name]) for name in kept)
+    x, y = features[:, :CHUNK], labels[:, :CHUNK]
+    some = y.clone()
+    some[1] = -100
+    mixed = head(kept, x, some)
+    assert all(torch.equal(kept[name][1], mixed[name][1]) for name in kept)
+    longer = head(kept, torch.nn.functional.pad(x, (0, 0, 0, 3)), torch.nn.functional.pad(y, (0, 3), value=-100))
+    assert_close(head(kept, x, y), longer)
+
+
+def test_order_matters_only_to_what_is_learned_of_examples():
+    features, labels = stream()
+    head = disturbed()
+    forward, backward = (read(head, f, y) for f, y in ((features, labels), (features.flip(1), labels.flip(1))))
+    assert not torch.allclose(forward["correction"], backward["correction"], atol=1e-3)
+    for parameter in head.of_example[-1].parameters():
+        torch.nn.init.zeros_(parameter)
+    forward, backward = (read(head, f, y) for f, y in ((features, labels), (features.flip(1), labels.flip(1))))
+    assert_close(forward, backward)
+    assert_close(forward, head(head.initial(TASKS, CLASSES, WIDTH), features, labels))
+
+
+def test_turning_the_features_turns_the_rows():
+    features, labels = stream()
+    turn = torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(3)))[0]
+    head = disturbed()
+    rows, bias = head.rows(read(head, features, labels))
+    turned, same = head.rows(read(head, features @ turn, labels))
+    torch.testing.assert_close(turned, rows @ turn, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(same, bias, atol=1e-3, rtol=1e-3)
+
+
+def test_rows_stay_in_the_span_of_what_was_read():
+    head, (features, labels) = disturbed(), stream()
+    features[..., WIDTH // 2 :] = 0
+    rows, _ = head.rows(read(head, features, labels))
+    assert rows[..., : WIDTH // 2].abs().max() > 1
+    assert not rows[..., WIDTH // 2 :].any()
+
+
+def test_classes_first_met_later():
+    head, (features, labels) = disturbed(), stream()
+    early = labels % 2
+    kept = read(head, features, early, classes=2)
+    with_room = head.grow(kept, CLASSES)
+    torch.testing.assert_close(
+        logits(head, with_room, features)[..., :2], logits(head, kept, features), atol=1e-4, rtol=1e-4
+    )
+    assert (head.rows(with_room)[1][:, 2:] == -1e4).all()
+    assert_close(with_room, read(head, features, early))
+    went_on = read(head, features, labels, kept=with_room)
+    assert logits(head, went_on, features).isfinite().all()
+    assert (logits(head, went_on, features).argmax(-1) >= 2).any()
+
+
+def test_nothing_read_is_no_opinion():
+    head = disturbed()
+    scores = logits(head, head.initial(1, CLASSES, WIDTH), torch.randn(1, 2, WIDTH))
+    torch.testing.assert_close(scores.softmax(-1), torch.full((1, 2, CLASSES), 1 / CLASSES))
+
+
+def test_every_parameter_learns():
+    torch.manual_seed(0)
+    head = ClassRows()
+    optimizer = torch.optim.Adam(head.parameters(), 1e-2)
+    before = {name: parameter.clone() for name, parameter in head.named_parameters()}
+    losses = []
+    for step in range(30):
+        features, labels = stream(seed=step, num_chunks=4, spread=1.0)
+        kept = read(head, features[:, :-CHUNK], labels[:, :-CHUNK])
+        scores = logits(head, kept, features[:, -CHUNK:])
+        losses.append(torch.nn.functional.cross_entropy(scores.flatten(0, 1), labels[:, -CHUNK:].flatten()))
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    assert all(not torch.equal(before[name], parameter) for name, parameter in head.named_parameters())
+    assert sum(losses[-5:]) < sum(losses[:5])
