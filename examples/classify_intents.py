@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
-import torch
 import typer
 
 from hf_iai.classify import accuracy, classify, load_reader, read_rows
+from hf_iai.evaluation.accuracy import text_features
 from hf_iai.evaluation.classifiers import logistic_regression
 from hf_iai.published import published_adapter
 
@@ -44,12 +44,11 @@ def main(
         print(f"logistic regression: accuracy {(found == wanted).mean():.4f}, {time.perf_counter() - started:.1f} s")
 
 
-@torch.no_grad()
 def features(model, tokenizer, texts: list[str], size: int = 64) -> np.ndarray:  # (N, d)
     found = []
     for first in range(0, len(texts), size):
         inputs = tokenizer(texts[first : first + size], padding=True, truncation=True, return_tensors="pt")
-        found.append(model.base_model.features(inputs["input_ids"], inputs["attention_mask"]).numpy())
+        found.append(text_features(model, inputs))
     return np.concatenate(found)
 
 

@@ -1,4 +1,4 @@
-"""Tasks of examples/meta_train_intents.py: labelled texts as features of a frozen sentence encoder, and what is asked.
+"""Tasks of examples/meta_train_intents.py: labelled texts as features of a frozen sentence encoder, and queries.
 
 A task is some labels of one corpus, a stream of examples of them, and as many queries of each. The two corpora, CLINC
 and HWU, are divided by topic rather than by label: both have weather and music, so that labels of another topic are
@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoModel, AutoTokenizer
+
+from hf_iai.evaluation.accuracy import text_features
 
 CHUNK, MOST_CHUNKS, QUERIES = 20, 20, 10  # examples in a chunk, chunks of a task, queries of each class
 FILES = {"clinc105": ("train", "val", "test"), "hwu64": ("train", "test")}
@@ -33,7 +34,7 @@ class Corpus(NamedTuple):
     """Labelled features of one corpus, and the topic of each label."""
 
     name: str
-    features: Tensor  # (N, d), unit length
+    features: Tensor  # (N, d), centred, unit length
     rows: dict[str, np.ndarray]  # label -> which of them
     topics: dict[str, str]  # label -> topic
 
@@ -54,21 +55,15 @@ class Tasks(NamedTuple):
 # ---------------------------------------------------------------- features
 
 
-@torch.no_grad()
-def embed(texts: list[str], encoder: Path, batch_size: int = 128) -> Tensor:  # (N, d)
-    """Mean of the last hidden states, at unit length."""
-    tokenizer, model = AutoTokenizer.from_pretrained(encoder), AutoModel.from_pretrained(encoder).eval()
+def embed(texts: list[str], model, tokenizer, batch_size: int = 128) -> Tensor:  # (N, d)
+    """As a model with a linear state sees them."""
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # texts of similar length waste no padding
-    features = torch.empty(len(texts), model.config.hidden_size)
+    features = []
     for start in tqdm(range(0, len(texts), batch_size), "embed"):
-        batch = order[start : start + batch_size]
-        inputs = tokenizer(
-            [texts[i] for i in batch], padding=True, truncation=True, max_length=128, return_tensors="pt"
-        )
-        mask = inputs["attention_mask"].unsqueeze(-1)
-        hidden = model(**inputs).last_hidden_state * mask
-        features[batch] = torch.nn.functional.normalize(hidden.sum(1) / mask.sum(1), dim=-1)
-    return features
+        batch = [texts[i] for i in order[start : start + batch_size]]
+        inputs = tokenizer(batch, padding=True, truncation=True, return_tensors="pt")
+        features.append(torch.from_numpy(text_features(model, inputs)))
+    return torch.cat(features)[torch.tensor(order).argsort()]
 
 
 def read_texts(data: Path) -> dict[str, list[dict]]:
@@ -84,7 +79,7 @@ def read_texts(data: Path) -> dict[str, list[dict]]:
     return {name: [e for t, e in rows.items() if len(found[t]) == 1] for name, rows in examples.items()}
 
 
-def load_corpora(data: Path, encoder: Path, cache: Path) -> list[Corpus]:
+def load_corpora(data: Path, cache: Path, model, tokenizer) -> list[Corpus]:
     """The features are kept in `cache`: embedding takes minutes."""
     topic_of = {domain: topic for topic, domains in TOPICS.items() for domain in domains.split()}
     corpora = []
@@ -92,7 +87,7 @@ def load_corpora(data: Path, encoder: Path, cache: Path) -> list[Corpus]:
         file = cache / f"{name}.npy"
         if not file.exists():
             cache.mkdir(parents=True, exist_ok=True)
-            np.save(file, embed([e["text"] for e in examples], encoder).numpy())
+            np.save(file, embed([e["text"] for e in examples], model, tokenizer).numpy())
         labels = np.array([e["label"] for e in examples])
         topics = {e["label"]: topic_of[e.get("domain") or e["label"].split("_")[0]] for e in examples}
         rows = {label: np.flatnonzero(labels == label) for label in topics}

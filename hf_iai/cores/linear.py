@@ -53,7 +53,7 @@ class LinearCore(Core):
             labels: (B, n), -100 for padding; an example without a token is padding too.
         """
         labels = labels.masked_fill(~mask.any(-1), -100)
-        features = self._features(base, ids.flatten(0, 1), mask.flatten(0, 1))
+        features = self.features(base, ids.flatten(0, 1), mask.flatten(0, 1))
         read = (mask != 0) & (labels >= 0).unsqueeze(-1)
         return {
             "features": features.unflatten(0, labels.shape),
@@ -90,14 +90,15 @@ class LinearCore(Core):
         `loss` is the mean cross-entropy of the queries whose class has an example in the state, 0 without such.
         """
         _check_arguments(kwargs)
-        features = self._features(base, ids, mask).unflatten(0, (state.batch_size, -1))  # (B, N / B, d)
+        features = self.features(base, ids, mask).unflatten(0, (state.batch_size, -1))  # (B, N / B, d)
         rows, bias = self.rows(state)
         with full_precision(ids):
             logits = (features @ rows.mT + bias.unsqueeze(1)).flatten(0, 1)
             loss = None if labels is None else _loss(logits, labels, state)
         return SequenceClassifierOutput(loss=loss, logits=logits)
 
-    def _features(self, base: Encoder, ids: Tensor, mask: Tensor) -> Tensor:  # (N, T) each -> (N, d)
+    def features(self, base: Encoder, ids: Tensor, mask: Tensor) -> Tensor:  # (N, T) each -> (N, d)
+        """What the state sees of texts."""
         trained = self.config.regime == "explicit"
         with base.lora(trained):
             return base.features(ids, mask, self.config.pooling, frozen=not trained)

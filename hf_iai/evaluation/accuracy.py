@@ -64,13 +64,13 @@ def _of_episode(
     """(method, count) -> whether each query was answered right; None names the model."""
     wanted = np.array([row["label"] for row in episode["query"]])
     query = _tokens([row["text"] for row in episode["query"]], tokenizer)
-    asked = _features(model, query) if baselines else None
+    asked = text_features(model, query) if baselines else None
     chunks = list(chunk_examples(episode["support"][: counts[-1] * chunk_size], tokenizer, chunk_size=chunk_size))
     features, labels = [], []
     for n, (chunk, state) in enumerate(zip(chunks, model.adapt_steps(chunks), strict=True), 1):
         if baselines:
             texts = {name: chunk[name][0] for name in ("input_ids", "attention_mask")}
-            features.append(_features(model, texts))
+            features.append(text_features(model, texts))
             labels.append(np.array(chunk["label_names"])[chunk["labels"][0]])
         if n not in counts:
             continue
@@ -82,8 +82,12 @@ def _of_episode(
             yield (name, n), names[CLASSIFIERS[name](np.concatenate(features), y, asked)] == wanted
 
 
-def _features(model, texts: dict[str, torch.Tensor]) -> np.ndarray:  # (N, T) each -> (N, d)
-    return model.base_model.features(texts["input_ids"], texts["attention_mask"]).cpu().numpy()
+def text_features(model, texts: dict[str, torch.Tensor]) -> np.ndarray:  # (N, T) each -> (N, d)
+    """What a model with a linear state sees of texts: `input_ids` and `attention_mask` (N, T)."""
+    tuner = model.base_model
+    ids, mask = (texts[name].to(tuner.model.device) for name in ("input_ids", "attention_mask"))
+    with torch.no_grad(), tuner._eval_mode():
+        return tuner.core.features(tuner._base, ids, mask).cpu().numpy()
 
 
 def _tokens(texts: list[str], tokenizer) -> dict[str, torch.Tensor]:  # (Q, T) each
