@@ -61,6 +61,16 @@ def test_the_curve_is_of_accuracy_and_starts_as_the_nearest_class_mean(tmp_path)
     assert set(json.loads((tmp_path / "curve.json").read_text())) == {"rows_from_token_0"}
 
 
+def test_lora_fine_tuning_is_a_baseline_and_leaves_the_model_as_it_is():
+    model = make_classifier()
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    episode = {"support": ROWS, "query": QUERY}
+    baselines = ["lora_fine_tuning"]
+    curve = evaluate_curve(model, [episode], (2,), baselines, tokenizer=TOKENIZER, chunk_size=12, show_progress=False)
+    assert curve.mean("lora_fine_tuning", 2)["mean"] > 0.5
+    assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
+
+
 def test_a_query_of_a_class_not_met_yet_counts_as_wrong():
     model = make_classifier()
     support = [row for row in ROWS if row["label"] in ("cat", "dog")]

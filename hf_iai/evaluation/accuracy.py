@@ -12,6 +12,10 @@ from tqdm.auto import tqdm
 from ..data import chunk_examples
 from .classifiers import CLASSIFIERS
 from .curve import Curve, Key
+from .fine_tuning import lora_fine_tuning
+
+FINE_TUNED = "lora_fine_tuning"
+KNOWN = (*CLASSIFIERS, FINE_TUNED)
 
 
 def accuracy_curve(
@@ -30,7 +34,8 @@ def accuracy_curve(
 
     At n is the state that read the first n chunks. The baselines (`nearest_class_mean`, `nearest_neighbours`,
     `logistic_regression`, `sgd_rows`, `adam_rows`; see `hf_iai.evaluation.classifiers`) are fitted to the features of
-    all examples in these chunks. A query whose class was not met yet is answered wrong, by all.
+    all examples in these chunks; `lora_fine_tuning` trains the encoder on their texts, anew for every count, for about
+    a minute. A query whose class was not met yet is answered wrong, by all.
 
     Args:
         episodes: rows `{"support": [{"text", "label"}...], "query": [...], optional "group": str}`.
@@ -64,22 +69,25 @@ def _of_episode(
     """(method, count) -> whether each query was answered right; None names the model."""
     wanted = np.array([row["label"] for row in episode["query"]])
     query = _tokens([row["text"] for row in episode["query"]], tokenizer)
-    asked = text_features(model, query) if baselines else None
-    chunks = list(chunk_examples(episode["support"][: counts[-1] * chunk_size], tokenizer, chunk_size=chunk_size))
-    features, labels = [], []
-    for n, (chunk, state) in enumerate(zip(chunks, model.adapt_steps(chunks), strict=True), 1):
-        if baselines:
-            texts = {name: chunk[name][0] for name in ("input_ids", "attention_mask")}
-            features.append(text_features(model, texts))
-            labels.append(np.array(chunk["label_names"])[chunk["labels"][0]])
+    rows = episode["support"][: counts[-1] * chunk_size]
+    fitted = [name for name in baselines if name in CLASSIFIERS]
+    seen = text_features(model, _tokens([row["text"] for row in rows], tokenizer)) if fitted else None
+    asked = text_features(model, query) if fitted else None
+    chunks = chunk_examples(rows, tokenizer, chunk_size=chunk_size)
+    for n, state in enumerate(model.adapt_steps(chunks), 1):
         if n not in counts:
             continue
         with torch.no_grad():
             best = model(**query, task_state=state).logits.argmax(-1)
         yield (None, n), np.array(state.label_names)[best.cpu()] == wanted
-        for name in baselines:
-            names, y = np.unique(np.concatenate(labels), return_inverse=True)
-            yield (name, n), names[CLASSIFIERS[name](np.concatenate(features), y, asked)] == wanted
+        read = rows[: n * chunk_size]
+        names, y = np.unique([row["label"] for row in read], return_inverse=True)
+        for name in fitted:
+            yield (name, n), names[CLASSIFIERS[name](seen[: len(read)], y, asked)] == wanted
+        if FINE_TUNED in baselines:
+            texts = _tokens([row["text"] for row in read], tokenizer)
+            answers, _ = lora_fine_tuning(model, texts, torch.from_numpy(y), query)
+            yield (FINE_TUNED, n), names[answers] == wanted
 
 
 def text_features(model, texts: dict[str, torch.Tensor]) -> np.ndarray:  # (N, T) each -> (N, d)
@@ -100,10 +108,10 @@ def _checked(num_chunks: Sequence[int], baselines: Sequence[str], method: str) -
     counts = sorted(set(num_chunks))
     if not counts or counts[0] < 1:
         raise ValueError(f"num_chunks of a linear state must be one or more counts of at least 1, got {counts}")
-    unknown = [name for name in baselines if name not in CLASSIFIERS]
+    unknown = [name for name in baselines if name not in KNOWN]
     if unknown:
-        raise ValueError(f"unknown baselines {unknown} of a linear state; use any of {list(CLASSIFIERS)}")
-    if method in CLASSIFIERS:
+        raise ValueError(f"unknown baselines {unknown} of a linear state; use any of {list(KNOWN)}")
+    if method in KNOWN:
         raise ValueError(f"method={method!r} is the name of a baseline: choose another")
     return counts
 

@@ -1,0 +1,134 @@
+"""What one more chunk costs as a stream of labelled texts grows, next to refitting logistic regression: growth.json.
+
+    python examples/benchmarks/growth.py --data FOLDER      # 10 minutes on one core; docs/growth.json, docs/growth.png
+
+FOLDER holds `clinc105`, whose 105 intents are read in a random order, 20 examples a chunk. Two things grow: the
+examples, 20 to 5000 of 20 intents and of 100, and the classes, 5 to 100 at 1000 examples. Times are processor time of
+one thread, the median of 5, without the encoder, which costs both sides the same and is measured apart: `seconds` to
+read the chunk and make the rows, `refit` to fit logistic regression (C = 10, without the cross-validation that would
+cost 13 fits) to all features so far. `bytes` is the state, `bytes_of_examples` the features that refitting keeps.
+"""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+from sklearn.linear_model import LogisticRegression
+from threadpoolctl import threadpool_limits
+from tqdm import tqdm
+
+from hf_iai.classify import load_reader
+from hf_iai.published import published_adapter
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from intent_tasks import CHUNK, load_corpora  # noqa: E402
+from provenance import provenance  # noqa: E402
+
+SIZES, CLASSES = (20, 100, 500, 1000, 2000, 5000), (5, 20, 50, 100)
+STREAMS = [(20, SIZES[:-1]), (100, SIZES), *((c, (1000,)) for c in CLASSES if c not in (20, 100))]
+REPETITIONS = 5
+OUTPUT = Path(__file__).parents[2] / "docs"
+
+
+def stream(corpus, num_classes: int, num_examples: int) -> tuple[torch.Tensor, torch.Tensor]:  # (S, d), (S,)
+    rng = np.random.default_rng(0)
+    labels = rng.permutation(sorted(corpus.rows))[:num_classes]
+    rows = np.concatenate([corpus.rows[label] for label in labels])
+    classes = np.repeat(np.arange(num_classes), [len(corpus.rows[label]) for label in labels])
+    # The first chunks hold every class if they can, so that the number of classes does not grow with the examples.
+    order = rng.permutation(len(rows))
+    first = [int(order[classes[order] == c][0]) for c in range(num_classes)]
+    order = np.array(first + [i for i in order if i not in set(first)])[:num_examples]
+    return corpus.features[rows[order]], torch.from_numpy(classes[order])
+
+
+def seconds(function) -> float:
+    found = []
+    for _ in range(REPETITIONS):
+        started = time.process_time()
+        function()
+        found.append(time.process_time() - started)
+    return float(np.median(found))
+
+
+@torch.no_grad()
+def rows_of_stream(head, corpus, num_classes: int, sizes: tuple[int, ...]) -> list[dict]:
+    x, y = stream(corpus, num_classes, max(sizes))
+    kept, rows = head.initial(1, num_classes, x.shape[1]), []
+    for start in tqdm(range(0, len(x), CHUNK), f"{num_classes} classes"):
+        before, part = kept, slice(start, start + CHUNK)
+        chunk = x[None, part], y[None, part]
+        kept = head(before, *chunk)
+        read = start + CHUNK
+        if read not in sizes:
+            continue
+        model = LogisticRegression(C=10.0, max_iter=1000)
+        rows.append(
+            {
+                "classes": num_classes,
+                "examples": read,
+                "seconds": seconds(lambda before=before, chunk=chunk: head.rows(head(before, *chunk))),
+                "refit": seconds(lambda model=model, read=read: model.fit(x[:read].numpy(), y[:read].numpy())),
+                "bytes": sum(t.numel() * t.element_size() for t in kept.values()),
+                "bytes_of_examples": read * x.shape[1] * 4,
+            }
+        )
+    return rows
+
+
+def encoder_seconds(model, tokenizer) -> float:
+    """To embed one chunk of 20 texts of 12 words."""
+    from hf_iai.evaluation.accuracy import text_features
+
+    inputs = tokenizer(["please tell me what the weather will be like in london tomorrow"] * CHUNK, return_tensors="pt")
+    return seconds(lambda: text_features(model, inputs))
+
+
+def draw(rows: list[dict], path: Path) -> None:
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for color, num_classes in enumerate((20, 100)):
+        own = [row for row in rows if row["classes"] == num_classes]
+        at = [row["examples"] for row in own]
+        axes.plot(at, [row["seconds"] for row in own], f"C{color}-o", label=f"one more chunk, {num_classes} classes")
+        axes.plot(at, [row["refit"] for row in own], f"C{color}--", label=f"logistic regression, {num_classes} classes")
+    axes.set(xscale="log", yscale="log", xlabel="examples read", ylabel="processor seconds, one thread")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path.with_suffix(".tmp"), format="png", dpi=110)
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def main(
+    data: Annotated[Path, typer.Option(help="Folder with clinc105.")],
+    adapter: str = "minilm-linear",
+    work: Path = Path("work/intents"),
+    output: Path = OUTPUT,
+) -> None:
+    torch.set_num_threads(1)
+    model, tokenizer = load_reader(published_adapter(adapter))
+    corpus = load_corpora(data, work, model, tokenizer)[0]
+    head = model.base_model.core.head
+    with threadpool_limits(1):
+        rows = [row for stream in STREAMS for row in rows_of_stream(head, corpus, *stream)]
+        report = {"encoder_seconds": encoder_seconds(model, tokenizer), "rows": rows, "recipe": provenance()}
+    table = Table(*rows[0])
+    for row in rows:
+        table.add_row(*(f"{value:.4f}" if isinstance(value, float) else str(value) for value in row.values()))
+    Console().print(table)
+    (output / "growth.tmp").write_text(json.dumps(report, indent=1) + "\n")
+    os.replace(output / "growth.tmp", output / "growth.json")
+    draw(rows, output / "growth.png")
+
+
+if __name__ == "__main__":
+    typer.run(main)
