@@ -283,6 +283,16 @@ def losses_of_reader(model, batches, counts) -> dict[int, np.ndarray]:  # n -> (
     return losses
 
 
+def row_of(state: str, seed: int, method: str, start: str, n: int, rate: float | None, losses: np.ndarray) -> dict:
+    row = {"state": state, "seed": seed, "method": method, "start": start, "num_updates": n, "rate": rate}
+    return row | {"loss": float(losses.mean()), "losses": losses.round(4).tolist()}
+
+
+def learned_rows(learned: PeftModel, state: str, seed: int, batches: list) -> list[dict]:
+    losses = losses_of_reader(learned, batches, (0, *COUNTS, 50, CYCLED))
+    return [row_of(state, seed, "learned_optimizer", "learned", n, None, values) for n, values in losses.items()]
+
+
 def rows_of_seed(
     work: Path, state: str, seed: int, batches: list, validation: dict, rates: dict[tuple[str, str], dict[int, float]]
 ) -> list[dict]:
@@ -291,15 +301,12 @@ def rows_of_seed(
         AutoPeftModelForCausalLM.from_pretrained(folder_of(work, state, head, seed) / "adapter").eval()
         for head in ("learned_optimizer", "meta_sgd")
     )
-    common, rows = {"state": state, "seed": seed}, []
+    rows = learned_rows(learned, state, seed, batches)
 
     def add(method: str, start: str, losses: dict[int, np.ndarray]) -> None:
-        for n, values in losses.items():
-            rate = rates.get((method, start), {}).get(n)
-            row = common | {"method": method, "start": start, "num_updates": n, "rate": rate}
-            rows.append(row | {"loss": float(values.mean()), "losses": values.round(4).tolist()})
+        chosen = rates.get((method, start), {})
+        rows.extend(row_of(state, seed, method, start, n, chosen.get(n), values) for n, values in losses.items())
 
-    add("learned_optimizer", "learned", losses_of_reader(learned, batches, (0, *COUNTS, 50, CYCLED)))
     add("meta_sgd", "own", losses_of_reader(meta, batches, (0, *COUNTS)))
     starts = {"learned": own_start(learned), "peft": peft_start(learned, state, seed)}
     for name, start in starts.items():
@@ -318,6 +325,7 @@ def evaluate(
     state: str = "prompt",
     num: int = 24,
     num_validation: int = 16,
+    keep_baselines: Annotated[bool, typer.Option(help="Measure the learned optimizer alone; others stay.")] = False,
     model: Model = None,
     data: Data = None,
     held_out: HeldOut = None,
@@ -332,6 +340,8 @@ def evaluate(
         for part, most in (("test", num), ("validation", num_validation))
     }
     batches = [collate(list(rows)) for rows in _groups(episodes["test"], 20)]
+    if keep_baselines:
+        return measure_learned_again(work, state, batches)
     validation = collate(list(episodes["validation"]))
     command = f"python examples/steps_to_quality.py evaluate --state {state} --num {num}"
     command += f" --model {Path(model).name} --data {data} --held-out {held_out}" if model else ""
@@ -344,6 +354,18 @@ def evaluate(
         path = work / f"{state}.json"
         path.with_suffix(".tmp").write_text(json.dumps(found) + "\n")
         path.with_suffix(".tmp").replace(path)
+
+
+def measure_learned_again(work: Path, state: str, batches: list) -> None:
+    path = work / f"{state}.json"
+    found = json.loads(path.read_text())
+    rows = [row for row in found["rows"] if row["method"] != "learned_optimizer"]
+    for seed in sorted({row["seed"] for row in rows}):
+        folder = folder_of(work, state, "learned_optimizer", seed) / "adapter"
+        rows += learned_rows(AutoPeftModelForCausalLM.from_pretrained(folder).eval(), state, seed, batches)
+    found["recipe"]["learned_optimizer_measured_at"] = provenance()["commit"]
+    path.with_suffix(".tmp").write_text(json.dumps(found | {"rows": rows}) + "\n")
+    path.with_suffix(".tmp").replace(path)
 
 
 @app.command()

@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -79,7 +79,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             raise ValueError(f"lr must be at least 0, got {lr}")
         if isinstance(params, nn.Module):
             params = [(name, p) for name, p in params.named_parameters() if p.requires_grad]
-        self.net = _load_net(weights, revision, token)
+        self.net, self.gradient_length = _load_net(weights, revision, token), 0.0
         super().__init__(params, {"lr": lr, "weight_decay": 0.0})
 
     def add_param_group(self, param_group: dict) -> None:
@@ -101,17 +101,34 @@ class LearnedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        moved = list(self._with_gradient())
+        scale = self._clipped([parameter.grad for _, parameter, _ in moved])
+        for name, parameter, lr in moved:
+            self._step(name, parameter, lr, scale)
+        return loss
+
+    def _with_gradient(self) -> Iterator[tuple[str, nn.Parameter, float]]:
+        """Name, parameter and rate."""
         for group in self.param_groups:
             names = group.get("param_names") or [""] * len(group["params"])
             for name, parameter in zip(names, group["params"], strict=True):
                 if parameter.grad is not None:
-                    self._step(name, parameter, group["lr"])
-        return loss
+                    if parameter.grad.is_sparse:
+                        raise ValueError(
+                            f"parameter {name!r} has a sparse gradient: make its embedding with sparse=False"
+                        )
+                    yield name, parameter, group["lr"]
 
-    def _step(self, name: str, parameter: nn.Parameter, lr: float) -> None:
-        if parameter.grad.is_sparse:
-            raise ValueError(f"parameter {name!r} has a sparse gradient: make its embedding with sparse=False")
+    def _clipped(self, gradients: list[Tensor]) -> float:
+        """What all gradients are multiplied with; see `heads.LearnedStep`."""
+        length = sum(gradient.float().square().sum().item() for gradient in gradients) ** 0.5
+        mean, length = (torch.tensor([x], dtype=torch.double) for x in (self.gradient_length, length))
+        scale, self.gradient_length = (x.item() for x in self.net.clipped(mean, length))
+        return scale
+
+    def _step(self, name: str, parameter: nn.Parameter, lr: float, scale: float) -> None:
         theta, gradient = (_as_task(t.detach()) for t in (parameter, parameter.grad))
+        gradient = gradient * scale
         net = self.net.to(theta.device)
         state = self.state[parameter]
         if not state:
@@ -130,10 +147,12 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict:
         net = {"weights": self.net.state_dict(), "initial_rate": self.net.initial_rate}
-        return super().state_dict() | {"net": net | {"learned_optimizer": self.net.settings.to_dict()}}
+        net |= {"learned_optimizer": self.net.settings.to_dict(), "gradient_length": self.gradient_length}
+        return super().state_dict() | {"net": net}
 
     def load_state_dict(self, state_dict: dict) -> None:
         self.net = _net(state_dict["net"]["weights"], state_dict["net"])
+        self.gradient_length = state_dict["net"]["gradient_length"]
         super().load_state_dict({name: value for name, value in state_dict.items() if name != "net"})
 
 

@@ -211,7 +211,7 @@ def test_untrained_learned_optimizer_is_sgd(state_type):
     learned, sgd = (gradient_model(head=head, **values).adapt(support) for head in ("learned_optimizer", "sgd"))
     assert max((learned.tensors[n] - t).abs().max() for n, t in sgd.tensors.items()) < 1e-6
     # With a power of 1 it is a preconditioned one: every coordinate by the root of its second moment.
-    model = gradient_model(head="learned_optimizer", **values)
+    model = gradient_model(head="learned_optimizer", learned_optimizer={"largest_surprise": 1e6}, **values)
     head = model.core.head
     with torch.no_grad():
         for power in head.power.values():

@@ -18,7 +18,8 @@ LORA = {"r": 2, "lora_alpha": 2, "target_modules": "all-linear"}
 # Constants unlike the defaults, with other numbers of averages and times.
 OTHER = {
     "momentum_decays": [0.2, 0.8], "second_decays": [0.5], "factored_decay": 0.7, "times": [2, 5], "hidden": 8,
-    "step_size": 0.05, "smallest_rms": 0.2, "most_log_magnitude": 1.0, "largest_precondition": 10.0, "log_scale": 5.0,
+    "step_size": 0.05, "smallest_rms": 0.2, "most_log_magnitude": 1.0, "largest_precondition": 10.0, "largest_surprise": 1.5,
+    "length_decay": 0.5, "log_scale": 5.0,
 }  # fmt: skip
 DECAYS = {"momentum_decays": [0.1, 0.7], "second_decays": [0.3], "factored_decay": 0.6}
 
@@ -78,6 +79,25 @@ def test_steps_are_those_of_the_states(weights, settings):
     assert all(not group.get("param_names") for group in other.param_groups)
 
 
+def test_a_surprising_gradient_is_clipped():
+    """Untrained, so that a step is a rate of 0.1 times the gradient: to 2.5 times the mean length of those before."""
+    step = LearnedStep({"a": "a", "b": "b"}, 0.1, LearnedStepSettings())
+    theta = {"a": torch.ones(2, 3, 4), "b": torch.ones(2, 5)[..., None]}
+    kept = step.initial(theta)
+    lengths = torch.tensor([[1.0, 2.0], [1.0, 2.0], [8.0, 3.0], [0.0, 0.0], [1.0, 2.0]])  # (steps, B)
+    moved = []
+    for count, length in enumerate(lengths):
+        unit = {name: torch.ones_like(t) / 17**0.5 for name, t in theta.items()}  # 17 coordinates
+        gradient = {name: t * length.view(-1, 1, 1) for name, t in unit.items()}
+        after, kept = step(theta, kept, gradient, torch.full((2,), count))
+        moved.append(torch.stack([(after[n] - theta[n]).flatten(1).square().sum(1) for n in theta]).sum(0).sqrt() / 0.1)
+    expected = lengths.clone()
+    expected[2, 0] = 2.5
+    torch.testing.assert_close(torch.stack(moved).detach(), expected, atol=1e-5, rtol=1e-5)
+    # Clipped ones count as they were taken, and none at all does not.
+    torch.testing.assert_close(kept["gradient_length"], torch.tensor([1 + 0.15 * 0.9, 2 + 0.1 * 0.9]))
+
+
 @pytest.mark.parametrize("name", OTHER)
 def test_every_setting_has_an_effect(name):
     usual = getattr(LearnedStepSettings(), name)
@@ -91,8 +111,8 @@ def test_every_setting_has_an_effect(name):
         generator = torch.Generator().manual_seed(5)
         theta = {"theta": 0.05 * torch.randn(1, 4, 32, generator=generator)}
         kept = step.initial(theta)
-        for count in range(3):
-            gradient = {"theta": torch.randn(1, 4, 32, generator=generator) ** 3}
+        for count in range(4):
+            gradient = {"theta": 3**count * torch.randn(1, 4, 32, generator=generator) ** 3}
             theta, kept = step(theta, kept, gradient, torch.tensor([count]))
         found.append(theta["theta"])
     assert (found[0] - found[1]).abs().max() > 1e-6

@@ -29,13 +29,17 @@ class LearnedStep(nn.Module):
     The last layer and p start at zero: then this is SGD. The network's part is as large as s rms(theta) at most,
     and nothing at all moves where the gradient is zero everywhere.
 
+    One guard comes before everything: a gradient that is longer than `largest_surprise` times the mean of those before,
+    over all tensors together, is scaled down to that. One step too long would put a low-rank update where all gradients
+    are large, and it would stay there.
+
     Args:
         kinds: name of each tensor -> its kind.
         rate: what every rate starts as.
         settings: decays, times and sizes; the weights mean nothing without them.
 
     What it keeps: `momentum_{name}` (B, M, ...), `second_{name}` (B, S, ...), `row_{name}` and `column_{name}`, the
-    means of the squared gradient over the last axis and over the last but one.
+    means of the squared gradient over the last axis and over the last but one; `gradient_length` (B,), the mean length.
 
     Source: features after Metz et al., arXiv 2203.11860; normed steps after CELO, arXiv 2501.12670.
     """
@@ -52,7 +56,8 @@ class LearnedStep(nn.Module):
 
     def initial(self, theta: Tensors) -> Tensors:
         """What is kept beside theta, before anything was read."""
-        kept, settings = {}, self.settings
+        first, settings = next(iter(theta.values())), self.settings
+        kept = {"gradient_length": first.new_zeros(len(first))}
         for name, t in theta.items():
             kept[f"momentum_{name}"] = t.new_zeros(len(t), len(settings.momentum_decays), *t.shape[1:])
             kept[f"second_{name}"] = t.new_zeros(len(t), len(settings.second_decays), *t.shape[1:])
@@ -63,12 +68,22 @@ class LearnedStep(nn.Module):
         return kept
 
     def forward(self, theta: Tensors, kept: Tensors, gradient: Tensors, step: Tensor) -> tuple[Tensors, Tensors]:
-        after, kept_after = {}, {}
+        length = torch.stack([g.detach().flatten(1).square().sum(1) for g in gradient.values()]).sum(0).sqrt()  # (B,)
+        scale, mean = self.clipped(kept["gradient_length"], length)
+        after, kept_after = {}, {"gradient_length": mean}
+        gradient = {name: g * scale.view(-1, *[1] * (g.dim() - 1)) for name, g in gradient.items()}
         for name, t in theta.items():
             averages = self.accumulated({kind: kept[f"{kind}_{name}"] for kind in KEPT_KINDS}, gradient[name])
             after[name] = self.stepped(self.kinds[name], t, averages, gradient[name], step)
             kept_after |= {f"{kind}_{name}": a for kind, a in averages.items()}
         return after, kept_after
+
+    def clipped(self, mean: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:  # (B,) each
+        """What a gradient of that length is multiplied with, and the mean length with it; zero does not count."""
+        most = torch.where(mean > 0, self.settings.largest_surprise * mean, length)
+        scale = torch.where(length > most, most / length, torch.ones_like(length))
+        after = torch.where(mean > 0, mean.lerp(length.minimum(most), 1 - self.settings.length_decay), length)
+        return scale, torch.where(length > 0, after, mean)
 
     def accumulated(self, averages: Tensors, gradient: Tensor) -> Tensors:
         """The running averages of one tensor after one more gradient (B, ...)."""

@@ -20,6 +20,8 @@ class LearnedStepSettings:
         smallest_rms: that unit, where theta is smaller.
         most_log_magnitude: of the network's second output.
         largest_precondition: the most that preconditioning makes of a coordinate, before the power.
+        largest_surprise, length_decay: a gradient is clipped to so many times the mean length of those before, and the
+            decay of that mean.
         log_scale: what learned logarithms and powers are multiplied with.
 
     Raises:
@@ -40,14 +42,18 @@ class LearnedStepSettings:
     smallest_rms: float = 0.1
     most_log_magnitude: float = 3.0
     largest_precondition: float = 1e3
+    largest_surprise: float = 2.5
+    length_decay: float = 0.9
     log_scale: float = LOG_SCALE
 
     def __post_init__(self) -> None:
         _check(self, ("momentum_decays", "second_decays"), "at least one decay from 0 to below 1", _are_decays)
-        _check(self, ("factored_decay",), "a decay from 0 to below 1", _is_decay)
+        for decay in ("factored_decay", "length_decay"):
+            _check(self, (decay,), "a decay from 0 to below 1", _is_decay)
         _check(self, ("times",), "at least one number above 0", lambda v: _is_sequence(v) and all(map(_is_positive, v)))
         _check(self, ("hidden",), "a whole number of at least 1", lambda v: type(v) is int and v >= 1)
-        positive = ("step_size", "smallest_rms", "most_log_magnitude", "largest_precondition", "log_scale")
+        positive = ("step_size", "smallest_rms", "most_log_magnitude", "largest_precondition", "largest_surprise")
+        positive = (*positive, "log_scale")
         _check(self, positive, "a number above 0", _is_positive)
 
     @classmethod
