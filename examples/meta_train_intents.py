@@ -28,6 +28,7 @@ from intent_tasks import (
     load_corpora,
     stack,
 )
+from matplotlib.figure import Figure
 from peft import get_peft_model
 from provenance import provenance
 from torch import Tensor, nn
@@ -207,6 +208,22 @@ def evaluate(
     (work / "report.json.tmp").write_text(json.dumps(report, indent=1) + "\n")
     (work / "report.json.tmp").replace(work / "report.json")
     print_table(rows)
+    draw(rows, work / "intents.png")
+
+
+def draw(rows: list[dict], path: Path) -> None:
+    figure = Figure(figsize=(10, 7.5), layout="constrained")
+    for axes, setting in zip(figure.subplots(2, 2).flat, SETTINGS, strict=True):
+        for color, method in enumerate(("iai", *CLASSIFIERS)):
+            cells = [r for r in rows if (r["setting"], r["method"]) == (setting, method)]
+            at, accuracy = ([cell[name] for cell in cells] for name in ("num_chunks", "accuracy"))
+            axes.plot(at, accuracy, f"C{color}" + ("-o" if method == "iai" else "--"), label=method)
+        axes.set(title=setting, xscale="log", xlabel=f"chunks read, {CHUNK} examples each", ylabel="accuracy, %")
+        axes.set_xticks(COUNTS, COUNTS)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
+    figure.savefig(path.with_suffix(".tmp"), format="png", dpi=100)
+    path.with_suffix(".tmp").replace(path)
 
 
 def accuracies(
