@@ -18,8 +18,8 @@ LORA = {"r": 2, "lora_alpha": 2, "target_modules": "all-linear"}
 # Constants unlike the defaults, with other numbers of averages and times.
 OTHER = {
     "momentum_decays": [0.2, 0.8], "second_decays": [0.5], "factored_decay": 0.7, "times": [2, 5], "hidden": 8,
-    "step_size": 0.05, "smallest_rms": 0.2, "most_log_magnitude": 1.0, "largest_precondition": 10.0, "largest_surprise": 1.5,
-    "length_decay": 0.5, "log_scale": 5.0,
+    "step_size": 0.05, "smallest_rms": 0.2, "most_log_magnitude": 1.0, "largest_precondition": 10.0,
+    "largest_surprise": 1.5, "length_decay": 0.5, "log_scale": 5.0,
 }  # fmt: skip
 DECAYS = {"momentum_decays": [0.1, 0.7], "second_decays": [0.3], "factored_decay": 0.6}
 
