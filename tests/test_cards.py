@@ -27,6 +27,8 @@ sys.path.append(str(ROOT / "examples"))
 import render_cards  # noqa: E402
 
 PUBLISHED = render_cards.published_names()
+# The encoder of the other lies on the Hub, which no test needs.
+ON_EMBEDDED = [name for name in PUBLISHED if name != "minilm-linear"]
 
 
 def card_of(folder: Path) -> ModelCard:
@@ -64,7 +66,9 @@ def test_published_card_says_what_was_measured(name):
             assert results.pop((curve["data_type"], metric, num_chunks)).metric_value == pytest.approx(mean, abs=5.1e-5)
             assert f" {mean:.3f} |" in card.text
     assert results == {}
-    assert card.data.license == "apache-2.0" and "## Citation" in card.text and "base_model" not in card.data.to_dict()
+    base = json.loads((ROOT / "adapters" / name / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert card.data.license == "apache-2.0" and "## Citation" in card.text
+    assert card.data.to_dict().get("base_model") == (None if base == EMBEDDED_NAME else base)
     assert recipe["train"] in card.text and f"`{recipe['evaluate']}`" in card.text
     assert all(f"- {limit}\n" in card.text for limit in recipe["limits"]) and len(recipe["limits"]) > 0
 
@@ -89,7 +93,7 @@ def test_published_card_shows_its_picture(name):
         assert (card.parent / picture).read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", ON_EMBEDDED)
 def test_published_example_runs(name, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     code = re.search(r"```python\n(.*?)```", (ROOT / "model_cards" / f"{name}.md").read_text(), re.DOTALL)[1]
