@@ -70,15 +70,14 @@ class LabelledInputs(Inputs):
 
     def labels(self, labels: Tensor, ids: Tensor, mask: Tensor) -> Tensor:  # (B, n), (B, n, T) -> (B, n)
         """Class numbers; -100 for an example without a token."""
-        if labels is None or labels.shape != mask.shape[:-1]:
+        examples = mask.shape[:-1]
+        if labels is None or labels.shape[: len(examples)] != examples or labels.dim() > mask.dim():
             found = None if labels is None else tuple(labels.shape)
+            raise ValueError(f"labels of texts {tuple(mask.shape)} must have shape {tuple(examples)}, got {found}")
+        if labels.is_floating_point() or labels.shape != examples:
             raise ValueError(
-                f"labels of texts {tuple(mask.shape)} must have shape {tuple(mask.shape[:-1])}, got {found}"
-            )
-        if labels.is_floating_point():
-            raise ValueError(
-                f"labels of classes must be integers, got {labels.dtype}: real targets need IAIConfig(likelihood="
-                "'gaussian')"
+                f"labels of classes must be integers {tuple(examples)}, got {tuple(labels.shape)} of {labels.dtype}: "
+                "real targets need IAIConfig(likelihood='gaussian')"
             )
         return labels.to(ids.device).masked_fill(~mask.any(-1), -100)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 Kept = dict[str, Tensor]
 OF_OUTPUTS = ("target", "cross", "square")  # the tensors (B, o, ...)
 PENALTY = 1e-3  # lambda before anything is learned, in units of the features' mean scatter tr(S) / d
-ROUNDING = 1e-6  # least lambda, in units of tr(M): what sums in float32 cannot tell from 0
+ROUNDING = 1e-10  # least lambda, in units of tr(M): below it, features that differ may be the same up to rounding
 MOST_LOG = 10.0  # of the learned factor of lambda, either way
 GAIN = 3.0  # of the network: what it gives has to move by units within a few hundred steps
 PROBES = (PENALTY, 0.1, 10.0)  # penalties, in the same unit, whose fits the network sees
@@ -25,18 +25,21 @@ class GaussianRows(nn.Module):
 
         W      = C (S + lambda I)^-1
         b      = mean(y) - W mean(x)
-        lambda = 0.001 exp(g) tr(S) / d + 0.000001 tr(M)
+        lambda = 0.001 exp(g) tr(S) / d + 1e-10 tr(M)
 
     which is the posterior mean under a Gaussian likelihood and a Gaussian prior of the rows. g, at most 10 either way,
     is given by a small network that sees logarithms of n, d and n / d, the effective rank of S, and of the fits with
     three fixed penalties the share of variance they explain and that they would leave unexplained in new examples
     (generalised cross-validation). It ends in zeros: then g = 0, streaming ridge regression, which is nearly least
-    squares where n is above d. The last term is what sums in float32 resolve; it keeps the factor of S + lambda I
-    finite.
+    squares where n is above d. The last term keeps S + lambda I regular where no feature varies.
 
     Every input of the network is invariant to rotations and units of the features and to units of the targets, so that
     predictions scale as the targets do. The order of examples has no part in the state, and sums of two states are the
     state that read both. Reading a chunk costs n d (d + o); rows take an eigendecomposition and a Cholesky factor of S.
+
+    Sums are float64: with fewer examples than features, the rounding of float32 sums would stand out against
+    so small a lambda, in predictions by 0.001 of the targets' spread, or by 0.01 where the features' mean is three
+    times theirs.
 
     Args:
         hidden: width of the network's hidden layer.
@@ -63,7 +66,7 @@ class GaussianRows(nn.Module):
 
     @staticmethod
     def initial(num_tasks: int, num_outputs: int, width: int, device=None) -> Kept:
-        """Nothing read: all 0.
+        """Nothing read: all 0, in float64.
 
         `count` (B,), `total` (B, d), `moment` (B, d, d), `target` and `square` (B, o), `cross` (B, o, d).
         """
@@ -75,7 +78,9 @@ class GaussianRows(nn.Module):
             "cross": (num_outputs, width),
             "square": (num_outputs,),
         }
-        return {name: torch.zeros(num_tasks, *shape, device=device) for name, shape in shapes.items()}
+        return {
+            name: torch.zeros(num_tasks, *shape, dtype=torch.float64, device=device) for name, shape in shapes.items()
+        }
 
     def forward(
         self,
@@ -86,7 +91,7 @@ class GaussianRows(nn.Module):
     ) -> Kept:
         """Read a chunk."""
         padding = (real == 0).unsqueeze(-1)
-        x, y = (t.float().masked_fill(padding, 0.0) for t in (features, targets))
+        x, y = (t.double().masked_fill(padding, 0.0) for t in (features, targets))
         return {
             "count": kept["count"] + (real != 0).sum(1),
             "total": kept["total"] + x.sum(1),
@@ -97,19 +102,20 @@ class GaussianRows(nn.Module):
         }
 
     def rows(self, kept: Kept) -> tuple[Tensor, Tensor]:
-        """W (B, o, d) and b (B, o); 0 of a task that read nothing, and W = 0 after one example."""
+        """W (B, o, d) and b (B, o) in float32; 0 of a task that read nothing, and W = 0 after one example."""
         scatter, cross = _centred(kept)
         number = kept["count"].clamp_min(1).unsqueeze(-1)  # (B, 1)
-        eye = torch.eye(scatter.shape[-1], device=scatter.device)
+        eye = torch.eye(scatter.shape[-1], dtype=scatter.dtype, device=scatter.device)
         factor = torch.linalg.cholesky(scatter + self.penalty(kept).view(-1, 1, 1) * eye)
         rows = torch.cholesky_solve(cross.mT, factor).mT
-        return rows, (kept["target"] - (rows @ kept["total"].unsqueeze(-1)).squeeze(-1)) / number
+        bias = (kept["target"] - (rows @ kept["total"].unsqueeze(-1)).squeeze(-1)) / number
+        return rows.float(), bias.float()
 
     def penalty(self, kept: Kept) -> Tensor:
         """lambda (B,)."""
         scatter, _ = _centred(kept)
         learned = MOST_LOG * torch.tanh(GAIN / MOST_LOG * self.of_task(_of_task(kept))).squeeze(-1)
-        return _penalty(kept, scatter, PENALTY * learned.exp())
+        return _penalty(kept, scatter, PENALTY * learned.double().exp())
 
 
 def with_outputs(kept: Kept, num_outputs: int) -> Kept:
@@ -167,4 +173,4 @@ def _of_task(kept: Kept) -> Tensor:  # (B, 4 + 2 probes)
         free = 1 - (1 + (values / raised).sum(-1, keepdim=True)) / number.clamp_min(1).unsqueeze(-1)
         left = (share / free.clamp_min(0.05).square()).clamp_min(1e-3).log()
         seen += [t.sum(-1) / max(1, num_outputs) for t in (1 - share, left)]
-    return torch.stack(seen, -1)
+    return torch.stack(seen, -1).float()
