@@ -46,8 +46,8 @@ class Inputs:
         """What is read, `input_ids` or `inputs_embeds`, and its mask, which is 1 by default."""
         if ids is None or vectors is not None:
             raise ValueError(
-                "chunks and queries need input_ids (B, T); inputs_embeds cannot be used with state_type="
-                f"{self.config.state_type!r}"
+                f"state_type={self.config.state_type!r} needs input_ids (B, T) of chunks and queries; inputs_embeds "
+                "cannot be used with it"
             )
         return ids, torch.ones_like(ids) if mask is None else mask
 
