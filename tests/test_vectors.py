@@ -190,6 +190,7 @@ def test_inputs_that_cannot_work(tmp_path):
         (lambda: export_classifier(model, state, tmp_path / "x"), "likelihood 'softmax'"),
         (lambda: IAIConfig(task_type="CAUSAL_LM", likelihood="gaussian"), "likelihood='gaussian' needs state_type="),
         (lambda: state.label_names, "likelihood 'softmax' has classes"),
+        (lambda: list(batch_chunks([[one], [classes]])), "must hold the same, .*: read texts and vectors apart"),
         (lambda: chunk_vectors(X, ["a"]), r"got shape \(60, 12\) and 1 labels"),
         (lambda: chunk_vectors(X[:2], ["a", 0.5]), "labels must be classes .* got both: 'a' and 0.5"),
         (lambda: VectorEpisodeCollator(2)([{"support": [], "query": [{"text": "a"}]}]), "needs a vector and a label"),

@@ -49,6 +49,8 @@ def labelled_chunks(
 def labelled_side_by_side(rows: Sequence[Chunk | None], pad_token_id: int) -> Chunk:
     """Chunks of one task each as one of B; None stands for a task that has ended."""
     there = [row for row in rows if row is not None]
+    if len(kinds := {tuple(sorted(row)) for row in there}) > 1:
+        raise ValueError(f"chunks side by side must hold the same, got {sorted(kinds)}: read texts and vectors apart")
     names = [() if row is None else tuple(row.get("label_names", ())) for row in rows]
     batch = {"label_names": names} if "label_names" in there[0] else {}  # there are none of real targets
     for key in there[0].keys() - {"label_names"}:
