@@ -5,9 +5,11 @@ from .config import IAIConfig
 from .data import (
     EpisodeCollator,
     LabelledEpisodeCollator,
+    VectorEpisodeCollator,
     batch_chunks,
     chunk_examples,
     chunk_text,
+    chunk_vectors,
     episodes_from_documents,
     episodes_from_labels,
 )
@@ -37,9 +39,11 @@ __all__ = [
     "LabelledEpisodeCollator",
     "LearnedOptimizer",
     "TaskState",
+    "VectorEpisodeCollator",
     "batch_chunks",
     "chunk_examples",
     "chunk_text",
+    "chunk_vectors",
     "embedded_base",
     "episodes_from_documents",
     "episodes_from_labels",

@@ -17,6 +17,7 @@ AVAILABLE = {
     "accumulation": (("average", "recent"), ()),
     "task_type": (("CAUSAL_LM", "SEQ_CLS"), ("TOKEN_CLS", "FEATURE_EXTRACTION", "SEQ_2_SEQ_LM")),
     "pooling": (("mean", "cls"), ()),
+    "likelihood": (("softmax", "gaussian"), ()),
 }
 # The heads of each signal; the first is the default.
 HEADS = {
@@ -71,6 +72,9 @@ class IAIConfig(LoraConfig):
         pin_bos: keep a begin-of-sequence token in slot 0, for bases that need an attention sink (`"recent"` only).
         pooling: how the last hidden states of a text become one vector, of a linear state: `"mean"` over its tokens, or
             its first token's, `"cls"`.
+        likelihood: of a linear state. `"softmax"`: targets are classes; features are centred and of unit length.
+            `"gaussian"`: targets are real vectors, and the state a linear regression (`cores.GaussianCore`); features
+            are the pooled vector as it is, since a regression needs its scale.
 
     Raises:
         ValueError: for an unknown value, one that is not available yet, or a combination that cannot work.
@@ -110,6 +114,7 @@ class IAIConfig(LoraConfig):
     delta_rule: bool = field(default=False, metadata={"help": "what a token replaces is taken out of the average"})
     pin_bos: bool = field(default=False, metadata={"help": "keep a BOS token in slot 0 (recent only)"})
     pooling: str = field(default="mean", metadata={"help": "hidden states to one vector (linear only): mean or cls"})
+    likelihood: str = field(default="softmax", metadata={"help": "of a linear state's targets: softmax or gaussian"})
 
     def __post_init__(self) -> None:
         if self.regime is None:
@@ -150,10 +155,9 @@ class IAIConfig(LoraConfig):
     def _check_slots(self) -> None:
         """Of a state that is read in slots, or behind them."""
         self.num_state_tokens = 16 if self.num_state_tokens is None else self.num_state_tokens
-        if self.pooling != "mean":
-            raise ValueError(
-                f"pooling={self.pooling!r} needs state_type='linear', got {self.state_type!r}: leave it out"
-            )
+        for name, default in (("pooling", "mean"), ("likelihood", "softmax")):
+            if (given := getattr(self, name)) != default:
+                raise ValueError(f"{name}={given!r} needs state_type='linear', got {self.state_type!r}: leave it out")
         self._check_gradients()
         if self.state_r < 1:
             raise ValueError(f"state_r must be at least 1, got {self.state_r}")

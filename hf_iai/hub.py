@@ -18,7 +18,7 @@ from .embedded import EMBEDDED_NAME
 from .published import data_folder
 
 TAGS = ("hf_iai", "iterative-amortized-inference", "arxiv:2510.11471")
-TASK, LINEAR_TASK = "text-generation", "text-classification"
+TASK, LINEAR_TASK, REGRESSION_TASK = "text-generation", "text-classification", "tabular-regression"
 RENDERED = "<!-- Rendered by hf_iai; rendered again when the configuration changes: delete this line to keep edits. -->"
 WEIGHTS = "- Weights: {}"
 PLACEHOLDER = "# Model Card for Model ID"  # the title that PEFT and transformers give to a card that nobody wrote
@@ -171,7 +171,8 @@ def model_card(config: IAIConfig, facts: CardFacts) -> ModelCard:
     Source: https://huggingface.co/docs/hub/model-cards
     """
     linear = config.state_type == "linear"
-    task = LINEAR_TASK if linear else TASK
+    regression = config.likelihood == "gaussian"
+    task = REGRESSION_TASK if regression else LINEAR_TASK if linear else TASK
     results = [result for measurement in facts.measurements for result in measurement.eval_results(task)]
     data = ModelCardData(
         library_name="peft",
@@ -194,6 +195,7 @@ def model_card(config: IAIConfig, facts: CardFacts) -> ModelCard:
         chunking=f"chunk_size={facts.chunk_size}" if facts.chunk_size else "model=model",
         rendered=RENDERED,
         linear=linear,
+        regression=regression,
     )
 
 
@@ -230,11 +232,12 @@ def is_edited(path: Path) -> bool:
 def describe(config: IAIConfig) -> str:
     """The adapter's configuration as a markdown list."""
     if config.state_type == "linear":
+        rows = {"softmax": "classifier", "gaussian": "regression"}
         embeds = {"explicit": "encoder and LoRA embed examples and queries", "parametric": "the encoder is frozen"}
         lines = [
             f"Base: {base_in_words(config)}",
             f"Regime: {config.regime} ({embeds[config.regime]})",
-            f"State: linear, the rows of a classifier; pooling: {config.pooling}",
+            f"State: linear, the rows of a {rows[config.likelihood]}; pooling: {config.pooling}",
         ]
         return "\n".join(f"- {line}" for line in lines)
     answers = {"explicit": "base and LoRA answer a query", "parametric": "the bare base answers a query"}

@@ -42,14 +42,21 @@ class Inputs:
             raise ValueError(f"{kind!r} has no window that a chunk could fill: pass chunk_size")
         return self.base.window - self.slots_around
 
+    def tokens(self, ids: Tensor | None, vectors: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What is read, `input_ids` or `inputs_embeds`, and its mask, which is 1 by default."""
+        if ids is None or vectors is not None:
+            raise ValueError(
+                f"state_type={self.config.state_type!r} needs input_ids (B, T) of chunks and queries; inputs_embeds "
+                "cannot be used with it"
+            )
+        return ids, torch.ones_like(ids) if mask is None else mask
+
     def chunk(self, chunk: Chunk) -> tuple[Tensor, Tensor, Tensor]:
         """ids, mask and labels (B, C) of a chunk that fits, on the base's device, without columns that are padding."""
-        ids = chunk["input_ids"].to(self.base.model.device)
+        ids, mask = self._on_device(chunk)
         if ids.dim() != 2:
             labelled = "; labelled examples are for a linear state" if ids.dim() == 3 else ""
             raise ValueError(f"a chunk's input_ids must be (batch, chunk), got shape {tuple(ids.shape)}{labelled}")
-        mask = chunk.get("attention_mask")
-        mask = torch.ones_like(ids) if mask is None else mask.to(ids.device, torch.long)
         labels = self.labels(chunk.get("labels"), ids, mask)
         columns = mask.any(0).nonzero().flatten()
         if len(columns):
@@ -57,6 +64,11 @@ class Inputs:
         self._check_ids(ids)
         self._check_chunk_length(ids.shape[1])
         return ids, mask, labels
+
+    def _on_device(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
+        given = (chunk.get(name) for name in ("input_ids", "inputs_embeds", "attention_mask"))
+        ids, mask = self.tokens(*(None if t is None else t.to(self.base.model.device) for t in given))
+        return ids, mask.long()
 
     def matched(self, group: list[tuple[Tensor, ...]], state: TaskState) -> tuple[list[tuple[Tensor, ...]], list]:
         """The chunks as the state numbers their classes, and the classes met after each: here there are none."""

@@ -14,6 +14,7 @@ from .base import Base
 from .compat import READ_BY_WEIGHT, default_target_modules, read_by_weight
 from .config import IAIConfig
 from .cores import Core, make_core
+from .gaussian_inputs import GaussianInputs
 from .identity import fingerprint
 from .inputs import Chunk, Inputs, batched
 from .labelled_inputs import LabelledInputs
@@ -142,7 +143,8 @@ class IAIModel(LoraModel):
 
     @property
     def _inputs(self) -> Inputs:
-        kind = LabelledInputs if self._config.state_type == "linear" else Inputs
+        labelled = {"softmax": LabelledInputs, "gaussian": GaussianInputs}[self._config.likelihood]
+        kind = labelled if self._config.state_type == "linear" else Inputs
         return kind(self._base, self._config, self.core.state.num_slots_in_front)
 
     @property
@@ -190,8 +192,9 @@ class IAIModel(LoraModel):
         Args:
             chunks: a finite iterable of mappings with `input_ids` (B, C) and optionally `attention_mask` and `labels`
                 (B, C). Gradients are of the labels' loss, -100 for none; default: all tokens where the mask is 1.
-                Of a linear state ids and mask (B, n, T) of n examples, `labels` (B, n), -100 for padding, and
-                optionally `label_names`, what the labels' numbers mean: matched by name to the state's classes.
+                Of a linear state ids and mask (B, n, T) of n examples, or `inputs_embeds` (B, n, d) and mask (B, n),
+                `labels` (B, n), -100 for padding, and optionally `label_names`, what the labels' numbers mean: matched
+                by name to the state's classes. Of a regression floating `labels` (B, n) or (B, n, o).
             state: where to go on; theta(0) by default.
             show_progress: a progress bar, one tick per chunk.
             on_step: called with the state after every chunk.
@@ -252,6 +255,8 @@ class IAIModel(LoraModel):
         chunk_input_ids: Tensor | None = None,
         chunk_attention_mask: Tensor | None = None,
         chunk_labels: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        chunk_inputs_embeds: Tensor | None = None,
         **kwargs,
     ):
         """Answer queries under a state, or go through a whole episode.
@@ -261,30 +266,32 @@ class IAIModel(LoraModel):
             task_state: of B tasks, or of one for all queries. None: the predictor with no slots at all.
             chunk_input_ids, chunk_attention_mask, chunk_labels: the episode's chunks (B, K, C); the objective decides,
                 in training, which states the loss is taken under. Gradients are of the chunks' labels; see `adapt`.
+            inputs_embeds, chunk_inputs_embeds: vectors (Q, d), in an episode (B, Q, d) and (B, K, n, d), in place of
+                ids under a linear state.
 
         Returns:
             transformers' output, `logits` (B, T, V) (episode: (B, Q, T, V)), `loss` over `labels[:, 1:]`. Of a linear
             state `logits` (Q, C) (episode: (B, Q, C)), `loss` over `labels` (Q,) (episode: (B, Q)); chunks are
             (B, K, n, T), `chunk_labels` (B, K, n), and without a state only `disable_adapter()` lets the base answer.
+            Of a regression `logits` (Q, o) are means, `labels` (Q,) or (Q, o), `loss` half the mean squared error.
         """
-        if chunk_input_ids is not None:
+        if chunk_input_ids is not None or chunk_inputs_embeds is not None:
             if task_state is not None:
                 raise ValueError("an episode makes its own states: pass chunk_input_ids or task_state, not both")
-            chunks = (chunk_input_ids, chunk_attention_mask, chunk_labels)
-            return self._episode(input_ids, attention_mask, labels, *chunks)
+            chunks = self._inputs.tokens(chunk_input_ids, chunk_inputs_embeds, chunk_attention_mask)
+            queries = self._inputs.tokens(input_ids, inputs_embeds, attention_mask)
+            return self._episode(*queries, labels, *chunks, chunk_labels)
         state = self._state_for(task_state)
         if state is None:
             if not self._disabled:
                 self.core.check_answers_without_state()
             with self._predictor_lora():
-                kwargs |= {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
-                return self.model(**kwargs)
-        if input_ids is None or kwargs.pop("inputs_embeds", None) is not None:
-            raise ValueError("forward under a state needs input_ids (B, T); inputs_embeds cannot be used with it")
-        self._check_query(state, input_ids)
+                kwargs |= {"attention_mask": attention_mask, "labels": labels}
+                return self.model(input_ids=input_ids, inputs_embeds=inputs_embeds, **kwargs)
+        ids, mask = self._inputs.tokens(input_ids, inputs_embeds, attention_mask)
+        self._inputs.check_query(ids, state.batch_size)
         kwargs = {name: value for name, value in kwargs.items() if name not in OWN_ARGUMENTS}
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        return self._answer(state, input_ids, mask, labels, **kwargs)
+        return self._answer(state, ids, mask, labels, **kwargs)
 
     def _answer(self, state: TaskState, ids: Tensor, mask: Tensor, labels: Tensor | None, **kwargs):
         with self._predictor_lora():
@@ -293,9 +300,7 @@ class IAIModel(LoraModel):
     def _episode(self, ids, mask, labels, chunk_ids, chunk_mask, chunk_labels):  # (B, Q, T) and (B, K, C)
         self._refuse_when_disabled("an episode")
         queries = ids.shape
-        ids = ids.flatten(0, 1)  # (B * Q, T)
-        mask = torch.ones_like(ids) if mask is None else mask.flatten(0, 1)
-        chunk_mask = torch.ones_like(chunk_ids) if chunk_mask is None else chunk_mask
+        ids, mask = ids.flatten(0, 1), mask.flatten(0, 1)  # (B * Q, T)
         self._inputs.check_episode(ids, chunk_ids)
         labels = None if labels is None else labels.flatten(0, 1)
         chunks = (chunk_ids, chunk_mask, self._inputs.labels(chunk_labels, chunk_ids, chunk_mask))
@@ -311,7 +316,7 @@ class IAIModel(LoraModel):
                 return self.model.generate(input_ids, **kwargs)
         if input_ids is None:
             raise ValueError("generate under a state needs input_ids (B, T); inputs_embeds cannot be used with it")
-        self._check_query(state, input_ids)
+        self._inputs.check_query(input_ids, state.batch_size)
         mask = kwargs.pop("attention_mask", None)
         mask = torch.ones_like(input_ids) if mask is None else mask
         with torch.no_grad(), self._predictor_lora(), self.core.under(self._base, state) as prefix:
@@ -379,9 +384,10 @@ class IAIModel(LoraModel):
 
     def _state_for(self, task_state: TaskState | None) -> TaskState | None:
         """The state to answer under, on our device: the one given, or that of `using`."""
-        if task_state is not None:
-            return self._checked_state(task_state)
-        return self._using[-1] if self._using else None
+        if task_state is None and self._using:
+            self._refuse_when_disabled("a task state")
+            return self._using[-1]
+        return None if task_state is None else self._checked_state(task_state)
 
     def _checked_state(self, state: TaskState) -> TaskState:
         self._refuse_when_disabled("a task state")
@@ -391,7 +397,3 @@ class IAIModel(LoraModel):
                 "read the chunks again with this model, or load the adapter that made the state"
             )
         return state.to(self.model.device)
-
-    def _check_query(self, state: TaskState, ids: Tensor) -> None:
-        self._refuse_when_disabled("a task state")
-        self._inputs.check_query(ids, state.batch_size)

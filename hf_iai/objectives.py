@@ -12,7 +12,8 @@ from torch.nn.functional import kl_div
 
 from .state import TaskState
 
-# ids, mask and labels, (B, K, C) each; of a linear state (B, K, n, T) twice, and (B, K, n)
+# ids, mask and labels, (B, K, C) each; of a linear state (B, K, n, T) twice, and (B, K, n); vectors (B, K, n, 1, d) for
+# ids, and real targets (B, K, n, o)
 Chunks = tuple[Tensor, Tensor, Tensor]
 KINDS = ("unrolled", "truncated", "greedy")
 SCORED = ("doubling", "last")
@@ -54,9 +55,9 @@ class Objective:
 def episode_loss(
     model,
     objective: Objective,
-    ids: Tensor,  # (B * Q, T)
+    ids: Tensor,  # (B * Q, T), or (B * Q, 1, d) of vectors
     mask: Tensor,
-    labels: Tensor | None,  # (B * Q, T), or (B * Q,) of a linear state
+    labels: Tensor | None,  # (B * Q, T), or (B * Q,) or (B * Q, o) of a linear state
     chunk_ids: Tensor,  # (B, K, C)
     chunk_mask: Tensor,
     chunk_labels: Tensor,
@@ -66,8 +67,8 @@ def episode_loss(
     scored = len(states)
     outputs = model._answer(
         TaskState.stack(states),
-        ids.repeat(scored, 1),
-        mask.repeat(scored, 1),
+        torch.cat([ids] * scored),
+        torch.cat([mask] * scored),
         None if labels is None else torch.cat([labels] * scored),
     )
     outputs.logits = outputs.logits[-len(ids) :]

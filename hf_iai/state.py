@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .heads import KEPT, followed_by
+from .heads import KEPT, followed_by, same_outputs
 from .label_names import Names, in_order, union, with_classes
 
 FORMAT = "hf_iai.task_state.v1"
@@ -45,7 +45,7 @@ class TaskState:
         num_tokens: (B,) int64, tokens read.
         identity: the base and adapter that made it.
         accumulation: how it came about: `"average"`, `"recent"`, `"gradients"`, `"both"`; `"sums"`: a linear state.
-        class_names: of a linear state the names of each task's classes; see `label_names`.
+        class_names: of a linear state the names of each task's classes; see `label_names`. None: of a regression.
 
     Example:
         >>> import torch
@@ -71,7 +71,7 @@ class TaskState:
             ValueError: for a state without classes, or of several tasks.
         """
         if self.class_names is None:
-            raise ValueError("only a linear state has classes, which this is not")
+            raise ValueError("only a linear state of likelihood 'softmax' has classes, which this is not")
         if self.batch_size != 1:
             raise ValueError(f"{self.batch_size} tasks have names of their own: use select(i).label_names")
         return self.class_names[0]
@@ -130,6 +130,9 @@ class TaskState:
             names = tuple(own for s in states for own in s.class_names)
             most = max(map(len, names))
             states = [replace(s, tensors=with_classes(s.tensors, most)) for s in states]
+        elif first.accumulation == "sums":
+            sums = same_outputs([s.tensors for s in states])
+            states = [replace(s, tensors=own) for s, own in zip(states, sums, strict=True)]
         return replace(
             first,
             class_names=names,
@@ -151,7 +154,7 @@ class TaskState:
         with `num_kept_tokens` the states go from the earliest text to the latest.
 
         The sums of linear states add up, class by class of the same name. Their learned corrections and weights of
-        examples depend on what had been read before: without them it equals reading in sequence.
+        examples depend on what had been read before: without them it equals reading in sequence, as regressions do.
 
         Raises:
             ValueError: for no state, different adapters or batches, or states of another accumulation than
@@ -294,9 +297,13 @@ def _merge_two(a: TaskState, b: TaskState) -> TaskState:
 
 
 def _add_two(a: TaskState, b: TaskState) -> TaskState:
-    names, places_of_b = union(a.class_names, b.class_names)
-    most = max(map(len, names))
-    a_tensors, b_tensors = with_classes(a.tensors, most), in_order(b.tensors, places_of_b, most)
+    if a.class_names is None:
+        names = None
+        a_tensors, b_tensors = same_outputs([a.tensors, b.tensors])
+    else:
+        names, places_of_b = union(a.class_names, b.class_names)
+        most = max(map(len, names))
+        a_tensors, b_tensors = with_classes(a.tensors, most), in_order(b.tensors, places_of_b, most)
     return replace(
         a,
         tensors={name: t + b_tensors[name] for name, t in a_tensors.items()},

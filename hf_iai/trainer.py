@@ -18,7 +18,7 @@ from transformers import (
 from transformers.modelcard import extract_hyperparameters_from_trainer
 from transformers.trainer_utils import has_length
 
-from .data import EpisodeCollator, LabelledEpisodeCollator
+from .data import EpisodeCollator, LabelledEpisodeCollator, VectorEpisodeCollator
 from .hub import CardFacts, Measurement, installed_versions, is_edited, model_card
 from .training_args import IAITrainingArguments
 
@@ -32,7 +32,8 @@ class IAITrainer(Trainer):
         model: an IAI PeftModel, or a base model or its id together with `peft_config`.
         args: `IAITrainingArguments`.
         peft_config: `IAIConfig` to wrap `model` with.
-        processing_class: the tokenizer; loaded with the model when the model is an id.
+        processing_class: the tokenizer; loaded with the model when the model is an id. A linear adapter without one is
+            trained on vectors, rows `{"vector", "label"}`.
 
     Raises:
         ValueError: when `peft_config` and `model` do not fit together, the tokenizer is missing, or `kl_weight` or
@@ -66,17 +67,21 @@ class IAITrainer(Trainer):
                 f"IAITrainer needs an IAI adapter, got {type(model).__name__}: "
                 "pass peft_config=IAIConfig(task_type='CAUSAL_LM')"
             )
-        if processing_class is None:
+        linear = model.active_peft_config.state_type == "linear"
+        if processing_class is None and not linear:
             raise ValueError("processing_class is missing: pass the base model's tokenizer")
         if args.state_learning_rate is not None and kwargs.get("optimizers", (None, None))[0] is not None:
             raise ValueError("state_learning_rate was given, but optimizers= brings its own rates: pass one of the two")
-        if model.active_peft_config.state_type == "linear" and (args.kl_weight or args.state_learning_rate):
+        if linear and (args.kl_weight or args.state_learning_rate):
             raise ValueError(
                 f"a linear state has no teacher and no learned theta(0), got kl_weight={args.kl_weight} and "
                 f"state_learning_rate={args.state_learning_rate}: leave them out"
             )
-        collate = LabelledEpisodeCollator if model.active_peft_config.state_type == "linear" else EpisodeCollator
-        collator = collate(processing_class, args.chunk_size or model.max_chunk_size)
+        chunk_size = args.chunk_size or model.max_chunk_size
+        if processing_class is None:
+            collator = VectorEpisodeCollator(chunk_size)
+        else:
+            collator = (LabelledEpisodeCollator if linear else EpisodeCollator)(processing_class, chunk_size)
         kwargs.setdefault("data_collator", collator)
         super().__init__(model=model, args=args, processing_class=processing_class, **kwargs)
         # Our loss is a mean over query tokens: Trainer must not rescale it by its own count of labels.
@@ -89,8 +94,12 @@ class IAITrainer(Trainer):
         return self.accelerator.unwrap_model(self.model).base_model
 
     @property
-    def _classifies(self) -> bool:
-        return self.accelerator.unwrap_model(self.model).active_peft_config.state_type == "linear"
+    def _unit(self) -> str:
+        """Of the loss."""
+        config = self.accelerator.unwrap_model(self.model).active_peft_config
+        if config.state_type != "linear":
+            return "nats per token"
+        return "nats per query" if config.likelihood == "softmax" else "half the squared error per target"
 
     def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
         made_before = self.optimizer is not None
@@ -130,7 +139,7 @@ class IAITrainer(Trainer):
 
     @staticmethod
     def _halved(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        rows, chunks, size = inputs["chunk_input_ids"].shape[:3]
+        rows, chunks, size = _chunked(inputs).shape[:3]
         if size % 2:
             return inputs
         chunked = {name: t for name, t in inputs.items() if name.startswith("chunk_")}
@@ -150,17 +159,18 @@ class IAITrainer(Trainer):
     def _loss_at_chunks(self, dataset) -> dict[int, float]:
         """Mean loss of the queries' tokens after the n nearest chunks, for each n of `eval_chunks` that exists.
 
-        Of a linear state mean loss of the queries.
+        Of a linear state mean loss of the queries; padded ones are those of label -100 or, of real targets, mask 0.
         """
         self.model.eval()
         counts = self.args.eval_chunks
         sums = torch.zeros(len(counts), 2, device=self.args.device)  # loss and tokens
         for inputs in self.get_eval_dataloader(dataset):
             inputs = self._prepare_inputs(inputs)
-            labels = inputs["labels"] if self._classifies else inputs["labels"][..., 1:]
-            tokens = (labels != -100).sum().float()
+            labels = inputs["labels"][..., 1:] if self._unit == "nats per token" else inputs["labels"]
+            scored = inputs["attention_mask"] != 0 if labels.is_floating_point() else labels != -100
+            tokens = scored.sum().float()
             for i, n in enumerate(counts):
-                if n <= inputs["chunk_input_ids"].shape[1]:
+                if n <= _chunked(inputs).shape[1]:
                     with self.compute_loss_context_manager():
                         loss = self.model(**last_chunks(inputs, n)).loss
                     sums[i] += torch.stack([loss.float() * tokens, tokens])
@@ -231,7 +241,7 @@ class IAITrainer(Trainer):
                 rows,
                 data_name=f"the evaluation set `{name}` ({data})",
                 data_type=dataset_tags[0] if dataset_tags else name,
-                unit="nats per query" if self._classifies else "nats per token",
+                unit=self._unit,
                 measured_by=f"`IAITrainer.evaluate` at step {step} of {self.state.max_steps}",
             )
             for name, (step, rows) in last.items()
@@ -240,8 +250,13 @@ class IAITrainer(Trainer):
 
 def last_chunks(inputs: dict[str, Tensor], n: int) -> dict[str, Tensor]:
     """The episode with only the n chunks that lie right before the query."""
-    start = max(0, inputs["chunk_input_ids"].shape[1] - n)
+    start = max(0, _chunked(inputs).shape[1] - n)
     return {name: t[:, start:] if name.startswith("chunk_") else t for name, t in inputs.items()}
+
+
+def _chunked(inputs: dict[str, Tensor]) -> Tensor:
+    """Any of the chunks' tensors: the first axes of all are (B, K, C)."""
+    return next(t for name, t in inputs.items() if name.startswith("chunk_"))
 
 
 def _listed(value: str | list[str] | None) -> list[str]:

@@ -5,17 +5,18 @@ from ..config import IAIConfig
 from .average import AverageCore
 from .both import BothCore
 from .core import Core
+from .gaussian import GaussianCore
 from .gradient import GradientCore
 from .linear import LinearCore
 from .recent import RecentCore
 
-__all__ = ["AverageCore", "BothCore", "Core", "GradientCore", "LinearCore", "RecentCore", "make_core"]
+__all__ = ["AverageCore", "BothCore", "Core", "GaussianCore", "GradientCore", "LinearCore", "RecentCore", "make_core"]
 
 
 def make_core(base: Base, config: IAIConfig) -> Core:
     """The core that the configuration asks for, on the base's device."""
     if config.state_type == "linear":
-        core = LinearCore
+        core = {"softmax": LinearCore, "gaussian": GaussianCore}[config.likelihood]
     elif config.signal == "observations":
         core = {"average": AverageCore, "recent": RecentCore}[config.accumulation]
     else:

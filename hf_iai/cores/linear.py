@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from ..config import IAIConfig
-from ..encoder import Encoder
+from ..encoder import Encoder, centred_unit
 from ..heads import ClassRows
 from ..label_names import Names, with_classes
 from ..state import Identity, TaskState
@@ -24,10 +24,11 @@ class LinearCore(Core):
     """
 
     kind = "sums"
+    head_type = ClassRows
 
     def __init__(self, base: Encoder, config: IAIConfig) -> None:
         super().__init__(base, config, reads=True)
-        self.head = ClassRows()
+        self.head = self.head_type()
 
     def initial_state(self, base: Encoder, batch_size: int, identity: Identity, num_classes: int = 0) -> TaskState:
         """theta(0) of tasks without a class or, in training, of as many classes with numbers for names."""
@@ -35,7 +36,8 @@ class LinearCore(Core):
         return self.met(nothing, (tuple(map(str, range(num_classes))),) * batch_size)
 
     def _initial(self, base: Encoder, batch_size: int) -> dict[str, Tensor]:
-        return self.state.initial(batch_size, base.model.get_input_embeddings().weight.device)
+        device = base.model.get_input_embeddings().weight.device
+        return self.head.initial(batch_size, 0, self.state.width, device)
 
     def first_of_episode(self, base: Encoder, batch_size: int, *labels: Tensor | None) -> TaskState:
         found = [int(some.max()) for some in labels if some is not None and some.numel()]
@@ -49,7 +51,7 @@ class LinearCore(Core):
         """Features (B, n, d) of the examples, labels (B, n), and mask (B, n * T) of the tokens that count.
 
         Args:
-            ids, mask: (B, n, T).
+            ids, mask: (B, n, T); vectors in place of ids (B, n, 1, d).
             labels: (B, n), -100 for padding; an example without a token is padding too.
         """
         labels = labels.masked_fill(~mask.any(-1), -100)
@@ -80,8 +82,8 @@ class LinearCore(Core):
         self,
         base: Encoder,
         state: TaskState,
-        ids: Tensor,  # (N, T)
-        mask: Tensor,  # (N, T)
+        ids: Tensor,  # (N, T), or vectors (N, 1, d)
+        mask: Tensor,  # (N, T), (N, 1)
         labels: Tensor | None = None,  # (N,)
         **kwargs,
     ) -> SequenceClassifierOutput:
@@ -94,27 +96,29 @@ class LinearCore(Core):
         rows, bias = self.rows(state)
         with full_precision(ids):
             logits = (features @ rows.mT + bias.unsqueeze(1)).flatten(0, 1)
-            loss = None if labels is None else _loss(logits, labels, state)
+            loss = None if labels is None else self._loss(logits, labels, mask, state)
         return SequenceClassifierOutput(loss=loss, logits=logits)
 
     def features(self, base: Encoder, ids: Tensor, mask: Tensor) -> Tensor:  # (N, T) each -> (N, d)
         """What the state sees of texts."""
+        return centred_unit(self._pooled(base, ids, mask))
+
+    def _pooled(self, base: Encoder, ids: Tensor, mask: Tensor) -> Tensor:
         trained = self.config.regime == "explicit"
         with base.lora(trained):
             return base.features(ids, mask, self.config.pooling, frozen=not trained)
 
-
-def _loss(logits: Tensor, labels: Tensor, state: TaskState) -> Tensor:  # (N, C), (N,)
-    num_classes = logits.shape[1]
-    if labels.dim() != 1 or int(labels.max()) >= num_classes:
-        raise ValueError(
-            f"labels must be one number below {num_classes}, the classes of the state, for each query: got shape "
-            f"{tuple(labels.shape)} up to {int(labels.max())}"
-        )
-    seen = (state.tensors["count"] > 0).repeat_interleave(len(labels) // state.batch_size, 0)  # (N, C)
-    met = seen.gather(1, labels.clamp_min(0).unsqueeze(1)).squeeze(1) & (labels >= 0)
-    losses = nn.functional.cross_entropy(logits, labels.masked_fill(~met, -100), reduction="sum")
-    return losses / met.sum().clamp_min(1)
+    def _loss(self, logits: Tensor, labels: Tensor, mask: Tensor, state: TaskState) -> Tensor:  # (N, C), (N,), (N, T)
+        num_classes = logits.shape[1]
+        if labels.is_floating_point() or labels.dim() != 1 or int(labels.max()) >= num_classes:
+            raise ValueError(
+                f"labels must be one number below {num_classes}, the classes of the state, for each query: got shape "
+                f"{tuple(labels.shape)} of {labels.dtype}, up to {labels.max().item()}"
+            )
+        seen = (state.tensors["count"] > 0).repeat_interleave(len(labels) // state.batch_size, 0)  # (N, C)
+        met = seen.gather(1, labels.clamp_min(0).unsqueeze(1)).squeeze(1) & (labels >= 0)
+        losses = nn.functional.cross_entropy(logits, labels.masked_fill(~met, -100), reduction="sum")
+        return losses / met.sum().clamp_min(1)
 
 
 def _check_arguments(kwargs: dict) -> None:

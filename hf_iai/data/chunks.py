@@ -126,7 +126,8 @@ def batch_chunks(streams: Iterable[Iterable[Chunk]], pad_token_id: int = 0) -> I
 
     Returns:
         A generator of `{"input_ids", "attention_mask", "labels"}`, each a long tensor (B, C), C the longest chunk of
-        that step. Of labelled examples (B, n, T) twice, and (B, n); `label_names` is a list of each task's names.
+        that step. Of labelled examples (B, n, T) twice, and (B, n); `label_names` is a list of each task's names. Of
+        vectors as `chunk_vectors` gives them, B tasks side by side.
 
     Raises:
         ValueError: no stream at all, or a chunk whose shape is not (1, C), or (1, n, T) of labelled examples.
@@ -181,7 +182,7 @@ def _chunks(tokens: Iterable[Tokens], chunk_size: int) -> Iterator[Chunk]:
 
 def _side_by_side(iterators: list[Iterator[Chunk]], pad_token_id: int) -> Iterator[Chunk]:
     while any(rows := [next(iterator, None) for iterator in iterators]):
-        if any("label_names" in row for row in rows if row):
+        if any("label_names" in row or "inputs_embeds" in row for row in rows if row):
             yield labelled_side_by_side(rows, pad_token_id)
             continue
         rows = [row and _complete(row) for row in rows]

@@ -13,7 +13,8 @@ from .examples import NO_LOSS, Example
 
 Chunk = Mapping[str, Any]
 PARTS = ("support", "query")
-FILL = {"attention_mask": 0, "labels": NO_LOSS}  # of padding; ids are padded with the tokenizer's own
+# Of padding; ids are padded with the tokenizer's own.
+FILL = {"attention_mask": 0, "labels": NO_LOSS, "inputs_embeds": 0.0}
 
 _NO_LIMIT = 10**6  # tokenizers without a limit name a very large one
 
@@ -48,12 +49,16 @@ def labelled_chunks(
 def labelled_side_by_side(rows: Sequence[Chunk | None], pad_token_id: int) -> Chunk:
     """Chunks of one task each as one of B; None stands for a task that has ended."""
     there = [row for row in rows if row is not None]
-    size = [max(row["input_ids"].shape[axis] for row in there) for axis in (1, 2)]
-    batch = {}
-    for key, fill in ({"input_ids": pad_token_id} | FILL).items():
+    if len(kinds := {tuple(sorted(row)) for row in there}) > 1:
+        raise ValueError(f"chunks side by side must hold the same, got {sorted(kinds)}: read texts and vectors apart")
+    names = [() if row is None else tuple(row.get("label_names", ())) for row in rows]
+    batch = {"label_names": names} if "label_names" in there[0] else {}  # there are none of real targets
+    for key in there[0].keys() - {"label_names"}:
         nothing = there[0][key][:, :0]  # (1, 0, T), or (1, 0)
-        batch[key] = torch.cat([_to_size(nothing if row is None else row[key], size, fill) for row in rows])
-    return batch | {"label_names": [() if row is None else tuple(row["label_names"]) for row in rows]}
+        tensors = [nothing if row is None else row[key] for row in rows]
+        size = [max(lengths) for lengths in zip(*(t.shape[1:] for t in tensors), strict=True)]
+        batch[key] = torch.cat([_to_size(t, size, FILL.get(key, pad_token_id)) for t in tensors])
+    return batch
 
 
 @dataclass
@@ -156,6 +161,6 @@ def _tokens(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> dict[str, t
     return {key: found[key].long() for key in ("input_ids", "attention_mask")}
 
 
-def _to_size(tensor: torch.Tensor, size: list[int], fill: int) -> torch.Tensor:  # (1, n) or (1, n, T)
-    room = [most - length for most, length in zip(size, tensor.shape[1:], strict=False)]
+def _to_size(tensor: torch.Tensor, size: list[int], fill: float) -> torch.Tensor:  # (1, n) or (1, n, T)
+    room = [most - length for most, length in zip(size, tensor.shape[1:], strict=True)]
     return pad(tensor, [side for more in reversed(room) for side in (0, more)], value=fill)

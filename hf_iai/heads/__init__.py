@@ -6,6 +6,7 @@ from .class_rows import ClassRows
 from .classical import SGD, MetaSGD, PathAware
 from .correction import Correction
 from .delta import WRITES, DeltaRule
+from .gaussian_rows import GaussianRows, same_outputs, with_outputs
 from .kept import KEPT, NEVER, followed_by, keep_tokens, trace
 from .learned_optimizer import LearnedStep
 from .recent import push_tokens
@@ -19,6 +20,7 @@ __all__ = [
     "Correction",
     "SGD",
     "DeltaRule",
+    "GaussianRows",
     "LearnedStep",
     "LearnedStepSettings",
     "MetaSGD",
@@ -28,5 +30,7 @@ __all__ = [
     "followed_by",
     "keep_tokens",
     "push_tokens",
+    "same_outputs",
     "trace",
+    "with_outputs",
 ]

@@ -1,15 +1,16 @@
-"""A linear classifier's sums: not in front of a text, but behind its features."""
+"""A linear model's sums: not in front of a text, but behind its features."""
 
-from torch import Tensor, nn
-
-from ..heads import ClassRows
+from torch import nn
 
 
 class LinearState(nn.Module):
-    """State tensors of C classes in float32: `count` (B, C), `total` and `correction` (B, C, d), `moment` (B, d, d).
+    """State tensors that `heads.ClassRows` and `heads.GaussianRows` make rows of.
 
-    Weighted numbers of examples and sums of features of each class, the sum of x x' over all examples, and the learned
-    correction of each class's row; see `heads.ClassRows`. theta(0) is nothing read: all 0, and none of it is learned.
+    Of C classes, in float32, `count` (B, C), `total` and `correction` (B, C, d), `moment` (B, d, d): weighted numbers
+    of examples and sums of features of each class, the sum of x x' over all examples, and the learned correction of
+    each class's row. Of a regression with o outputs, in float64, `count` (B,), `total` (B, d), `moment` (B, d, d),
+    `target` and `square` (B, o), `cross` (B, o, d): n, sum x, sum x x', sum y, sum y^2 and sum y x'. theta(0) is
+    nothing read: all 0, and none of it is learned.
 
     Args:
         width: d, of the features.
@@ -21,7 +22,3 @@ class LinearState(nn.Module):
         super().__init__()
         self.width = width
         self.start = nn.ParameterDict()
-
-    def initial(self, batch_size: int, device) -> dict[str, Tensor]:
-        """Without a class."""
-        return ClassRows.initial(batch_size, 0, self.width, device)
