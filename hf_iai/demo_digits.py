@@ -79,9 +79,7 @@ def measure_curve(model: PeftModel, plot: Path) -> Curve:
     curve.plot(plot)
     best = {n: max(BASELINES, key=lambda name, n=n: curve.mean(name, n)["mean"]) for n in COUNTS}
     for n, name in best.items():
-        gain = {key: 100 * value for key, value in curve.difference((METHOD, n), (name, n)).items()}
-        console.print(
-            f"{n:2d} chunks: {gain['mean']:+.1f} ({gain['low']:+.1f} .. {gain['high']:+.1f}) points to {name}"
-        )
+        mean, low, high = (100 * value for value in curve.difference((METHOD, n), (name, n)).values())
+        console.print(f"{n:2d} chunks: {mean:+.1f} ({low:+.1f} .. {high:+.1f}) points to the best of them, {name}")
     console.print(f"plot: {plot}")
     return curve

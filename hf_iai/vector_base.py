@@ -1,4 +1,4 @@
-"""A base for given vectors, made from a config: it has no layer, hands vectors on as they are, and needs no download."""
+"""A base for given vectors: it has no layer, hands them on as they are, and is made without a download."""
 
 import torch
 from transformers import AutoModelForSequenceClassification, LlamaConfig, PreTrainedModel
@@ -8,11 +8,11 @@ _EPS = 1e6  # of the norm that Llama ends in, far above the mean square of a vec
 
 
 def vector_base(width: int) -> PreTrainedModel:
-    """The base of a linear state over given vectors of that width, for `get_peft_model` and `PeftModel.from_pretrained`.
+    """The base of a linear state over vectors of that width, for `get_peft_model` and `PeftModel.from_pretrained`.
 
-    A Llama without layers is its last norm, g x / sqrt(mean(x^2) + eps), which with eps = 10^6 and g = sqrt(eps) gives x
-    back but for a factor of 1 - mean(x^2) / (2 eps). Nothing of it is random, so that an adapter fits every such base:
-    the embeddings of tokens, which are not used, and the classifier's own head are 0.
+    A Llama without layers is its last norm, g x / sqrt(mean(x^2) + eps), which with eps = 10^6 and g = sqrt(eps) gives
+    x back but for a factor of 1 - mean(x^2) / (2 eps). Nothing of it is random, so that an adapter fits every such
+    base: the embeddings of tokens, which are not used, and the classifier's own head are 0.
 
     Args:
         width: d.

@@ -58,9 +58,7 @@ def accuracy_curve(
                 f"{chunk_size} take {needed}: use longer episodes, a smaller chunk_size or fewer num_chunks"
             )
         if FINE_TUNED in baselines and _are_vectors(episode["query"]):
-            raise ValueError(
-                f"{FINE_TUNED} trains the encoder on texts, but episode {index} holds vectors: leave it out"
-            )
+            raise ValueError(f"{FINE_TUNED} trains the encoder on texts, episode {index} holds vectors: leave it out")
         found = _of_episode(model, episode, counts, baselines, tokenizer, chunk_size)
         for (name, n), right in found:
             rows[method if name is None else name, n, seed].append(right)
