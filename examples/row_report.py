@@ -47,7 +47,7 @@ def write(rows: list[dict], command: str, path: Path) -> None:
 
 
 def draw(rows: list[dict], settings: list[str], path: Path) -> None:
-    """A panel for each setting, two side by side."""
+    """A panel for each setting, two side by side; bands are intervals of the paired difference to the state."""
     num_rows, num_columns = -(-len(settings) // 2), min(len(settings), 2)
     figure = Figure(figsize=(5 * num_columns, 3.75 * num_rows), layout="constrained")
     panels = figure.subplots(num_rows, num_columns, squeeze=False)
@@ -56,6 +56,9 @@ def draw(rows: list[dict], settings: list[str], path: Path) -> None:
             cells = [r for r in rows if (r["setting"], r["method"]) == (setting, method)]
             at, accuracy = ([cell[name] for cell in cells] for name in ("num_chunks", "accuracy"))
             axes.plot(at, accuracy, f"C{color}" + ("-o" if method == "iai" else "--"), label=method)
+            own = np.add(accuracy, [cell["gain"] for cell in cells])
+            low, high = (own - [cell[name] for cell in cells] for name in ("high", "low"))
+            axes.fill_between(at, low, high, color=f"C{color}", alpha=0.2, linewidth=0)
         axes.set(title=setting, xscale="log", xlabel=f"chunks read, {CHUNK} examples each", ylabel="accuracy, %")
         axes.set_xticks(COUNTS, COUNTS)
         axes.grid(alpha=0.3)

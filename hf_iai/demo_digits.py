@@ -35,10 +35,10 @@ def run(output: Path) -> None:
 
 def load_published() -> PeftModel:
     """The adapter `vectors-linear` on a base that hands vectors on as they are."""
-    console.rule("1. Load the published adapter: it was trained on synthetic tasks and has seen no image")
+    console.rule("1. Load the published adapter, which has seen no image")
     model = PeftModel.from_pretrained(vector_base(WIDTH), published_adapter(METHOD)).eval()
     size = sum(p.numel() for p in model.base_model.core.parameters())
-    console.print(f"adapter vectors-linear: {size} parameters; reads vectors of {WIDTH} numbers, labelled at will")
+    console.print(f"adapter vectors-linear: {size} parameters, trained on synthetic tasks")
     return model
 
 
@@ -72,7 +72,7 @@ def read_digits(model: PeftModel) -> None:
 
 def measure_curve(model: PeftModel, plot: Path) -> Curve:
     """Accuracy against chunks read, beside the baselines; at each count, how far it is from the best of them."""
-    console.rule(f"3. Accuracy on {QUERIES} digits not read, {DRAWS} draws, next to classifiers that keep all digits")
+    console.rule(f"3. Next to classifiers refitted on all digits read, {DRAWS} draws")
     episodes = digit_episodes(DRAWS, CHUNK * COUNTS[-1], QUERIES)
     curve = evaluate_curve(model, episodes, COUNTS, BASELINES, chunk_size=CHUNK, method=METHOD)
     curve.print()
