@@ -29,7 +29,7 @@ def vector_base(width: int) -> PreTrainedModel:
     """
     if width < 1:
         raise ValueError(f"vectors must have a width of at least 1, got {width}")
-    sizes = {"hidden_size": width, "intermediate_size": 1, "num_hidden_layers": 0, "num_attention_heads": 1}
+    sizes = {"hidden_size": width, "num_hidden_layers": 0, "num_attention_heads": 1, "head_dim": 2}
     tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")) | {"vocab_size": 1}
     base = AutoModelForSequenceClassification.from_config(LlamaConfig(**sizes, **tokens, rms_norm_eps=_EPS))
     with torch.no_grad():

@@ -1,6 +1,7 @@
 """Given vectors on a base that hands them on: the base, the published adapter, the accuracy curve, the digits demo."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -35,14 +36,18 @@ def test_the_base_hands_vectors_on_and_nothing_of_it_is_random():
         vector_base(0)
 
 
-def test_an_adapter_fits_any_such_base_and_names_no_path(tmp_path):
-    model = get_peft_model(vector_base(5), IAIConfig(**CONFIG))
-    model.save_pretrained(tmp_path, save_embedding_layers=False)
-    assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == "hf_iai:vectors-5"
+@pytest.mark.parametrize("likelihood", ["softmax", "gaussian"])
+def test_an_adapter_fits_any_such_base_and_names_no_path(likelihood, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = get_peft_model(vector_base(5), IAIConfig(**CONFIG, likelihood=likelihood))
+    model.save_pretrained("mine", save_embedding_layers=False)
+    assert json.loads(Path("mine/adapter_config.json").read_text())["base_model_name_or_path"] == "hf_iai:vectors-5"
     torch.manual_seed(1)
-    loaded = PeftModel.from_pretrained(vector_base(5), tmp_path)
+    loaded = PeftModel.from_pretrained(vector_base(5), "mine")
     assert loaded.identity == model.identity and loaded.identity.name.startswith("hf_iai:vectors-5")
-    assert "vector_base(5)" in (tmp_path / "README.md").read_text()
+    names = {}
+    exec(re.search(r"```python\n(.*?)```", Path("mine/README.md").read_text(), re.DOTALL)[1], names)
+    assert names["state"].num_tokens.item() == 100
 
 
 def test_features_are_the_vectors_centred_and_of_unit_length():
