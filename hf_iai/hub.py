@@ -16,7 +16,7 @@ from peft import PeftModel
 from .config import IAIConfig
 from .embedded import EMBEDDED_NAME
 from .published import data_folder
-from .vector_base import VECTOR_BASE
+from .vector_base import vector_width
 
 TAGS = ("hf_iai", "iterative-amortized-inference", "arxiv:2510.11471")
 TASK, LINEAR_TASK, REGRESSION_TASK = "text-generation", "text-classification", "tabular-regression"
@@ -197,7 +197,7 @@ def model_card(config: IAIConfig, facts: CardFacts) -> ModelCard:
         rendered=RENDERED,
         linear=linear,
         regression=regression,
-        vector_width=vector_width(config),
+        vector_width=vector_width(config.base_model_name_or_path),
     )
 
 
@@ -274,18 +274,12 @@ def base_in_words(config: IAIConfig) -> str:
     name = config.to_dict()["base_model_name_or_path"]
     if name == EMBEDDED_NAME:
         return f"`{EMBEDDED_NAME}`, the small base inside the package"
-    if width := vector_width(config):
+    if width := vector_width(name):
         return f"`hf_iai.vector_base({width})`, which hands vectors of {width} numbers on as they are"
     if is_hub_id(name):
         return f"[{name}](https://huggingface.co/{name})"
     folder = os.path.basename(name.rstrip("/")) if name else None  # no more of a path on this machine
     return f"`{folder}`, which is not on the Hub" if folder else "a model without a name"
-
-
-def vector_width(config: IAIConfig) -> int | None:
-    """Of an adapter on a `vector_base`."""
-    name = config.base_model_name_or_path or ""
-    return int(name.removeprefix(VECTOR_BASE)) if name.startswith(VECTOR_BASE) else None
 
 
 def base_on_hub(config: IAIConfig) -> str | None:

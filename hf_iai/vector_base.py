@@ -38,3 +38,8 @@ def vector_base(width: int) -> PreTrainedModel:
         base.model.norm.weight.fill_(_EPS**0.5)
     base.name_or_path = base.config._name_or_path = f"{VECTOR_BASE}{width}"
     return base
+
+
+def vector_width(name: str | None) -> int | None:
+    """Of the vector base that an adapter names; None for another base."""
+    return int(name.removeprefix(VECTOR_BASE)) if name and name.startswith(VECTOR_BASE) else None

@@ -12,6 +12,7 @@ from peft import PeftModel, get_peft_model
 from typer.testing import CliRunner
 
 from hf_iai import IAIConfig, chunk_vectors, demo_digits, evaluate_curve, vector_base
+from hf_iai.classify import load_reader
 from hf_iai.cli import app
 from hf_iai.demo_digits import WIDTH, digit_episodes, load_published
 from hf_iai.evaluation.accuracy import features_of
@@ -78,6 +79,11 @@ def test_the_published_adapter_reads_digits_better_than_the_nearest_class_mean()
     curve = evaluate_curve(load_published(), episodes, (1, 5, 10), ("nearest_class_mean",), show_progress=False)
     gains = [curve.difference(("iai", n), ("nearest_class_mean", n)) for n in (1, 5, 10)]
     assert all(gain["low"] > 0 for gain in gains), gains
+
+
+def test_it_is_no_classifier_of_texts():
+    with pytest.raises(ValueError, match="vectors of 64 numbers, not texts"):
+        load_reader(published_adapter("vectors-linear"))
 
 
 def test_draws_share_no_digit_and_are_seeded():
