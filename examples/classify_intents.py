@@ -17,7 +17,7 @@ import numpy as np
 import typer
 
 from hf_iai.classify import accuracy, classify, load_reader, read_rows
-from hf_iai.evaluation.accuracy import text_features
+from hf_iai.evaluation.accuracy import features_of
 from hf_iai.evaluation.classifiers import logistic_regression
 from hf_iai.published import published_adapter
 
@@ -48,7 +48,7 @@ def features(model, tokenizer, texts: list[str], size: int = 64) -> np.ndarray: 
     found = []
     for first in range(0, len(texts), size):
         inputs = tokenizer(texts[first : first + size], padding=True, truncation=True, return_tensors="pt")
-        found.append(text_features(model, inputs))
+        found.append(features_of(model, inputs))
     return np.concatenate(found)
 
 

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from intent_tasks import CHUNK
+from row_training import CHUNK
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 

@@ -11,12 +11,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from row_training import CHUNK, MOST_CHUNKS, Tasks
 from torch import Tensor
 from tqdm import tqdm
 
-from hf_iai.evaluation.accuracy import text_features
+from hf_iai.evaluation.accuracy import features_of
 
-CHUNK, MOST_CHUNKS, QUERIES = 20, 20, 10  # examples in a chunk, chunks of a task, queries of each class
+QUERIES = 10  # of each class
 FILES = {"clinc105": ("train", "val", "test"), "hwu64": ("train", "test")}
 # CLINC names the domain of an intent; the scenario of HWU is what its label starts with.
 TOPICS = {
@@ -42,16 +43,6 @@ class Corpus(NamedTuple):
         return sorted(label for label, topic in self.topics.items() if (topic in topics) == held_out)
 
 
-class Tasks(NamedTuple):
-    """B tasks of S examples and Q queries; a label of -100 marks a query that is padding."""
-
-    features: Tensor  # (B, S, d)
-    labels: Tensor  # (B, S)
-    queries: Tensor  # (B, Q, d)
-    targets: Tensor  # (B, Q)
-    num_classes: int
-
-
 # ---------------------------------------------------------------- features
 
 
@@ -62,7 +53,7 @@ def embed(texts: list[str], model, tokenizer, batch_size: int = 128) -> Tensor: 
     for start in tqdm(range(0, len(texts), batch_size), "embed"):
         batch = [texts[i] for i in order[start : start + batch_size]]
         inputs = tokenizer(batch, padding=True, truncation=True, return_tensors="pt")
-        features.append(torch.from_numpy(text_features(model, inputs)))
+        features.append(torch.from_numpy(features_of(model, inputs)))
     return torch.cat(features)[torch.tensor(order).argsort()]
 
 

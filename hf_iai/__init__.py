@@ -24,6 +24,7 @@ from .registration import IAIType, register
 from .state import TaskState
 from .trainer import IAITrainer
 from .training_args import IAITrainingArguments
+from .vector_base import vector_base
 
 register(IAIConfig, IAIModel)
 carry_cards(IAIType.IAI, update_card)
@@ -50,4 +51,5 @@ __all__ = [
     "evaluate_curve",
     "export_classifier",
     "export_to_peft",
+    "vector_base",
 ]

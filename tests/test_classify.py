@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from hf_iai import TaskState, evaluate_curve
 from hf_iai.classify import accuracy, classify, installed_encoder, load_reader, read_rows
 from hf_iai.cli import app
-from hf_iai.evaluation.accuracy import text_features
+from hf_iai.evaluation.accuracy import features_of
 from hf_iai.evaluation.classifiers import CLASSIFIERS, nearest_class_mean
 
 QUERY = [{"text": f"{verb} {i}", "label": name} for name, verb in VERBS.items() for i in (70, 80)]
@@ -179,5 +179,5 @@ def test_an_encoder_that_no_package_carries_is_named_as_it_is():
 
 def test_features_are_of_unit_length():
     model = make_classifier()
-    x = text_features(model, TOKENIZER(["a", "b c"], padding=True, return_tensors="pt"))
+    x = features_of(model, TOKENIZER(["a", "b c"], padding=True, return_tensors="pt"))
     np.testing.assert_allclose(np.linalg.norm(x, axis=1), 1, atol=1e-5)

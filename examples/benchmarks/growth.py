@@ -87,10 +87,10 @@ def rows_of_stream(head, corpus, num_classes: int, sizes: tuple[int, ...]) -> li
 
 def encoder_seconds(model, tokenizer) -> float:
     """To embed one chunk of 20 texts of 12 words."""
-    from hf_iai.evaluation.accuracy import text_features
+    from hf_iai.evaluation.accuracy import features_of
 
     inputs = tokenizer(["please tell me what the weather will be like in london tomorrow"] * CHUNK, return_tensors="pt")
-    return seconds(lambda: text_features(model, inputs))
+    return seconds(lambda: features_of(model, inputs))
 
 
 def draw(rows: list[dict], path: Path) -> None:

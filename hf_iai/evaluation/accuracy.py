@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from ..data import chunk_examples
+from ..data import chunk_examples, chunk_vectors
 from .classifiers import CLASSIFIERS
 from .curve import Curve, Key
 from .fine_tuning import lora_fine_tuning
@@ -38,11 +38,13 @@ def accuracy_curve(
     a minute. A query whose class was not met yet is answered wrong, by all.
 
     Args:
-        episodes: rows `{"support": [{"text", "label"}...], "query": [...], optional "group": str}`.
+        episodes: rows `{"support": [{"text", "label"}...], "query": [...], optional "group": str}`; or of given vectors
+            `{"vector", "label"}`, which take no tokenizer.
         num_chunks: counts of at least 1.
 
     Raises:
-        ValueError: for a count below 1, unknown baselines, no episode, or a support that fills too few chunks.
+        ValueError: for a count below 1, unknown baselines, no episode, a support that fills too few chunks, or
+            `lora_fine_tuning` on vectors.
     """
     counts, episodes = _checked(num_chunks, baselines, method), list(episodes)
     if not episodes:
@@ -55,6 +57,8 @@ def accuracy_curve(
                 f"the support of episode {index} has {len(episode['support'])} examples, but {counts[-1]} chunks of "
                 f"{chunk_size} take {needed}: use longer episodes, a smaller chunk_size or fewer num_chunks"
             )
+        if FINE_TUNED in baselines and _are_vectors(episode["query"]):
+            raise ValueError(f"{FINE_TUNED} trains the encoder on texts, episode {index} holds vectors: leave it out")
         found = _of_episode(model, episode, counts, baselines, tokenizer, chunk_size)
         for (name, n), right in found:
             rows[method if name is None else name, n, seed].append(right)
@@ -67,40 +71,60 @@ def _of_episode(
     model, episode: dict, counts: list[int], baselines: Sequence[str], tokenizer, chunk_size: int
 ) -> Iterator[tuple[tuple[str | None, int], np.ndarray]]:
     """(method, count) -> whether each query was answered right; None names the model."""
-    wanted = np.array([row["label"] for row in episode["query"]])
-    query = _tokens([row["text"] for row in episode["query"]], tokenizer)
+    wanted = np.array([str(row["label"]) for row in episode["query"]])
+    query = _inputs(episode["query"], tokenizer)
     rows = episode["support"][: counts[-1] * chunk_size]
+    labels = [str(row["label"]) for row in rows]
     fitted = [name for name in baselines if name in CLASSIFIERS]
-    seen = text_features(model, _tokens([row["text"] for row in rows], tokenizer)) if fitted else None
-    asked = text_features(model, query) if fitted else None
-    chunks = chunk_examples(rows, tokenizer, chunk_size=chunk_size)
-    for n, state in enumerate(model.adapt_steps(chunks), 1):
+    seen = features_of(model, _inputs(rows, tokenizer)) if fitted else None
+    asked = features_of(model, query) if fitted else None
+    for n, state in enumerate(model.adapt_steps(_chunks(rows, tokenizer, chunk_size)), 1):
         if n not in counts:
             continue
         with torch.no_grad():
             best = model(**query, task_state=state).logits.argmax(-1)
         yield (None, n), np.array(state.label_names)[best.cpu()] == wanted
-        read = rows[: n * chunk_size]
-        names, y = np.unique([row["label"] for row in read], return_inverse=True)
+        read = n * chunk_size
+        names, y = np.unique(labels[:read], return_inverse=True)
         for name in fitted:
-            yield (name, n), names[CLASSIFIERS[name](seen[: len(read)], y, asked)] == wanted
+            yield (name, n), names[CLASSIFIERS[name](seen[:read], y, asked)] == wanted
         if FINE_TUNED in baselines:
-            texts = _tokens([row["text"] for row in read], tokenizer)
-            answers, _ = lora_fine_tuning(model, texts, torch.from_numpy(y), query)
+            answers, _ = lora_fine_tuning(model, _inputs(rows[:read], tokenizer), torch.from_numpy(y), query)
             yield (FINE_TUNED, n), names[answers] == wanted
 
 
-def text_features(model, texts: dict[str, torch.Tensor]) -> np.ndarray:  # (N, T) each -> (N, d)
-    """What a model with a linear state sees of texts: `input_ids` and `attention_mask` (N, T)."""
+def features_of(model, inputs: dict[str, torch.Tensor]) -> np.ndarray:  # (N, d)
+    """What a model with a linear state sees of texts or vectors.
+
+    Args:
+        inputs: `input_ids` and `attention_mask` (N, T), or `inputs_embeds` (N, d).
+    """
     tuner = model.base_model
-    ids, mask = (texts[name].to(tuner.model.device) for name in ("input_ids", "attention_mask"))
+    ids, mask = tuner._inputs._on_device(inputs)
     with torch.no_grad(), tuner._eval_mode():
         return tuner.core.features(tuner._base, ids, mask).cpu().numpy()
 
 
-def _tokens(texts: list[str], tokenizer) -> dict[str, torch.Tensor]:  # (Q, T) each
+def _are_vectors(rows: Sequence[dict]) -> bool:
+    return "vector" in rows[0]
+
+
+def _vectors(rows: Sequence[dict]) -> torch.Tensor:  # (N, d)
+    return torch.tensor(np.asarray([row["vector"] for row in rows]), dtype=torch.float32)
+
+
+def _chunks(rows: Sequence[dict], tokenizer, chunk_size: int) -> Iterator[dict]:
+    if _are_vectors(rows):
+        return chunk_vectors(_vectors(rows), [row["label"] for row in rows], chunk_size)
+    return chunk_examples(rows, tokenizer, chunk_size=chunk_size)
+
+
+def _inputs(rows: Sequence[dict], tokenizer) -> dict[str, torch.Tensor]:
+    """What the model takes of queries: (Q, d), or (Q, T) each."""
+    if _are_vectors(rows):
+        return {"inputs_embeds": _vectors(rows)}
     limited = tokenizer.model_max_length < 10**6
-    found = tokenizer(texts, padding=True, truncation=limited, return_tensors="pt")
+    found = tokenizer([row["text"] for row in rows], padding=True, truncation=limited, return_tensors="pt")
     return {name: found[name] for name in ("input_ids", "attention_mask")}
 
 

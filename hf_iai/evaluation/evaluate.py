@@ -48,7 +48,7 @@ def evaluate_curve(
     - `static_state`, with `static_model`: a trained initial state of the same size that reads nothing.
 
     For a model with a linear state the curve is of accuracy, after the first n chunks of `chunk_size` labelled examples
-    (20 by default), next to classifiers of the same features; see `hf_iai.evaluation.accuracy`.
+    (20 by default), texts or given vectors, next to classifiers of the same features; see `hf_iai.evaluation.accuracy`.
 
     Args:
         model: an adapted model (a PeftModel of IAI).
