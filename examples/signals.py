@@ -6,8 +6,7 @@
 
 Prefix states, explicit regime, the same number of training steps. Code: the loss of the 128 tokens that follow chunks
 64, of packages that neither base nor adapter was trained on. Recall: the exact match of 32 pairs, 8 of them
-rewritten, in 10 chunks; its base is made by `python examples/associative_recall.py base`. docs/gradients.md has the
-results.
+rewritten, in 10 chunks; its base is made by `python examples/associative_recall.py base`.
 """
 
 import json

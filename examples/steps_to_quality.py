@@ -325,7 +325,6 @@ def evaluate(
     state: str = "prompt",
     num: int = 24,
     num_validation: int = 16,
-    keep_baselines: Annotated[bool, typer.Option(help="Measure the learned optimizer alone; others stay.")] = False,
     model: Model = None,
     data: Data = None,
     held_out: HeldOut = None,
@@ -340,11 +339,9 @@ def evaluate(
         for part, most in (("test", num), ("validation", num_validation))
     }
     batches = [collate(list(rows)) for rows in _groups(episodes["test"], 20)]
-    if keep_baselines:
-        return measure_learned_again(work, state, batches)
     validation = collate(list(episodes["validation"]))
     command = f"python examples/steps_to_quality.py evaluate --state {state} --num {num}"
-    command += f" --model {Path(model).name} --data {data} --held-out {held_out}" if model else ""
+    command += f" --model {Path(model).name} --data {data.name} --held-out {held_out}" if model else ""
     found = {"recipe": {"command": command, "num_validation": num_validation, "validation": VALIDATION, **provenance()}}
     found |= {"model": Path(model).name if model else "embedded", "rates": RATES[state]}
     found |= {"state": state, "groups": list(episodes["test"]["group"]), "rows": []}
@@ -354,18 +351,6 @@ def evaluate(
         path = work / f"{state}.json"
         path.with_suffix(".tmp").write_text(json.dumps(found) + "\n")
         path.with_suffix(".tmp").replace(path)
-
-
-def measure_learned_again(work: Path, state: str, batches: list) -> None:
-    path = work / f"{state}.json"
-    found = json.loads(path.read_text())
-    rows = [row for row in found["rows"] if row["method"] != "learned_optimizer"]
-    for seed in sorted({row["seed"] for row in rows}):
-        folder = folder_of(work, state, "learned_optimizer", seed) / "adapter"
-        rows += learned_rows(AutoPeftModelForCausalLM.from_pretrained(folder).eval(), state, seed, batches)
-    found["recipe"]["learned_optimizer_measured_at"] = provenance()["commit"]
-    path.with_suffix(".tmp").write_text(json.dumps(found | {"rows": rows}) + "\n")
-    path.with_suffix(".tmp").replace(path)
 
 
 @app.command()

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 
-from .data import chunk_examples
+from .data import chunk_examples, text_tokens
 from .evaluation.render import require_extra
 from .export_classifier import export_classifier
 from .state import TaskState
@@ -129,8 +129,7 @@ def accuracy(model: PeftModel, tokenizer: PreTrainedTokenizerBase, state: TaskSt
     right = 0
     for first in range(0, len(test), QUERIES_AT_ONCE):
         part = test[first : first + QUERIES_AT_ONCE]
-        limited = tokenizer.model_max_length < 10**6
-        query = tokenizer([row["text"] for row in part], padding=True, truncation=limited, return_tensors="pt")
+        query = text_tokens([row["text"] for row in part], tokenizer)
         with torch.no_grad():
             best = model(**query, task_state=state).logits.argmax(-1).tolist()
         right += sum(state.label_names[c] == row["label"] for c, row in zip(best, part, strict=True))
@@ -147,13 +146,13 @@ def _replace_export(model: PeftModel, state: TaskState, path: Path, tokenizer: P
 
 
 def _report(curve: list[dict], output: Path, console: Console) -> None:
-    table = Table("examples read", "labels met", "accuracy")
+    table = Table("examples of the file", "labels met", "accuracy")
     for row in curve:
         table.add_row(str(row["examples"]), str(row["labels"]), f"{row['accuracy']:.3f}")
     console.print(table)
     axes = (figure := require_extra("matplotlib.figure").Figure(layout="constrained")).subplots()
     axes.plot([row["examples"] for row in curve], [row["accuracy"] for row in curve], marker="o")
-    axes.set(xlabel="examples read", ylabel="accuracy on the test file", xscale="log")
+    axes.set(xlabel="examples of the file read", ylabel="accuracy on the test file", xscale="log")
     axes.grid(alpha=0.3)
     figure.savefig(output / "accuracy.tmp", format="png", dpi=120)
     os.replace(output / "accuracy.tmp", output / "accuracy.png")

@@ -44,7 +44,7 @@ def load_published() -> PeftModel:
 
 def digit_episodes(num: int, num_support: int, num_queries: int, seed: int = 0) -> list[dict]:
     """Draws of digits to read and of others to ask about, out of the 1797 images of 8 x 8 pixels in scikit-learn."""
-    pixels, digits = require_extra("sklearn.datasets").load_digits(return_X_y=True)
+    pixels, digits = require_extra("sklearn.datasets", "baselines").load_digits(return_X_y=True)
     rows = [{"vector": x, "label": str(y)} for x, y in zip(pixels / 16, digits, strict=True)]
     rng, episodes = np.random.default_rng(seed), []
     for _ in range(num):

@@ -4,7 +4,7 @@ from .chunks import batch_chunks, chunk_examples, chunk_text
 from .collator import EpisodeCollator
 from .episodes import check_disjoint, episodes_from_documents, episodes_from_labels
 from .examples import Example, tokenize_example
-from .labelled import LabelledEpisodeCollator
+from .labelled import LabelledEpisodeCollator, text_tokens
 from .vectors import VectorEpisodeCollator, chunk_vectors
 
 __all__ = [
@@ -19,5 +19,6 @@ __all__ = [
     "chunk_vectors",
     "episodes_from_documents",
     "episodes_from_labels",
+    "text_tokens",
     "tokenize_example",
 ]

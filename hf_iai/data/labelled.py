@@ -36,7 +36,7 @@ def labelled_chunks(
     while rows := list(islice(examples, chunk_size)):
         _check_rows(rows, start)
         labels = [numbers.setdefault(row["label"], len(numbers)) for row in rows]
-        texts = _tokens([row["text"] for row in rows], tokenizer)
+        texts = text_tokens([row["text"] for row in rows], tokenizer)
         yield {
             "input_ids": texts["input_ids"][None],  # (1, n, T)
             "attention_mask": texts["attention_mask"][None],
@@ -123,7 +123,7 @@ class LabelledEpisodeCollator:
 
     def _padded(self, episodes: Sequence[list[Example]], slots: int, *, in_front: bool) -> dict[str, torch.Tensor]:
         """ids and mask (B, slots, T), labels (B, slots); an episode's whole missing chunks in front, others behind."""
-        texts = _tokens([row["text"] for rows in episodes for row in rows] or [""], self.tokenizer)
+        texts = text_tokens([row["text"] for rows in episodes for row in rows] or [""], self.tokenizer)
         shape = (len(episodes), slots, texts["input_ids"].shape[1])
         padded = {"input_ids": torch.full(shape, self.tokenizer.pad_token_id or 0)}
         padded |= {"attention_mask": torch.zeros_like(padded["input_ids"]), "labels": torch.full(shape[:2], NO_LOSS)}
@@ -154,8 +154,8 @@ def _check_rows(rows: Sequence[Example], start: int) -> None:
                 )
 
 
-def _tokens(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> dict[str, torch.Tensor]:  # (n, T) each
-    """Special tokens included; cut where the tokenizer has a limit."""
+def text_tokens(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> dict[str, torch.Tensor]:  # (n, T) each
+    """Texts as an encoder takes them: special tokens included, cut where the tokenizer has a limit."""
     limited = tokenizer.model_max_length < _NO_LIMIT
     found = tokenizer(texts, padding=True, truncation=limited, padding_side="right", return_tensors="pt")
     return {key: found[key].long() for key in ("input_ids", "attention_mask")}

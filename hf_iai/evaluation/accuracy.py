@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from ..data import chunk_examples, chunk_vectors
+from ..data import chunk_examples, chunk_vectors, text_tokens
+from .bootstrap import groups_of
 from .classifiers import CLASSIFIERS
 from .curve import Curve, Key
 from .fine_tuning import lora_fine_tuning
@@ -62,9 +63,7 @@ def accuracy_curve(
         found = _of_episode(model, episode, counts, baselines, tokenizer, chunk_size)
         for (name, n), right in found:
             rows[method if name is None else name, n, seed].append(right)
-    groups = [episode.get("group") for episode in episodes]
-    groups = np.array([f"episode {i}" if group is None else str(group) for i, group in enumerate(groups)])
-    return Curve({key: _join(right) for key, right in rows.items()}, groups, "accuracy")
+    return Curve({key: _join(right) for key, right in rows.items()}, groups_of(episodes), "accuracy")
 
 
 def _of_episode(
@@ -123,9 +122,7 @@ def _inputs(rows: Sequence[dict], tokenizer) -> dict[str, torch.Tensor]:
     """What the model takes of queries: (Q, d), or (Q, T) each."""
     if _are_vectors(rows):
         return {"inputs_embeds": _vectors(rows)}
-    limited = tokenizer.model_max_length < 10**6
-    found = tokenizer([row["text"] for row in rows], padding=True, truncation=limited, return_tensors="pt")
-    return {name: found[name] for name in ("input_ids", "attention_mask")}
+    return text_tokens([row["text"] for row in rows], tokenizer)
 
 
 def _checked(num_chunks: Sequence[int], baselines: Sequence[str], method: str) -> list[int]:

@@ -56,3 +56,9 @@ def bootstrap_mean(
     means = (times @ sums) / (times @ counts)  # (num_resamples,)
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
     return mean, float(low), float(high)
+
+
+def groups_of(episodes: list[dict]) -> np.ndarray:  # (E,)
+    """The document or task of each episode; an episode without one is a group of its own."""
+    groups = [episode.get("group") for episode in episodes]
+    return np.array([f"episode {i}" if group is None else str(group) for i, group in enumerate(groups)])

@@ -32,14 +32,14 @@ def nearest_class_mean(x: np.ndarray, y: np.ndarray, queries: np.ndarray) -> np.
 
 def nearest_neighbours(x: np.ndarray, y: np.ndarray, queries: np.ndarray) -> np.ndarray:
     """What most of the 5 nearest examples are, the nearer counting more."""
-    neighbours = require_extra("sklearn.neighbors")
+    neighbours = require_extra("sklearn.neighbors", "baselines")
     model = neighbours.KNeighborsClassifier(min(NEIGHBOURS, len(x)), weights="distance")
     return model.fit(x, y).predict(queries)
 
 
 def logistic_regression(x: np.ndarray, y: np.ndarray, queries: np.ndarray) -> np.ndarray:
     """Refitted from nothing; C by 3-fold cross-validation where every class has 3 examples, else 10."""
-    linear = require_extra("sklearn.linear_model")
+    linear = require_extra("sklearn.linear_model", "baselines")
     if len(np.unique(y)) == 1:
         return np.full(len(queries), y[0])
     # The penalty is rotation-invariant: with fewer examples than features, their span is all there is to fit.
@@ -49,7 +49,7 @@ def logistic_regression(x: np.ndarray, y: np.ndarray, queries: np.ndarray) -> np
         search = {"Cs": STRENGTHS, "cv": FOLDS, "scoring": "accuracy", "l1_ratios": (0.0,)}
         model = linear.LogisticRegressionCV(**search, use_legacy_attributes=False, max_iter=1000)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", require_extra("sklearn.exceptions").ConvergenceWarning)
+        warnings.simplefilter("ignore", require_extra("sklearn.exceptions", "baselines").ConvergenceWarning)
         return model.fit(x @ basis, y).predict(queries @ basis)
 
 

@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 
 from ..data import EpisodeCollator
 from .accuracy import accuracy_curve
+from .bootstrap import groups_of
 from .curve import Curve, NumChunks
 from .losses import Batch, bare_base_losses, state_losses
 
@@ -120,7 +121,7 @@ def evaluate_curve(
             batch = {name: tensor.to(device) for name, tensor in batch.items()}
             for key, score in scorers.items():
                 found[key].append(score(batch).cpu())
-    return Curve({(*key, seed): _join(rows) for key, rows in found.items()}, _groups(episodes))
+    return Curve({(*key, seed): _join(rows) for key, rows in found.items()}, groups_of(episodes))
 
 
 def _baseline_scorers(model, baselines: Sequence[str], counts: list[int], chunk_size: int, room: int) -> Scorers:
@@ -175,12 +176,6 @@ def _check_batch(batch: Batch, start: int, needed: int) -> None:
             f"an episode among {start}..{start + len(real) - 1} has {batch['input_ids'].shape[1]} queries, expected 1: "
             "make an episode of each query"
         )
-
-
-def _groups(episodes: list[dict]) -> np.ndarray:  # (E,)
-    """The document or task of each episode; an episode without one is a group of its own."""
-    groups = [episode.get("group") for episode in episodes]
-    return np.array([f"episode {i}" if group is None else str(group) for i, group in enumerate(groups)])
 
 
 def _join(batches: list[Tensor]) -> np.ndarray:  # (E, T - 1), NaN after the end of shorter queries

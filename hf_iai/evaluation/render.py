@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from .curve import Curve
 
 
-def require_extra(module: str):
-    """Import a module of the extra `plots`.
+def require_extra(module: str, extra: str = "plots"):
+    """Import a module of an extra.
 
     Raises:
         ImportError: naming the extra, when it is not installed.
@@ -22,7 +22,7 @@ def require_extra(module: str):
     try:
         return import_module(module)
     except ImportError as error:
-        raise ImportError(f"{module} is not installed: pip install 'hf_iai[plots]'") from error
+        raise ImportError(f"{module} is not installed: pip install 'hf_iai[{extra}]'") from error
 
 
 def print_curve(curve: "Curve", from_token: int) -> None:
