@@ -98,18 +98,21 @@ def draw_task(
     num_queries: int = QUERIES,
     imbalance: float = 1.0,
     noise: float = 0.0,
+    num_early: int = 0,
 ) -> tuple[np.ndarray, ...]:
     """Rows and classes of the examples in the order they are read, and of the queries, which share no text with them.
 
     Every example is of a class drawn at random, the last class `imbalance` times as rare as the first; a share `noise`
-    of them is labelled as another class.
+    of them is labelled as another class; the second half of the classes does not occur among the first `num_early`.
     """
     left = [list(rng.permutation(corpus.rows[label])) for label in rng.permutation(labels)]
     queries = np.array([[rows.pop() for _ in range(num_queries)] for rows in left])  # (C, q)
     weights = imbalance ** -np.linspace(0, 1, len(left))
     rows, classes = [], []
-    for _ in range(num_examples):
+    for i in range(num_examples):
         open_ = weights * np.array([bool(r) for r in left])
+        if i < num_early:
+            open_[len(left) // 2 :] = 0
         classes.append(rng.choice(len(left), p=open_ / open_.sum()))
         rows.append(left[classes[-1]].pop())
     said = np.array(classes)

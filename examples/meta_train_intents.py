@@ -32,6 +32,7 @@ SETTINGS = {
     "all-way": {"ways": None},
     "10-way, 20% wrong labels": {"ways": 10, "noise": 0.2},
     "10-way, 1:20": {"ways": 10, "imbalance": 20.0},
+    "10-way, 5 of them new after chunk 5": {"ways": 10, "num_early": 100},
 }
 FEWEST_WAYS = 3
 
@@ -41,11 +42,13 @@ app = typer.Typer(help=__doc__)
 # ---------------------------------------------------------------- training
 
 
-def training_tasks(rng: np.random.Generator, corpora: list[Corpus], split: int, num: int, most_chunks: int) -> Tasks:
-    """Tasks of 3 to all labels; some are unbalanced, up to 1:20, some have wrong labels, up to 30%."""
+def training_tasks(
+    rng: np.random.Generator, corpora: list[Corpus], held_out: tuple[str, ...], num: int, most_chunks: int
+) -> Tasks:
+    """Tasks of 3 to all labels of other topics; some are unbalanced, up to 1:20, some have wrong labels, up to 30%."""
     drawn_from, drawn = [], []
     for corpus in rng.choice(len(corpora), num):
-        labels = corpora[corpus].labels(HELD_OUT[split], held_out=False)
+        labels = corpora[corpus].labels(held_out, held_out=False)
         ways = int(np.exp(rng.uniform(np.log(FEWEST_WAYS), np.log(len(labels) + 0.99))))
         labels = list(rng.choice(labels, ways, replace=False))
         num_queries = int(np.clip(200 // ways, 2, QUERIES))
@@ -85,9 +88,9 @@ def train(
         AutoModelForSequenceClassification.from_pretrained(name), IAIConfig(task_type="SEQ_CLS", state_type="linear")
     )
     corpora = load_corpora(data, work, model, AutoTokenizer.from_pretrained(name))
-    rng = np.random.default_rng([seed, split])
+    rng, held_out = np.random.default_rng([seed, split]), HELD_OUT[split]
     head = model.base_model.core.head
-    train_head(head, lambda most: training_tasks(rng, corpora, split, batch_size, most), rng, steps=steps, lr=lr)
+    train_head(head, lambda most: training_tasks(rng, corpora, held_out, batch_size, most), rng, steps=steps, lr=lr)
     model.active_peft_config.base_model_name_or_path = encoder  # not where it lies on this machine
     model.save_pretrained(work / f"split-{split}-{seed}")
 

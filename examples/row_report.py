@@ -50,8 +50,10 @@ def draw(rows: list[dict], settings: list[str], path: Path) -> None:
     """A panel for each setting, two side by side; bands are intervals of the paired difference to the state."""
     num_rows, num_columns = -(-len(settings) // 2), min(len(settings), 2)
     figure = Figure(figsize=(5 * num_columns, 3.75 * num_rows), layout="constrained")
-    panels = figure.subplots(num_rows, num_columns, squeeze=False)
-    for axes, setting in zip(panels.flat, settings, strict=False):
+    panels = figure.subplots(num_rows, num_columns, squeeze=False).flatten()
+    for axes in panels[len(settings) :]:
+        axes.remove()
+    for axes, setting in zip(panels, settings, strict=False):
         for color, method in enumerate(("iai", *CLASSIFIERS)):
             cells = [r for r in rows if (r["setting"], r["method"]) == (setting, method)]
             at, accuracy = ([cell[name] for cell in cells] for name in ("num_chunks", "accuracy"))
