@@ -5,7 +5,8 @@
     python examples/steps_to_quality.py report                            # table, verdicts, picture
 
 Update k reads chunk k of a document, for all methods; the loss is that of the text that follows the last chunk. n
-updates read the n chunks right before that text, and begin again with the first where there are fewer. By default the
+updates read the n chunks right before that text, and begin again with the first where there are fewer; `adam_few` has
+only the 5 right before it, again and again, as many as the learned updates were trained on. By default the
 base is the embedded one and the documents are library code; `--model FOLDER --data FOLDER --held-out A.txt,B.txt` takes
 others. Rates of the baselines are the best of six on other held-out documents, for every method, start and n, found
 with the first seed.
@@ -41,6 +42,7 @@ from hf_iai.evaluation.losses import token_losses
 CHUNK, QUERY, CHUNKS, TRAINED = 64, 128, 25, 5  # tokens, tokens, chunks of a test document, most updates in training
 COUNTS = (1, 2, 5, 10, 20, 25)
 CYCLED = 100  # updates of Adam that go round the chunks, from PEFT's start
+CYCLES = {"adam": CHUNKS, "adam_few": TRAINED}  # how many chunks it goes round
 TIMES_LEARNED = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)  # Meta-SGD's rates are learned ones times these
 RATES = {
     "prompt": {"adam": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1), "sgd": (0.3, 1.0, 3.0, 10.0, 30.0, 100.0)},
@@ -144,9 +146,9 @@ def train(
 # ---------------------------------------------------------------- updates
 
 
-def order(num_updates: int, num_chunks: int) -> list[int]:
-    """The chunks that the updates read: the last one is the one right before the query."""
-    return [(k - num_updates) % num_chunks for k in range(num_updates)]
+def order(num_updates: int, cycle: int = CHUNKS) -> list[int]:
+    """The chunks that the updates read, of the last `cycle` ones; the last update reads the one before the query."""
+    return [CHUNKS - cycle + (k - num_updates) % cycle for k in range(num_updates)]
 
 
 def chunk(batch: dict[str, Tensor], k: int) -> dict[str, Tensor]:  # (B, C) each
@@ -245,26 +247,37 @@ def own_start(model: PeftModel) -> dict[str, Tensor]:
 # ---------------------------------------------------------------- evaluation
 
 
-def best_rates(model, start, batch, make, rates, cycled: bool) -> dict[int, float]:
+def best_rates(model, start, batch, make, rates) -> dict[int, float]:
     """n -> the rate after whose n updates the text that follows is predicted best; one pass over each document."""
-    losses = {n: [] for n in (*COUNTS, *[CYCLED] * cycled)}
+    losses = {n: [] for n in COUNTS}
     for rate in tqdm(rates, "rates", leave=False):
         descent = Descent(model, start, len(batch["input_ids"]), make(rate))
-        for n in range(1, max(losses) + 1):
-            descent.step(chunk(batch, (n - 1) % CHUNKS))
+        for n in range(1, CHUNKS + 1):
+            descent.step(chunk(batch, n - 1))
             if n in losses:
                 following = chunk(batch, n) if n < CHUNKS else query(batch)
                 losses[n].append(query_losses(model, descent.state, following).mean())
     return {n: rates[int(np.nanargmin(found))] for n, found in losses.items()}
 
 
-def losses_of_descent(model, start, batches, make, rates: dict[int, float]) -> dict[int, np.ndarray]:  # n -> (E,)
+def best_cycled(model, start, batch, make, rates, cycle: int) -> float:
+    """The rate after whose 100 updates, round and round the last `cycle` chunks, what follows is predicted best."""
+    losses = [
+        losses_of_descent(model, start, [batch], make, {CYCLED: rate}, cycle)[CYCLED].mean()
+        for rate in tqdm(rates, f"rates, {cycle} chunks", leave=False)
+    ]
+    return rates[int(np.nanargmin(losses))]
+
+
+def losses_of_descent(
+    model, start, batches, make, rates: dict[int, float], cycle: int = CHUNKS
+) -> dict[int, np.ndarray]:  # n -> (E,)
     losses = {}
     for n, rate in rates.items():
         found = []
         for batch in batches:
             descent = Descent(model, start, len(batch["input_ids"]), make(rate))
-            for k in order(n, CHUNKS):
+            for k in order(n, cycle):
                 descent.step(chunk(batch, k))
             found.append(query_losses(model, descent.state, query(batch)))
         losses[n] = np.concatenate(found)
@@ -276,7 +289,7 @@ def losses_of_reader(model, batches, counts) -> dict[int, np.ndarray]:  # n -> (
     for n in counts:
         found = []
         for batch in batches:
-            read = [chunk(batch, k) for k in order(n, CHUNKS)]
+            read = [chunk(batch, k) for k in order(n)]
             state = model.adapt(read) if read else model.initial_state(len(batch["input_ids"]))
             found.append(query_losses(model, state, query(batch)))
         losses[n] = np.concatenate(found)
@@ -294,7 +307,7 @@ def learned_rows(learned: PeftModel, state: str, seed: int, batches: list) -> li
 
 
 def rows_of_seed(
-    work: Path, state: str, seed: int, batches: list, validation: dict, rates: dict[tuple[str, str], dict[int, float]]
+    work: Path, state: str, seed: int, batches: list, validation: dict, rates: dict[tuple[str, str], dict]
 ) -> list[dict]:
     """Losses of all methods; `rates`, by method and start, are found where they are not yet known."""
     learned, meta = (
@@ -315,8 +328,20 @@ def rows_of_seed(
         for method in tqdm(RATES[state], f"{state}, seed {seed}, {name} start", leave=False):
             make, key = makers(method, meta), (method, name)
             if key not in rates:
-                rates[key] = best_rates(learned, start, validation, make, RATES[state][method], key == ("adam", "peft"))
+                rates[key] = best_rates(learned, start, validation, make, RATES[state][method])
             add(method, name, losses_of_descent(learned, start, batches, make, rates[key]))
+    return rows + cycled_rows(learned, state, seed, starts["peft"], batches, validation, rates)
+
+
+def cycled_rows(model, state: str, seed: int, start, batches: list, validation: dict, rates: dict) -> list[dict]:
+    """Adam's 100 updates from PEFT's start, round and round all chunks, and round and round the last 5."""
+    rows, make = [], makers("adam", None)
+    for method, cycle in CYCLES.items():
+        key = method, "cycled"
+        if key not in rates:
+            rates[key] = best_cycled(model, start, validation, make, RATES[state]["adam"], cycle)
+        losses = losses_of_descent(model, start, batches, make, {CYCLED: rates[key]}, cycle)[CYCLED]
+        rows.append(row_of(state, seed, method, "peft", CYCLED, rates[key], losses))
     return rows
 
 
