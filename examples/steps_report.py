@@ -101,7 +101,7 @@ def draw(report: dict, path: Path) -> None:
         mean = [losses(report, *key, n).mean() for n in at]
         axes.plot(at, mean, color=color, linestyle=style, label=name, marker=".")
     axes.set_xscale("symlog", base=2, linthresh=1)
-    axes.set_xlabel("updates, one chunk of 64 tokens each")
+    axes.set_xlabel(f"updates, one chunk of {report['chunk_size']} tokens each")
     axes.set_ylabel("loss of the text that follows, nats per token")
     axes.set_title(f"{report['model']}, {report['state']} state")
     # From PEFT's start a few updates are far away.

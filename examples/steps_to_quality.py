@@ -39,7 +39,7 @@ from hf_iai import (
 )
 from hf_iai.evaluation.losses import token_losses
 
-CHUNK, QUERY, CHUNKS, TRAINED = 64, 128, 25, 5  # tokens, tokens, chunks of a test document, most updates in training
+CHUNK, CHUNKS, TRAINED = 64, 25, 5  # tokens, chunks of a test document, most updates in training
 COUNTS = (1, 2, 5, 10, 20, 25)
 CYCLED = 100  # updates of Adam that go round the chunks, from PEFT's start
 CYCLES = {"adam": CHUNKS, "adam_few": TRAINED}  # how many chunks it goes round
@@ -77,15 +77,21 @@ def documents(data: Path | None, held_out: str | None, part: str) -> Iterator[di
 
 
 def windows(
-    documents: Iterator[dict], tokenizer, num_chunks: int, num: int, seed: int, per_file: int | None
+    documents: Iterator[dict],
+    tokenizer,
+    num_chunks: int,
+    num: int,
+    seed: int,
+    per_file: int | None,
+    chunk_size: int = CHUNK,
 ) -> Dataset:
-    """At most `num` windows, at most `per_file` of each document."""
+    """At most `num` windows, at most `per_file` of each document; the text that follows is as long as two chunks."""
     episodes = episodes_from_documents(
         documents,
         tokenizer,
-        chunk_size=CHUNK,
+        chunk_size=chunk_size,
         num_chunks=num_chunks,
-        query_length=QUERY,
+        query_length=2 * chunk_size,
         max_per_document=per_file,
         seed=seed,
     )
@@ -108,6 +114,7 @@ def train(
     batch_size: int = 8,
     lr: float = 1e-3,
     state_lr: float = 3e-3,
+    chunk_size: int = CHUNK,
     model: Model = None,
     data: Data = None,
     held_out: HeldOut = None,
@@ -125,12 +132,12 @@ def train(
     per_file = 8 if data is None else None
     train_adapter(
         peft_model,
-        windows(train_documents, tokenizer, TRAINED, steps * batch_size, seed, per_file),
+        windows(train_documents, tokenizer, TRAINED, steps * batch_size, seed, per_file, chunk_size),
         tokenizer,
         folder_of(work, state, head, seed),
         steps=steps,
         seed=seed,
-        chunk_size=CHUNK,
+        chunk_size=chunk_size,
         max_chunks=TRAINED,
         curriculum=0.0,
         halve_chunks=0.0,
@@ -350,6 +357,7 @@ def evaluate(
     state: str = "prompt",
     num: int = 24,
     num_validation: int = 16,
+    chunk_size: int = CHUNK,
     model: Model = None,
     data: Data = None,
     held_out: HeldOut = None,
@@ -357,18 +365,19 @@ def evaluate(
 ) -> None:
     """All methods on held-out documents, for every seed that was trained: one JSON for the state type."""
     tokenizer = AutoTokenizer.from_pretrained(model or embedded_base())
-    collate = EpisodeCollator(tokenizer, CHUNK)
+    collate = EpisodeCollator(tokenizer, chunk_size)
     per_file = 2 if data is None else None
     episodes = {
-        part: windows(documents(data, held_out, part), tokenizer, CHUNKS, most, 0, per_file)
+        part: windows(documents(data, held_out, part), tokenizer, CHUNKS, most, 0, per_file, chunk_size)
         for part, most in (("test", num), ("validation", num_validation))
     }
     batches = [collate(list(rows)) for rows in _groups(episodes["test"], 20)]
     validation = collate(list(episodes["validation"]))
     command = f"python examples/steps_to_quality.py evaluate --state {state} --num {num}"
+    command += f" --num-validation {num_validation} --chunk-size {chunk_size}"
     command += f" --model {Path(model).name} --data {data.name} --held-out {held_out}" if model else ""
     found = {"recipe": {"command": command, "num_validation": num_validation, "validation": VALIDATION, **provenance()}}
-    found |= {"model": Path(model).name if model else "embedded", "rates": RATES[state]}
+    found |= {"model": Path(model).name if model else "embedded", "chunk_size": chunk_size, "rates": RATES[state]}
     found |= {"state": state, "groups": list(episodes["test"]["group"]), "rows": []}
     best: dict = {}  # of the first seed, for all
     for folder in sorted(work.glob(f"{state}-learned_optimizer-*/adapter")):
