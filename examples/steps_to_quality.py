@@ -376,7 +376,8 @@ def evaluate(
     command = f"python examples/steps_to_quality.py evaluate --state {state} --num {num}"
     command += f" --num-validation {num_validation} --chunk-size {chunk_size}"
     command += f" --model {Path(model).name} --data {data.name} --held-out {held_out}" if model else ""
-    found = {"recipe": {"command": command, "num_validation": num_validation, "validation": VALIDATION, **provenance()}}
+    chosen_on = VALIDATION if data is None else "the first quarter of each held-out book"
+    found = {"recipe": {"command": command, "num_validation": num_validation, "validation": chosen_on, **provenance()}}
     found |= {"model": Path(model).name if model else "embedded", "chunk_size": chunk_size, "rates": RATES[state]}
     found |= {"state": state, "groups": list(episodes["test"]["group"]), "rows": []}
     best: dict = {}  # of the first seed, for all
