@@ -1,0 +1,199 @@
+"""Linear regression by reading chunks: excess error after every chunk, next to ridge regression on all data so far.
+
+A task is y = w x + noise with w and x standard normal in d dimensions. The state is the predictor's weights, in the
+parametric regime: refined from the chunk itself (`heads.GaussianRows`, sums beside the weights), or from the gradient
+of the chunk's loss alone. Heads are trained on up to 10 chunks, on the loss after each; test tasks are new ones, and
+others than in training: more noise, larger or sparse weights.
+
+Axes: B tasks, K chunks of n examples, d features.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from hf_iai.heads import SGD, GaussianRows, LearnedStep, LearnedStepSettings, MetaSGD
+
+CHUNK = {2: 16, 16: 32, 64: 64}  # d -> n
+TRAINED, COUNTS = 10, (1, 2, 3, 5, 7, 10, 20, 50)  # most chunks in training, counts that are measured
+NOISE = 0.1
+SETTINGS = {"as trained": {}, "noise 0.5": {"noise": 0.5}, "weights times 3": {"scale": 3.0}, "sparse": {"share": 0.2}}
+RATES = {"SGD": (0.03, 0.1, 0.2, 0.4, 0.7, 1.0), "Adam": (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)}
+STEPS, BATCH = {"cpu": 300, "gpu": 3000}, 16
+FIRST_RATE = 0.3
+Weights = Iterator[tuple[Tensor, Tensor]]  # after each chunk w (B, d) and the intercept (B,)
+
+
+class Tasks(NamedTuple):
+    x: Tensor  # (B, K, n, d)
+    y: Tensor  # (B, K, n)
+    weight: Tensor  # (B, d)
+    noise: float
+
+
+def draw_tasks(
+    seed: list[int], num: int, num_chunks: int, d: int, *, noise: float = NOISE, scale: float = 1.0, share: float = 1.0
+) -> Tasks:
+    """`share` of the weights are not 0; sparse ones are larger, so that a task is as large as any other."""
+    rng = np.random.default_rng(seed)
+    weight = scale * rng.normal(size=(num, d)) * (rng.random((num, d)) < share) / share**0.5
+    x = rng.normal(size=(num, num_chunks, CHUNK[d], d))
+    y = np.einsum("bknd,bd->bkn", x, weight) + noise * rng.normal(size=x.shape[:3])
+    return Tasks(*(torch.from_numpy(a).float() for a in (x, y, weight)), noise)
+
+
+def excess(found: Weights, tasks: Tasks) -> Tensor:  # (B, K)
+    """Mean squared error of a standard normal query, above that of the noise."""
+    errors = [(weight - tasks.weight).square().sum(1) + intercept**2 for weight, intercept in found]
+    return torch.stack(errors, 1)
+
+
+# ---------------------------------------------------------------- states that are refined
+
+
+def by_sums(head: GaussianRows, tasks: Tasks) -> Weights:
+    """Observations: sums of the chunks, and the weights that follow from them."""
+    kept = head.initial(len(tasks.weight), 1, tasks.x.shape[-1])
+    for x, y in zip(tasks.x.unbind(1), tasks.y.unbind(1), strict=True):
+        kept = head(kept, x, y.unsqueeze(-1), torch.ones_like(y))
+        rows, intercept = head.rows(kept)
+        yield rows.squeeze(1), intercept.squeeze(1)
+
+
+class Descent(nn.Module):
+    """Gradients alone: theta(0) and a head of `hf_iai.heads`, which sees only d loss(chunk | theta) / d theta."""
+
+    def __init__(self, d: int, make: Callable[[dict[str, Tensor]], nn.Module]) -> None:
+        super().__init__()
+        self.start = nn.Parameter(torch.zeros(1, d))
+        self.head = make({"weight": self.start.detach()})
+
+    def forward(self, tasks: Tasks) -> Weights:
+        batch = len(tasks.weight)
+        theta = {"weight": self.start.expand(batch, 1, -1)}
+        kept, intercept = self.head.initial(theta), tasks.y.new_zeros(batch)
+        for k, (x, y) in enumerate(zip(tasks.x.unbind(1), tasks.y.unbind(1), strict=True)):
+            error = (x @ theta["weight"].mT).squeeze(-1) - y  # (B, n)
+            # Of half the mean squared error; first order: a constant to training, as `IAIConfig` has it by default.
+            gradient = {"weight": (error.unsqueeze(1) @ x / x.shape[1]).detach()}
+            theta, kept = self.head(theta, kept, gradient, torch.full((batch,), k))
+            yield theta["weight"].squeeze(1), intercept
+
+
+def learned_optimizer(start: dict[str, Tensor]) -> LearnedStep:
+    return LearnedStep({name: "weight" for name in start}, FIRST_RATE, LearnedStepSettings())
+
+
+def observations(d: int) -> tuple[nn.Module, Callable[[Tasks], Weights]]:
+    head = GaussianRows()
+    return head, partial(by_sums, head)
+
+
+def gradients(make: Callable[[dict[str, Tensor]], nn.Module], d: int) -> tuple[nn.Module, Callable[[Tasks], Weights]]:
+    descent = Descent(d, make)
+    return descent, descent
+
+
+# name -> what makes, for d, that which is trained, and that which finds the weights
+REFINED = {
+    "observations, with sums": observations,
+    "gradients, learned optimizer": partial(gradients, learned_optimizer),
+    "gradients, MAML": partial(gradients, lambda start: SGD(start, FIRST_RATE)),
+    "gradients, Meta-SGD": partial(gradients, lambda start: MetaSGD(start, FIRST_RATE)),
+}
+
+
+def train(name: str, d: int, seed: int, steps: int) -> Callable[[Tasks], Weights]:
+    """Adam on the mean logarithm of the excess error after each chunk."""
+    torch.manual_seed(seed)
+    module, find = REFINED[name](d)
+    optimizer = torch.optim.Adam(module.parameters(), 3e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for step in tqdm(range(steps), f"{name}, d = {d}, seed {seed}", leave=False, mininterval=5):
+        tasks = draw_tasks([1, seed, step], BATCH, TRAINED, d)
+        loss = excess(find(tasks), tasks).log().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+    return find
+
+
+# ---------------------------------------------------------------- baselines
+
+
+def ridge(tasks: Tasks, penalty: float | None = None, last: bool = False) -> Weights:
+    """On all data so far, or on the last chunk alone; the penalty is the true noise's, for weights of variance 1."""
+    penalty = tasks.noise**2 if penalty is None else penalty
+    moment, cross = 0, 0
+    for x, y in zip(tasks.x.double().unbind(1), tasks.y.double().unbind(1), strict=True):
+        keep = 0 if last else 1
+        moment, cross = keep * moment + x.mT @ x, keep * cross + x.mT @ y.unsqueeze(-1)
+        eye = torch.eye(x.shape[-1], dtype=x.dtype)
+        weight = torch.linalg.solve(moment + penalty * eye, cross).squeeze(-1)
+        yield weight.float(), tasks.y.new_zeros(len(weight))
+
+
+def descended(tasks: Tasks, method: str, rate: float) -> Weights:
+    """One step of `torch.optim` on each chunk, weights from 0."""
+    weight = torch.zeros_like(tasks.weight, requires_grad=True)
+    optimizer = getattr(torch.optim, method)([weight], rate)
+    for x, y in zip(tasks.x.unbind(1), tasks.y.unbind(1), strict=True):
+        weight.grad = ((x @ weight.detach().unsqueeze(-1) - y.unsqueeze(-1)) * x).mean(1)
+        optimizer.step()
+        yield weight.detach().clone(), y.new_zeros(len(y))
+
+
+def tuned(method: str, validation: Tasks, tasks: Tasks) -> Tensor:  # (B, K)
+    """The excess error with the rate, of six, that is the best on validation tasks after so many chunks."""
+    best = torch.stack([excess(descended(validation, method, rate), validation).mean(0) for rate in RATES[method]])
+    found = torch.stack([excess(descended(tasks, method, rate), tasks) for rate in RATES[method]])  # (rates, B, K)
+    return found.gather(0, best.nan_to_num(torch.inf).argmin(0).expand(1, *found.shape[1:])).squeeze(0)
+
+
+BASELINES = {
+    "ridge, true noise": ridge,
+    "least squares": lambda tasks: ridge(tasks, penalty=1e-9),
+    "ridge, the last chunk alone": lambda tasks: ridge(tasks, last=True),
+}
+
+
+# ---------------------------------------------------------------- the table
+
+VALUE, SCALE = "excess squared error", "log"
+
+
+@torch.no_grad()
+def errors_of(trained: list[dict], tasks: Tasks, validation: Tasks) -> Iterator[tuple[str, int, Tensor]]:
+    """Method, seed and the excess error (B, K); a baseline has seed 0."""
+    for name, method in BASELINES.items():
+        yield name, 0, excess(method(tasks), tasks)
+    for name in RATES:
+        yield name, 0, tuned(name, validation, tasks)
+    for seed, of_seed in enumerate(trained):
+        for name, find in of_seed.items():
+            yield name, seed, excess(find(tasks), tasks)
+
+
+def table(tier: str, seeds: int, num: int = 256) -> list[dict]:
+    """The excess error after each count of chunks, and its ratio to that of ridge regression on the same tasks."""
+    rows = []
+    for d in CHUNK:
+        trained = [{name: train(name, d, seed, STEPS[tier]) for name in REFINED} for seed in range(seeds)]
+        for number, (setting, options) in enumerate(SETTINGS.items()):
+            tasks = draw_tasks([2, d, number], num, max(COUNTS), d, **options)
+            validation = draw_tasks([3, d, number], 64, max(COUNTS), d, **options)
+            found = list(errors_of(trained, tasks, validation))
+            for count in COUNTS:
+                reference = found[0][2][:, count - 1].mean()
+                for name, seed, errors in found:
+                    row = {"setting": f"d = {d}, {setting}", "method": name, "seed": seed, "num_chunks": count}
+                    mean = errors[:, count - 1].mean()
+                    rows.append(row | {"value": mean.item(), "ratio": (mean / reference).item()})
+    return rows

@@ -1,0 +1,100 @@
+"""The paper's experiments: one command for each table.
+
+    python -m examples.paper.run --table linear_regression        # TABLE.json and TABLE.png beside this file
+
+docs/paper.md puts the paper's findings beside what was measured here.
+"""
+
+import json
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from examples.provenance import provenance
+
+FOLDER = Path(__file__).parent
+TABLES = ("linear_regression",)
+
+
+def main(table: Annotated[str, typer.Option()], tier: str = "cpu", seeds: int = 3, output: Path = FOLDER) -> None:
+    if table not in TABLES or tier not in ("cpu", "gpu"):
+        raise typer.BadParameter(f"--table is one of {list(TABLES)}, --tier cpu or gpu; got {table!r} and {tier!r}")
+    module = import_module(f"examples.paper.{table}")
+    rows = means(module.table(tier, seeds))
+    command = f"python -m examples.paper.run --table {table} --tier {tier} --seeds {seeds}"
+    report = {"recipe": {"command": command, **provenance()}, "value": module.VALUE, "rows": rows}
+    path = output / f"{table}.json"
+    path.with_suffix(".tmp").write_text(json.dumps(report, indent=1) + "\n")
+    path.with_suffix(".tmp").replace(path)
+    show(rows)
+    draw(rows, module.VALUE, module.SCALE, path.with_suffix(".png"))
+
+
+def means(rows: list[dict]) -> list[dict]:
+    """Over seeds, with their standard deviation where there are several."""
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        groups.setdefault((row["setting"], row["method"], row["num_chunks"]), []).append(row)
+    found = []
+    for key, same in groups.items():
+        row = dict(zip(("setting", "method", "num_chunks"), key, strict=True)) | {"num_seeds": len(same)}
+        for name in same[0].keys() - row.keys() - {"seed"}:
+            values = np.array([r[name] for r in same])
+            row[name] = values.mean()
+            if len(same) > 1:
+                row[f"{name}_deviation"] = values.std(ddof=1)
+        found.append(row)
+    return found
+
+
+def curves(rows: list[dict], setting: str) -> dict[str, list[dict]]:
+    """method -> its rows, by the number of chunks."""
+    methods = dict.fromkeys(row["method"] for row in rows if row["setting"] == setting)
+    wanted = {m: [r for r in rows if (r["setting"], r["method"]) == (setting, m)] for m in methods}
+    return {method: sorted(of_method, key=lambda row: row["num_chunks"]) for method, of_method in wanted.items()}
+
+
+def show(rows: list[dict]) -> None:
+    for setting in dict.fromkeys(row["setting"] for row in rows):
+        found = curves(rows, setting)
+        counts = sorted({row["num_chunks"] for of_method in found.values() for row in of_method})
+        table = Table("after chunks", *map(str, counts), title=setting)
+        for method, of_method in found.items():
+            cells = {row["num_chunks"]: _cell(row) for row in of_method}
+            table.add_row(method, *(cells.get(n, "") for n in counts))
+        Console(width=160).print(table)
+
+
+def _cell(row: dict) -> str:
+    ratio = f" ({row['ratio']:.2f})" if "ratio" in row else ""
+    return f"{row['value']:.3g}{ratio}"
+
+
+def draw(rows: list[dict], value: str, scale: str, path: Path) -> None:
+    """A panel for each setting, four in a row."""
+    settings = list(dict.fromkeys(row["setting"] for row in rows))
+    across = min(4, len(settings))
+    down = -(-len(settings) // across)
+    figure = Figure(figsize=(4 * across, 3 * down), layout="constrained")
+    panels = figure.subplots(down, across, squeeze=False).flatten()
+    for axes in panels[len(settings) :]:
+        axes.remove()
+    for axes, setting in zip(panels, settings, strict=False):
+        for color, (method, of_method) in enumerate(curves(rows, setting).items()):
+            at, values = ([row[name] for row in of_method] for name in ("num_chunks", "value"))
+            axes.plot(at, values, f"C{color}", marker=".", label=method)
+        axes.set(title=setting, xscale="log", yscale=scale, xlabel="chunks", ylabel=value)
+        axes.grid(alpha=0.3)
+    panels[0].legend(fontsize=6)
+    figure.savefig(path.with_suffix(".tmp"), format="png", dpi=90)
+    path.with_suffix(".tmp").replace(path)
+
+
+if __name__ == "__main__":
+    typer.run(main)
