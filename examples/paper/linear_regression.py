@@ -10,6 +10,7 @@ Axes: B tasks, K chunks of n examples, d features.
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -181,8 +182,8 @@ def errors_of(trained: list[dict], tasks: Tasks, validation: Tasks) -> Iterator[
             yield name, seed, excess(find(tasks), tasks)
 
 
-def table(tier: str, seeds: int, num: int = 256) -> list[dict]:
-    """The excess error after each count of chunks, and its ratio to that of ridge regression on the same tasks."""
+def table(tier: str, seeds: int, data: Path, num: int = 256) -> list[dict]:
+    """The excess error after each count of chunks, and its ratio to ridge regression's on the same tasks; no `data`."""
     rows = []
     for d in CHUNK:
         trained = [{name: train(name, d, seed, STEPS[tier]) for name in REFINED} for seed in range(seeds)]

