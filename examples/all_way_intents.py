@@ -1,6 +1,6 @@
 """All intents of a corpus at once, by readers that were trained on the other corpus.
 
-    python examples/all_way_intents.py --data DATA        # 25 minutes on one core: work/intents/all_way.json, a picture
+    python examples/all_way_intents.py --data DATA        # 15 minutes on one core: work/intents/all_way.json, a picture
 
 DATA as in `examples/meta_train_intents.py`. 1, 5, 20 and 50 examples of each of CLINC's 105 and HWU's 64 intents, in
 random order, 20 a chunk; 20 queries of each intent. An intent with fewer than 70 texts has all but the queries read.
@@ -75,7 +75,7 @@ def accuracies(heads: list[ClassRows], corpus: Corpus, shots: int, num_draws: in
     return {method: np.array(values) for method, values in found.items()}
 
 
-def main(num_draws: int = 5, num_seeds: int = 3, data: Path = DATA, encoder: str = ENCODER, work: Path = WORK) -> None:
+def main(num_draws: int = 3, num_seeds: int = 3, data: Path = DATA, encoder: str = ENCODER, work: Path = WORK) -> None:
     name, rows = installed_encoder(encoder), []
     corpora = load_corpora(data, work, new_reader(name), AutoTokenizer.from_pretrained(name))
     for corpus, other in zip(corpora, reversed(corpora), strict=True):
