@@ -20,12 +20,13 @@ from row_training import CHUNK, LEAST_LOSS, Tasks
 from sklearn.datasets import load_digits
 from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from hf_iai.classify import load_reader
 from hf_iai.evaluation.classifiers import CLASSIFIERS, logistic_regression
-from hf_iai.heads import SGD, ClassRows, LearnedStep, LearnedStepSettings, MetaSGD
+from hf_iai.heads import ClassRows
 from hf_iai.published import published_adapter
+
+from .refined import HEADS, Descent, train
 
 # setting -> what is trained on, what is tested
 SETTINGS = {
@@ -39,6 +40,7 @@ WIDTH, WAYS, QUERIES = 64, 10, 5  # of projected images; classes of a task, quer
 TRAINED, COUNTS = 10, (1, 2, 3, 5, 7, 10, 20, 50)  # most chunks in training, counts that are measured
 STEPS, BATCH, FIRST_RATE = {"cpu": 150, "gpu": 2000}, 8, 30.0
 MNIST, OMNIGLOT = "mnist_12k/mnist_12k_3k.npz", "omniglot_small1/omniglot_small1_28x28.npz"
+REFINED = ("observations, with sums", *(f"gradients, {head}" for head in HEADS))
 VALUE, SCALE = "accuracy, %", "linear"
 Logits = Iterator[Tensor]  # (B, Q, C) after each chunk
 Source = list[np.ndarray]  # of each class (N, d)
@@ -108,63 +110,37 @@ def by_sums(head: ClassRows, tasks: Tasks) -> Logits:
         yield tasks.queries @ rows.mT + bias.unsqueeze(1)
 
 
-class Descent(nn.Module):
-    """Gradients alone: rows from zero, and a head of `hf_iai.heads`, which sees d loss(chunk | rows) / d rows only."""
-
-    def __init__(self, d: int, make: Callable[[dict[str, Tensor]], nn.Module]) -> None:
-        super().__init__()
-        self.head = make({"rows": torch.zeros(1, d)})  # alike for all classes
-
-    def forward(self, tasks: Tasks) -> Logits:
-        batch, classes = len(tasks.labels), tasks.num_classes
-        theta = {"rows": tasks.features.new_zeros(batch, classes, tasks.features.shape[-1])}
-        kept = self.head.initial(theta)
-        for k, (x, y) in enumerate(chunks_of(tasks)):
-            error = (x @ theta["rows"].mT).softmax(-1) - nn.functional.one_hot(y, classes)  # (B, n, C)
-            # Of the mean cross-entropy; first order: a constant to training, as `IAIConfig` has it by default.
-            gradient = {"rows": (error.mT @ x / x.shape[1]).detach()}
-            theta, kept = self.head(theta, kept, gradient, torch.full((batch,), k))
-            yield tasks.queries @ theta["rows"].mT
+def by_gradients(descent: Descent, tasks: Tasks) -> Logits:
+    for rows in descent(chunks_of(tasks), len(tasks.labels), tasks.num_classes):
+        yield tasks.queries @ rows.mT
 
 
-def observations(d: int) -> tuple[nn.Module, Callable[[Tasks], Logits]]:
-    head = ClassRows()
-    return head, partial(by_sums, head)
+def gradient(rows: Tensor, x: Tensor, y: Tensor) -> Tensor:  # (B, C, d), (B, n, d), (B, n)
+    """Of the mean cross-entropy."""
+    error = (x @ rows.mT).softmax(-1) - nn.functional.one_hot(y, rows.shape[1])
+    return error.mT @ x / x.shape[1]
 
 
-def gradients(make: Callable[[dict[str, Tensor]], nn.Module], d: int) -> tuple[nn.Module, Callable[[Tasks], Logits]]:
-    descent = Descent(d, make)
-    return descent, descent
+def refined(name: str, d: int) -> tuple[nn.Module, Callable[[Tasks], Logits]]:
+    """What is trained, and how it finds the logits."""
+    if name == "observations, with sums":
+        head = ClassRows()
+        return head, partial(by_sums, head)
+    descent = Descent(torch.zeros(1, 1, d), name.removeprefix("gradients, "), FIRST_RATE, gradient)
+    return descent, partial(by_gradients, descent)
 
 
-def learned_optimizer(start: dict[str, Tensor]) -> LearnedStep:
-    return LearnedStep({name: "rows" for name in start}, FIRST_RATE, LearnedStepSettings())
-
-
-# name -> what makes, for d, that which is trained, and that which finds the logits
-REFINED = {
-    "observations, with sums": observations,
-    "gradients, learned optimizer": partial(gradients, learned_optimizer),
-    "gradients, one rate": partial(gradients, lambda start: SGD(start, FIRST_RATE)),
-    "gradients, Meta-SGD": partial(gradients, lambda start: MetaSGD(start, FIRST_RATE)),
-}
-
-
-def train(name: str, trained_on: list[Source], seed: int, steps: int) -> Callable[[Tasks], Logits]:
-    """Adam on the mean logarithm of the queries' cross-entropy after each chunk."""
+def trained(name: str, trained_on: list[Source], seed: int, steps: int) -> Callable[[Tasks], Logits]:
+    """On the mean logarithm of the queries' cross-entropy after each chunk."""
     torch.manual_seed(seed)
     rng = np.random.default_rng([1, seed])
-    module, find = REFINED[name](trained_on[0][0].shape[1])
-    optimizer = torch.optim.Adam(module.parameters(), 1e-2, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in tqdm(range(steps), f"{name}, seed {seed}", leave=False, mininterval=5):
+    module, find = refined(name, trained_on[0][0].shape[1])
+
+    def loss() -> Tensor:
         tasks = draw_tasks(rng, trained_on[rng.integers(len(trained_on))], BATCH, TRAINED)
-        loss = torch.stack([loss_of(logits, tasks) for logits in find(tasks)]).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+        return torch.stack([loss_of(logits, tasks) for logits in find(tasks)]).mean()
+
+    train(module, loss, steps=steps, lr=1e-2, title=f"{name}, seed {seed}")
     return find
 
 
@@ -205,7 +181,7 @@ def table(tier: str, seeds: int, data: Path, num: int = 40) -> list[dict]:
             found = [(name, 0, values) for name, values in baseline_accuracies(tasks, counts)]
         for seed in range(seeds):
             for name in REFINED:
-                find = train(name, [classes[source] for source in trained_on], seed, STEPS[tier])
+                find = trained(name, [classes[source] for source in trained_on], seed, STEPS[tier])
                 found.append((name, seed, accuracies(find, tasks, counts)))
         for name, seed, values in found:
             for count, value in zip(counts, 100 * values.mean(0), strict=True):

@@ -16,9 +16,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from hf_iai.heads import SGD, GaussianRows, LearnedStep, LearnedStepSettings, MetaSGD
+from hf_iai.heads import GaussianRows
+
+from .refined import HEADS, Descent, train
 
 CHUNK = {2: 16, 16: 32, 64: 64}  # d -> n
 TRAINED, COUNTS = 10, (1, 2, 3, 5, 7, 10, 20, 50)  # most chunks in training, counts that are measured
@@ -27,6 +28,7 @@ SETTINGS = {"as trained": {}, "noise 0.5": {"noise": 0.5}, "weights times 3": {"
 RATES = {"SGD": (0.03, 0.1, 0.2, 0.4, 0.7, 1.0), "Adam": (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)}
 STEPS, BATCH = {"cpu": 300, "gpu": 3000}, 16
 FIRST_RATE = 0.3
+REFINED = ("observations, with sums", *(f"gradients, {head}" for head in HEADS))
 Weights = Iterator[tuple[Tensor, Tensor]]  # after each chunk w (B, d) and the intercept (B,)
 
 
@@ -38,10 +40,16 @@ class Tasks(NamedTuple):
 
 
 def draw_tasks(
-    seed: list[int], num: int, num_chunks: int, d: int, *, noise: float = NOISE, scale: float = 1.0, share: float = 1.0
+    rng: np.random.Generator,
+    num: int,
+    num_chunks: int,
+    d: int,
+    *,
+    noise: float = NOISE,
+    scale: float = 1.0,
+    share: float = 1.0,
 ) -> Tasks:
     """`share` of the weights are not 0; sparse ones are larger, so that a task is as large as any other."""
-    rng = np.random.default_rng(seed)
     weight = scale * rng.normal(size=(num, d)) * (rng.random((num, d)) < share) / share**0.5
     x = rng.normal(size=(num, num_chunks, CHUNK[d], d))
     y = np.einsum("bknd,bd->bkn", x, weight) + noise * rng.normal(size=x.shape[:3])
@@ -66,63 +74,38 @@ def by_sums(head: GaussianRows, tasks: Tasks) -> Weights:
         yield rows.squeeze(1), intercept.squeeze(1)
 
 
-class Descent(nn.Module):
-    """Gradients alone: theta(0) and a head of `hf_iai.heads`, which sees only d loss(chunk | theta) / d theta."""
-
-    def __init__(self, d: int, make: Callable[[dict[str, Tensor]], nn.Module]) -> None:
-        super().__init__()
-        self.start = nn.Parameter(torch.zeros(1, d))
-        self.head = make({"weight": self.start.detach()})
-
-    def forward(self, tasks: Tasks) -> Weights:
-        batch = len(tasks.weight)
-        theta = {"weight": self.start.expand(batch, 1, -1)}
-        kept, intercept = self.head.initial(theta), tasks.y.new_zeros(batch)
-        for k, (x, y) in enumerate(zip(tasks.x.unbind(1), tasks.y.unbind(1), strict=True)):
-            error = (x @ theta["weight"].mT).squeeze(-1) - y  # (B, n)
-            # Of half the mean squared error; first order: a constant to training, as `IAIConfig` has it by default.
-            gradient = {"weight": (error.unsqueeze(1) @ x / x.shape[1]).detach()}
-            theta, kept = self.head(theta, kept, gradient, torch.full((batch,), k))
-            yield theta["weight"].squeeze(1), intercept
+def by_gradients(descent: Descent, tasks: Tasks) -> Weights:
+    chunks = zip(tasks.x.unbind(1), tasks.y.unbind(1), strict=True)
+    for theta in descent(chunks, len(tasks.weight), 1):
+        yield theta.squeeze(1), tasks.y.new_zeros(len(theta))
 
 
-def learned_optimizer(start: dict[str, Tensor]) -> LearnedStep:
-    return LearnedStep({name: "weight" for name in start}, FIRST_RATE, LearnedStepSettings())
+def gradient(weight: Tensor, x: Tensor, y: Tensor) -> Tensor:  # (B, 1, d), (B, n, d), (B, n)
+    """Of half the mean squared error."""
+    error = (x @ weight.mT).squeeze(-1) - y
+    return error.unsqueeze(1) @ x / x.shape[1]
 
 
-def observations(d: int) -> tuple[nn.Module, Callable[[Tasks], Weights]]:
-    head = GaussianRows()
-    return head, partial(by_sums, head)
+def refined(name: str, d: int) -> tuple[nn.Module, Callable[[Tasks], Weights]]:
+    """What is trained, and how it finds the weights."""
+    if name == "observations, with sums":
+        head = GaussianRows()
+        return head, partial(by_sums, head)
+    descent = Descent(torch.zeros(1, 1, d), name.removeprefix("gradients, "), FIRST_RATE, gradient)
+    return descent, partial(by_gradients, descent)
 
 
-def gradients(make: Callable[[dict[str, Tensor]], nn.Module], d: int) -> tuple[nn.Module, Callable[[Tasks], Weights]]:
-    descent = Descent(d, make)
-    return descent, descent
-
-
-# name -> what makes, for d, that which is trained, and that which finds the weights
-REFINED = {
-    "observations, with sums": observations,
-    "gradients, learned optimizer": partial(gradients, learned_optimizer),
-    "gradients, MAML": partial(gradients, lambda start: SGD(start, FIRST_RATE)),
-    "gradients, Meta-SGD": partial(gradients, lambda start: MetaSGD(start, FIRST_RATE)),
-}
-
-
-def train(name: str, d: int, seed: int, steps: int) -> Callable[[Tasks], Weights]:
-    """Adam on the mean logarithm of the excess error after each chunk."""
+def trained(name: str, d: int, seed: int, steps: int) -> Callable[[Tasks], Weights]:
+    """On the mean logarithm of the excess error after each chunk."""
     torch.manual_seed(seed)
-    module, find = REFINED[name](d)
-    optimizer = torch.optim.Adam(module.parameters(), 3e-3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for step in tqdm(range(steps), f"{name}, d = {d}, seed {seed}", leave=False, mininterval=5):
-        tasks = draw_tasks([1, seed, step], BATCH, TRAINED, d)
-        loss = excess(find(tasks), tasks).log().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+    module, find = refined(name, d)
+    rng = np.random.default_rng([1, seed])
+
+    def loss() -> Tensor:
+        tasks = draw_tasks(rng, BATCH, TRAINED, d)
+        return excess(find(tasks), tasks).log().mean()
+
+    train(module, loss, steps=steps, lr=3e-3, title=f"{name}, d = {d}, seed {seed}")
     return find
 
 
@@ -171,13 +154,13 @@ VALUE, SCALE = "excess squared error", "log"
 
 
 @torch.no_grad()
-def errors_of(trained: list[dict], tasks: Tasks, validation: Tasks) -> Iterator[tuple[str, int, Tensor]]:
+def errors_of(refined_by: list[dict], tasks: Tasks, validation: Tasks) -> Iterator[tuple[str, int, Tensor]]:
     """Method, seed and the excess error (B, K); a baseline has seed 0."""
     for name, method in BASELINES.items():
         yield name, 0, excess(method(tasks), tasks)
     for name in RATES:
         yield name, 0, tuned(name, validation, tasks)
-    for seed, of_seed in enumerate(trained):
+    for seed, of_seed in enumerate(refined_by):
         for name, find in of_seed.items():
             yield name, seed, excess(find(tasks), tasks)
 
@@ -186,11 +169,11 @@ def table(tier: str, seeds: int, data: Path, num: int = 256) -> list[dict]:
     """The excess error after each count of chunks, and its ratio to ridge regression's on the same tasks; no `data`."""
     rows = []
     for d in CHUNK:
-        trained = [{name: train(name, d, seed, STEPS[tier]) for name in REFINED} for seed in range(seeds)]
+        refined_by = [{name: trained(name, d, seed, STEPS[tier]) for name in REFINED} for seed in range(seeds)]
         for number, (setting, options) in enumerate(SETTINGS.items()):
-            tasks = draw_tasks([2, d, number], num, max(COUNTS), d, **options)
-            validation = draw_tasks([3, d, number], 64, max(COUNTS), d, **options)
-            found = list(errors_of(trained, tasks, validation))
+            tasks = draw_tasks(np.random.default_rng([2, d, number]), num, max(COUNTS), d, **options)
+            validation = draw_tasks(np.random.default_rng([3, d, number]), 64, max(COUNTS), d, **options)
+            found = list(errors_of(refined_by, tasks, validation))
             for count in COUNTS:
                 reference = found[0][2][:, count - 1].mean()
                 for name, seed, errors in found:

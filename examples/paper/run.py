@@ -15,7 +15,7 @@ import typer
 from matplotlib.figure import Figure
 from provenance import provenance
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 FOLDER = Path(__file__).parent
 TABLES = ("linear_regression", "classification")
@@ -69,11 +69,11 @@ def show(rows: list[dict]) -> None:
     for setting in dict.fromkeys(row["setting"] for row in rows):
         found = curves(rows, setting)
         counts = sorted({row["num_chunks"] for of_method in found.values() for row in of_method})
-        table = Table("after chunks", *map(str, counts), title=setting)
+        table = Table(Column("after chunks", no_wrap=True), *map(str, counts), title=setting)
         for method, of_method in found.items():
             cells = {row["num_chunks"]: _cell(row) for row in of_method}
             table.add_row(method, *(cells.get(n, "") for n in counts))
-        Console(width=160).print(table)
+        Console(width=200).print(table)
 
 
 def _cell(row: dict) -> str:
