@@ -11,13 +11,14 @@ from .registration import IAIType
 
 # What exists, and what the design names but this version does not have yet.
 AVAILABLE = {
-    "regime": (("parametric", "explicit"), ("implicit",)),
+    "regime": (("parametric", "explicit", "implicit"), ()),
     "state_type": (("prefix", "prompt", "lora", "linear"), ()),
     "signal": (("observations", "gradients", "both"), ()),
     "accumulation": (("average", "recent"), ()),
     "task_type": (("CAUSAL_LM", "SEQ_CLS"), ("TOKEN_CLS", "FEATURE_EXTRACTION", "SEQ_2_SEQ_LM")),
     "pooling": (("mean", "cls"), ()),
     "likelihood": (("softmax", "gaussian"), ()),
+    "prediction": (("logits", "probabilities", "latent", None), ()),
 }
 # The heads of each signal; the first is the default.
 HEADS = {
@@ -30,6 +31,8 @@ NOT_OF_LINEAR = (
     "num_state_tokens signal head accumulation num_kept_tokens correction delta_rule pin_bos second_order initial_rate "
     "learned_optimizer"
 ).split()
+# What has no meaning where there is no task state.
+NOT_OF_IMPLICIT = (*NOT_OF_LINEAR, *"state_type state_r state_target_modules path_window pooling likelihood".split())
 
 
 @dataclass
@@ -41,8 +44,11 @@ class IAIConfig(LoraConfig):
     both are embedded alike: by the frozen encoder in regime `"parametric"`, by encoder + LoRA in `"explicit"`.
 
     Args:
-        regime: `"parametric"` (queries are answered by the bare base) or `"explicit"` (by base + LoRA). None: explicit,
-            but for a linear state.
+        regime: `"parametric"` (queries are answered by the bare base), `"explicit"` (by base + LoRA), or `"implicit"`:
+            there is no task state, each query refines its own prediction by each chunk (`IAIModel.refine`). None:
+            explicit, but for a linear state.
+        prediction: of regime `"implicit"`, what a prediction is kept as: `"logits"` (None: this), `"probabilities"` or
+            `"latent"`.
         state_type: `"prefix"` (keys and values of every layer; all layers must be attention), `"prompt"` (input
             embeddings), `"lora"` (a low-rank update of the base's weights, one per task), or, with
             `task_type="SEQ_CLS"` and only there, `"linear"` (the rows of a classifier; see `cores.LinearCore`).
@@ -88,7 +94,10 @@ class IAIConfig(LoraConfig):
     """
 
     regime: str | None = field(
-        default=None, metadata={"help": "who answers a query: parametric or explicit; None: the state type's default"}
+        default=None, metadata={"help": "parametric, explicit or implicit; None: the state type's default"}
+    )
+    prediction: str | None = field(
+        default=None, metadata={"help": "regime implicit keeps it as: logits (None: this), probabilities or latent"}
     )
     state_type: str = field(
         default="prefix", metadata={"help": "what the task state is: prefix, prompt, lora or linear"}
@@ -132,8 +141,15 @@ class IAIConfig(LoraConfig):
                 f"state_type='linear' and task_type='SEQ_CLS' need each other, got state_type={self.state_type!r} and "
                 f"task_type={getattr(self.task_type, 'value', self.task_type)!r}: set both, or neither"
             )
-        if self.state_type == "linear":
-            self._check_linear()
+        if self.regime == "implicit":
+            self._check_unused(NOT_OF_IMPLICIT, "regime='implicit'")
+            self.prediction = self.prediction or "logits"
+        elif self.prediction is not None:
+            raise ValueError(
+                f"prediction={self.prediction!r} needs regime='implicit', got regime={self.regime!r}: leave it out"
+            )
+        elif self.state_type == "linear":
+            self._check_unused(NOT_OF_LINEAR, "state_type='linear'")
         else:
             self._check_slots()
         if self.bias != "none":
@@ -146,11 +162,11 @@ class IAIConfig(LoraConfig):
         if self.base_model_name_or_path == EMBEDDED_NAME:
             self.base_model_name_or_path = embedded_base()
 
-    def _check_linear(self) -> None:
-        for name in NOT_OF_LINEAR:
+    def _check_unused(self, names: tuple[str, ...] | list[str], user: str) -> None:
+        for name in names:
             given, default = getattr(self, name), self.__dataclass_fields__[name].default
             if given != default:
-                raise ValueError(f"{name}={given!r} has no meaning for state_type='linear': leave it {default!r}")
+                raise ValueError(f"{name}={given!r} has no meaning for {user}: leave it {default!r}")
 
     def _check_slots(self) -> None:
         """Of a state that is read in slots, or behind them."""
@@ -221,7 +237,7 @@ class IAIConfig(LoraConfig):
     def uses_reader(self) -> bool:
         """Whether any pass runs with LoRA: a predictor's, or one that reads chunks out."""
         reads_out = self.state_type != "linear" and self.accumulation == "average" and self.signal != "gradients"
-        return self.regime == "explicit" or reads_out
+        return self.regime != "parametric" or reads_out
 
     def to_dict(self) -> dict:
         """As saved: an adapter of the embedded base names it, not the folder that holds it on this machine."""

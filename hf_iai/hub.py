@@ -196,6 +196,7 @@ def model_card(config: IAIConfig, facts: CardFacts) -> ModelCard:
         chunking=f"chunk_size={facts.chunk_size}" if facts.chunk_size else "model=model",
         rendered=RENDERED,
         linear=linear,
+        implicit=config.regime == "implicit",
         regression=regression,
         vector_width=vector_width(config.base_model_name_or_path),
     )
@@ -233,6 +234,13 @@ def is_edited(path: Path) -> bool:
 
 def describe(config: IAIConfig) -> str:
     """The adapter's configuration as a markdown list."""
+    if config.regime == "implicit":
+        lines = [
+            f"Base: {base_in_words(config)}",
+            "Regime: implicit (base and LoRA refine each query's own prediction; there is no task state)",
+            f"Prediction: kept as {config.prediction}",
+        ]
+        return "\n".join(f"- {line}" for line in lines)
     if config.state_type == "linear":
         rows = {"softmax": "classifier", "gaussian": "regression"}
         embeds = {"explicit": "encoder and LoRA embed examples and queries", "parametric": "the encoder is frozen"}

@@ -7,15 +7,28 @@ from .both import BothCore
 from .core import Core
 from .gaussian import GaussianCore
 from .gradient import GradientCore
+from .implicit import ImplicitCore
 from .linear import LinearCore
 from .recent import RecentCore
 
-__all__ = ["AverageCore", "BothCore", "Core", "GaussianCore", "GradientCore", "LinearCore", "RecentCore", "make_core"]
+__all__ = [
+    "AverageCore",
+    "BothCore",
+    "Core",
+    "GaussianCore",
+    "GradientCore",
+    "ImplicitCore",
+    "LinearCore",
+    "RecentCore",
+    "make_core",
+]
 
 
-def make_core(base: Base, config: IAIConfig) -> Core:
+def make_core(base: Base, config: IAIConfig) -> Core | ImplicitCore:
     """The core that the configuration asks for, on the base's device."""
-    if config.state_type == "linear":
+    if config.regime == "implicit":
+        core = ImplicitCore
+    elif config.state_type == "linear":
         core = {"softmax": LinearCore, "gaussian": GaussianCore}[config.likelihood]
     elif config.signal == "observations":
         core = {"average": AverageCore, "recent": RecentCore}[config.accumulation]
