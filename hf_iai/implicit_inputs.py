@@ -1,4 +1,7 @@
-"""ImplicitInputs: chunks and queries of regime `implicit`. Axes: B tasks, C tokens of a chunk, N queries of T tokens."""
+"""ImplicitInputs: chunks and queries of regime `implicit`.
+
+Axes: B tasks, C tokens of a chunk, N queries of T tokens.
+"""
 
 from collections.abc import Sequence
 

@@ -274,16 +274,16 @@ class IAIModel(LoraModel):
         Args:
             chunks: mappings with `input_ids` (B, C) and optionally `attention_mask`; a row whose mask is all 0 leaves
                 its queries' predictions as they are, bitwise.
-            query: `input_ids` (N, T), optionally `attention_mask`; N / B consecutive queries of each task. With `labels`
-                (N, T) the labelled tokens, the last ones, are the answer: they are cut off, and are as many as there
-                are slots.
+            query: `input_ids` (N, T), optionally `attention_mask`; N / B consecutive queries of each task. If it has
+                `labels` (N, T), the labelled tokens, its last ones, are the answer: they are cut off, and there are as
+                many slots.
             labels: token ids of the answers to choose among, any number of tokens each; none: any tokens.
             num_answer_tokens: A, the slots of a free answer. None: as many as the query's labels have, or 1.
             with_start: yield the logits of yhat(0) first.
 
         Returns:
-            A generator of float32 logits (N, C) of the labels, or (N, A, V) of free answers. Token a of a free answer is
-            predicted behind the current prediction of those before it.
+            A generator of float32 logits (N, C) of the labels, or (N, A, V) of free answers. Token a of a free answer
+            is predicted behind the current prediction of those before it.
 
         Raises:
             ValueError: for another regime, labels that are empty or alike, queries that cannot be shared out among the

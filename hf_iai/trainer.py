@@ -74,8 +74,9 @@ class IAITrainer(Trainer):
         if args.state_learning_rate is not None and kwargs.get("optimizers", (None, None))[0] is not None:
             raise ValueError("state_learning_rate was given, but optimizers= brings its own rates: pass one of the two")
         if (linear or implicit) and (args.kl_weight or args.state_learning_rate):
+            kind = "a linear state" if linear else "regime='implicit'"
             raise ValueError(
-                f"{'a linear state' if linear else 'regime=' + repr('implicit')} has no teacher and no learned theta(0), got kl_weight={args.kl_weight} and "
+                f"{kind} has no teacher and no learned theta(0), got kl_weight={args.kl_weight} and "
                 f"state_learning_rate={args.state_learning_rate}: leave them out"
             )
         chunk_size = args.chunk_size or model.max_chunk_size

@@ -14,7 +14,10 @@ CAUSAL = {"task_type": "CAUSAL_LM"}
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"regime": "implicit", "state_type": "lora"}, "state_type='lora' has no meaning for regime='implicit': leave it"),
+        (
+            {"regime": "implicit", "state_type": "lora"},
+            "state_type='lora' has no meaning for regime='implicit': leave it",
+        ),
         ({"regime": "implicit", "num_state_tokens": 4}, "num_state_tokens=4 has no meaning for .*: leave it None"),
         ({"regime": "implicit", "prediction": "magic"}, "prediction must be one of .*'magic'"),
         ({"prediction": "logits"}, "prediction='logits' needs regime='implicit', got regime='explicit'"),

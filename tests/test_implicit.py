@@ -1,17 +1,25 @@
 """Regime implicit: a query's own prediction, refined by each chunk."""
 
 import random
+import re
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from test_training import arguments, tokenizer
-from tiny import ATTENTION_FAMILIES, FAMILIES, VOCAB, WINDOW, chunks, disturb, ids, make_base, make_model
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BertConfig
+from tiny import ATTENTION_FAMILIES, FAMILIES, VOCAB, WINDOW, chunks, ids, make_base, make_model
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
-from hf_iai import IAIConfig, IAITrainer
+from hf_iai import EpisodeCollator, IAIConfig, IAITrainer
 from hf_iai.objectives import Objective
 from hf_iai.trainer import last_chunks
 
@@ -24,7 +32,7 @@ every_answer = pytest.mark.parametrize(("prediction", "answers"), CASES)
 
 
 def refiner(base="llama", **config):
-    return make_model(base, **({"regime": "implicit", "num_state_tokens": None} | config))
+    return make_model(base, regime="implicit", **config)
 
 
 shared_refiner = cache(refiner)  # for checks that leave the model as it is
@@ -140,7 +148,7 @@ def test_what_is_learned_is_what_the_formula_says(prediction):
         return hidden[:, -2], hidden[:, -1]
 
     def logits_of(kept):
-        return kept if prediction == "logits" else kept.log() if prediction == "probabilities" else wrapped.lm_head(kept)
+        return {"logits": torch.clone, "probabilities": torch.log, "latent": wrapped.lm_head}[prediction](kept)
 
     with torch.no_grad():
         first = outlook(query, torch.zeros(4, VOCAB))[0]
@@ -333,13 +341,14 @@ def test_an_episode_of_labels_is_refined_as_its_queries_are():
 def test_tasks_with_sets_of_their_own():
     """A label that a task lacks is padding of the batch: it has no probability, and nothing else changes."""
     model, inputs = shared_refiner(), labelled_episode()
+    expected = model(**inputs).logits
     inputs["label_attention_mask"] = inputs["label_attention_mask"].clone()
     inputs["label_attention_mask"][0, 2] = 0
-    out, expected = model(**inputs), model(**labelled_episode())
-    assert out.logits[0].softmax(-1)[:, 2].max() == 0
-    present = expected.logits[0, :, :2].log_softmax(-1)
-    assert torch.equal(out.logits[1], expected.logits[1]) and not torch.equal(out.logits[0], expected.logits[0])
-    assert (refined(model, [], inputs["input_ids"][0, :, :5], labels=SEVERAL[:2])[0] - present).abs().max() > 0
+    found = model(**inputs).logits
+    assert torch.equal(found[1], expected[1]) and found[0].softmax(-1)[:, 2].max() == 0
+    support = [{"input_ids": c[:1]} for c in inputs["chunk_input_ids"].unbind(1)]
+    alone = refined(model, support, inputs["input_ids"][0, :1, :5], labels=SEVERAL[:2])[-1]
+    assert (found[0, :1, :2].log_softmax(-1) - alone).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("make_episode", [episode, labelled_episode])
@@ -463,23 +472,169 @@ def exact_match(model, episodes: Dataset, **kwargs) -> list[float]:
     support = torch.tensor([row["support"][0]["input_ids"] for row in episodes]).split(4, 1)
     asked = torch.full((len(episodes), 1), ASKS)
     right = torch.tensor([row["query"][0]["input_ids"][1] for row in episodes])
-    found = torch.stack(list(model.refine([{"input_ids": c} for c in support], {"input_ids": asked}, with_start=True)))
-    return (found[:, :, 0].argmax(-1) == right).float().mean(1).tolist()
+    found = refined(model, [{"input_ids": c} for c in support], asked, **kwargs)
+    answer = found.argmax(-1) + SYMBOLS[0] if kwargs else found[:, :, 0].argmax(-1)
+    return (answer == right).float().mean(1).tolist()
 
 
-@pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_exact_match_rises_with_chunks(prediction, tmp_path):
-    """It learns, and what it learns of up to four chunks goes on to eight."""
-    model = refiner(trained=False, prediction=prediction, r=8)
-    args = arguments(
-        tmp_path, chunk_size=4, max_chunks=4, max_steps=80, learning_rate=2e-2, per_device_train_batch_size=16,
-        halve_chunks=0.0, eval_chunks=(0, 4), save_steps=1000, scored_states="last",
+def copying_base() -> LlamaForCausalLM:
+    """One layer whose output embeddings are those of its inputs: LoRA can soon say what it has read."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=WINDOW, tie_word_embeddings=True, initializer_range=0.2, pad_token_id=0,
     )  # fmt: skip
-    data = {"train_dataset": favourites(1000, seed=1), "eval_dataset": favourites(64, seed=2)}
-    trainer = IAITrainer(model, args, processing_class=tokenizer(), **data)
-    before = trainer.evaluate()["eval_loss_at_chunks_4"]
+    return LlamaForCausalLM(config)
+
+
+def train_on_favourites(folder, model, labels=None) -> dict[str, float]:
+    data = favourites(2000, seed=1)
+    if labels is not None:
+        data = data.add_column("labels", [labels] * len(data))
+    args = arguments(
+        folder, chunk_size=4, max_chunks=2, max_steps=60, learning_rate=2e-2, per_device_train_batch_size=32,
+        halve_chunks=0.0, curriculum=0.0, eval_chunks=(0, 4), save_steps=1000,
+    )  # fmt: skip
+    held_out = data.select(range(64))
+    trainer = IAITrainer(model, args, train_dataset=data, eval_dataset=held_out, processing_class=tokenizer())
     trainer.train()
-    assert trainer.evaluate()["eval_loss_at_chunks_4"] < before - 1
-    found = exact_match(model.eval(), favourites(400, seed=3))
-    print(prediction, [round(x, 3) for x in found])
-    assert found[0] < 0.25 < found[1] < found[8] - 0.1
+    return trainer.evaluate()
+
+
+def test_exact_match_rises_with_chunks(tmp_path):
+    """It learns, and what it learns of one and two chunks goes on to eight."""
+    model, held_out = refiner(copying_base(), trained=False, r=8), favourites(400, seed=3)
+    assert max(exact_match(model, held_out)) < 0.1
+    metrics = train_on_favourites(tmp_path, model)
+    found = exact_match(model.eval(), held_out)
+    assert found[0] < 0.2 < found[1] < found[4] - 0.1 < found[8] - 0.15
+    assert metrics["eval_loss_at_chunks_4"] < metrics["eval_loss_at_chunks_0"] - 0.2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("prediction", ["probabilities", "latent"])
+def test_other_predictions_learn_too(prediction, tmp_path):
+    model, held_out = refiner(copying_base(), trained=False, r=8, prediction=prediction), favourites(400, seed=3)
+    train_on_favourites(tmp_path, model)
+    found = exact_match(model.eval(), held_out)
+    assert found[0] + 0.05 < found[1]
+
+
+@pytest.mark.slow
+def test_labels_out_of_a_column_train(tmp_path):
+    """Strings, as the tokenizer has them: `w10` is token 10."""
+    model, held_out = refiner(copying_base(), trained=False, r=8), favourites(200, seed=3)
+    labels = [[symbol] for symbol in SYMBOLS]
+    metrics = train_on_favourites(tmp_path, model, labels)
+    assert metrics["eval_loss_at_chunks_4"] < metrics["eval_loss_at_chunks_0"] - 0.1
+    found = exact_match(model.eval(), held_out, labels=labels)
+    assert found[0] < 0.2 < found[1] < found[8] - 0.1
+
+
+def test_the_collator_makes_label_sets():
+    """Strings end as completions do; sets of different size and length are padded; ids stay as they are."""
+    query = {"prompt": "w3 w4", "completion": " w6 w7"}
+    rows = [{"support": [{"text": "w9 w9"}], "query": [query], "labels": labels} for labels in (["w6 w7", "w5"], [[8]])]
+    batch = EpisodeCollator(tokenizer(), chunk_size=4)(rows)
+    assert batch["label_input_ids"].tolist() == [[[6, 7, 2], [5, 2, 0]], [[8, 0, 0], [0, 0, 0]]]
+    assert batch["label_attention_mask"].tolist() == [[[1, 1, 1], [1, 1, 0]], [[1, 0, 0], [0, 0, 0]]]
+    out = shared_refiner()(**EpisodeCollator(tokenizer(), chunk_size=4)(rows[:1]))
+    assert out.logits.shape == (1, 1, 2)
+    with pytest.raises(ValueError, match="some episodes of the batch have labels and others have none"):
+        EpisodeCollator(tokenizer(), chunk_size=4)([rows[0], {name: rows[1][name] for name in ("support", "query")}])
+
+
+# ---------------------------------------------------------------- errors
+
+
+def test_there_is_no_task_state():
+    model, query = shared_refiner(), ids(2, 5)
+    state = make_model().adapt(chunks(1))
+    for call in (
+        lambda: model.adapt(chunks(1)),
+        lambda: next(model.adapt_steps(chunks(1))),
+        lambda: model.initial_state(),
+        lambda: model(input_ids=query, task_state=state),
+        lambda: model.generate(query, task_state=state),
+        lambda: model.using(state).__enter__(),
+    ):
+        with pytest.raises(ValueError, match="regime='implicit' does not have: the state belongs to the query.*refine"):
+            call()
+    with pytest.raises(ValueError, match="refine needs regime='implicit'.*got 'explicit': use adapt"):
+        make_model().refine(chunks(1), {"input_ids": query})
+
+
+@pytest.mark.parametrize(
+    ("query", "kwargs", "message"),
+    [
+        ({"input_ids": ids(5)}, {}, r"input_ids \(queries, tokens\), got shape \(5,\)"),
+        ({"input_ids": torch.full((1, 2), VOCAB)}, {}, "do not fit a vocabulary"),
+        ({"input_ids": ids(2, 5)}, {"labels": [[3]]}, r"two or more lists of token ids.*got \[\[3\]\]"),
+        ({"input_ids": ids(2, 5)}, {"labels": [[3], []]}, "none of them empty"),
+        ({"input_ids": ids(2, 5)}, {"labels": [[3], [3]]}, "no two alike"),
+        ({"input_ids": ids(2, 5)}, {"labels": [[3], [VOCAB]]}, "do not fit a vocabulary"),
+        ({"input_ids": ids(2, 5)}, {"labels": SINGLE, "num_answer_tokens": 2}, "got num_answer_tokens=2 too"),
+        ({"input_ids": ids(2, 5)}, {"num_answer_tokens": 0}, "num_answer_tokens must be at least 1, got 0"),
+        ({"input_ids": ids(2, 5), "labels": ids(2, 4)}, {}, r"queries \(2, 5\) must have their shape, got \(2, 4\)"),
+        (
+            {"input_ids": ids(1, 3), "labels": torch.tensor([[-100, 5, -100]])},
+            {},
+            "labelled tokens are its answer, which must be its last tokens",
+        ),
+    ],
+)
+def test_queries_that_cannot_be(query, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        shared_refiner().refine(chunks(1), query, **kwargs)
+
+
+def test_chunks_that_cannot_be():
+    model, query = shared_refiner(), {"input_ids": ids(3, 5)}
+    with pytest.raises(ValueError, match="3 queries for a chunk of 2 tasks"):
+        next(model.refine(chunks(1), query))
+    most = WINDOW - 5 - 2
+    list(model.refine([{"input_ids": ids(1, most)}], query, num_answer_tokens=2))
+    with pytest.raises(ValueError, match=f"{most + 1} tokens, a query of 5 and an answer of 2.* chunk_size <= {most}"):
+        list(model.refine([{"input_ids": ids(1, most + 1)}], query, num_answer_tokens=2))
+    assert model.max_chunk_size == WINDOW // 2
+    inputs = episode()
+    with pytest.raises(ValueError, match=f"a chunk of {WINDOW} tokens, a query of 4 and an answer of 2 do not fit"):
+        model(**inputs | {"chunk_input_ids": ids(2, 1, WINDOW)})
+    with pytest.raises(ValueError, match="needs labels"):
+        model(**inputs | {"labels": None})
+    with pytest.raises(ValueError, match=r"answer of query 0 is tokens .*, none of its labels \[\[7\], \[9\]\]"):
+        model(**inputs | {"label_input_ids": torch.tensor([[[7], [9]]] * 2)})
+    with pytest.raises(ValueError, match=r"must be \(tasks, labels, tokens\), got \(2, 3\)"):
+        model(**inputs | {"label_input_ids": ids(2, 3)})
+    with pytest.raises(ValueError, match="says one token at a time, but a label has 3"):
+        shared_refiner(prediction="latent").refine(chunks(1), query, labels=SEVERAL)
+
+
+def test_bases_that_cannot_be():
+    with pytest.raises(ValueError, match="regime='implicit' reads a chunk once .* which 'mamba' does not have"):
+        refiner("mamba")
+    config = BertConfig(vocab_size=50, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+    encoder = AutoModelForSequenceClassification.from_config(config)
+    with pytest.raises(ValueError, match="BertForSequenceClassification is .*load the base with AutoModelForCausalLM"):
+        get_peft_model(encoder, IAIConfig(task_type="CAUSAL_LM", regime="implicit", target_modules=["query"]))
+
+
+@pytest.mark.parametrize("values", [{"kl_weight": 0.5}, {"state_learning_rate": 0.1}])
+def test_what_the_trainer_cannot_do(values, tmp_path):
+    with pytest.raises(ValueError, match="regime='implicit' has no teacher and no learned theta"):
+        IAITrainer(refiner(), arguments(tmp_path, **values), processing_class=tokenizer())
+
+
+def test_the_card_says_how_to_refine(tmp_path):
+    model = refiner()
+    model.save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert "Prediction: kept as logits" in card and "model.refine(" in card and "adapt(" not in card
+
+
+def test_the_example_of_the_documentation_runs(capsys):
+    """Untrained, it has read what the base does not know."""
+    page = (Path(__file__).parent.parent / "docs" / "implicit.md").read_text()
+    exec(compile(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1], "implicit.md", "exec"), names := {})
+    assert names["logits"].argmax(-1).tolist() == [1]
+    assert len(capsys.readouterr().out.splitlines()) == 2 * len(names["chunks"]) + 1

@@ -73,9 +73,9 @@ class Logits(PredictionKind):
 
 
 class Probabilities(PredictionKind):
-    """A mixture of experts: `probabilities` (N, S, V), the weighted mean of the prior (weight 1) and the p(. | chunk i).
+    """A mixture of experts: `probabilities` (N, S, V), the weighted mean of the p(. | chunk i).
 
-    `weight` (N, S, 1) is the sum of the weights so far.
+    The prior is one of them, of weight 1. `weight` (N, S, 1) is the sum of the weights so far.
     """
 
     def start(self, outlook: Outlook) -> Tensors:
