@@ -3,10 +3,12 @@
 Axes: N queries, S slots, V vocabulary, C labels of at most L tokens.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy, pad
 
 from .base import Base
 from .queries import NO_TARGET, Queries
@@ -14,33 +16,67 @@ from .queries import NO_TARGET, Queries
 ABSENT = -1e4  # the log probability of a label that a task does not have
 
 
+class Answers(ABC):
+    """What can be answered, how it is fed back, and what hidden states say of it; S = 1 slot by default."""
+
+    num_slots = 1
+    depends_on_itself = False  # whether what the base says of it changes with the current prediction
+
+    @property
+    def length(self) -> int:
+        """The most places that an answer takes behind a query."""
+        return self.num_slots
+
+    @abstractmethod
+    def embedded(self, base: Base, logits: Tensor) -> Tensor:  # (N, S, V) -> (N, S, d)
+        """The current prediction as the slots hold it: the expected embedding."""
+
+    @abstractmethod
+    def scores(self, base: Base, hidden: Tensor) -> Tensor:  # (N, S, d) -> (N, S, V)
+        """What the slots' last hidden states say."""
+
+    @abstractmethod
+    def log_probs(self, base: Base, queries: Queries, chunk: dict | None, hidden: Tensor) -> Tensor:
+        """(N, S, V), what the hidden states (N, S, d) before the slots say of them."""
+
+    def output(self, logits: Tensor) -> Tensor:  # (N, S, V)
+        """As a caller sees it: (N, V), since there is one slot."""
+        return logits.squeeze(1)
+
+    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:  # (N, S, V), (N, S)
+        """The mean cross-entropy of targets that are not -100; 0 without any."""
+        total = cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+        return total / (targets != NO_TARGET).sum().clamp_min(1)
+
+
 @dataclass(frozen=True)
-class FreeAnswer:
+class FreeAnswer(Answers):
     """Any A = S tokens. Token a is predicted behind the *current prediction* of those before it, not behind them."""
 
     num_slots: int
 
     @property
     def depends_on_itself(self) -> bool:
-        """Whether what the base says of it changes with the current prediction."""
         return self.num_slots > 1
 
-    def embedded(self, base: Base, probabilities: Tensor) -> Tensor:  # (N, A, V) -> (N, A, d)
-        return base.expected_embedding(probabilities)
+    def embedded(self, base: Base, logits: Tensor) -> Tensor:  # (N, A, V) -> (N, A, d)
+        return base.expected_embedding(logits.softmax(-1))
 
-    def of_vocabulary(self, scores: Tensor) -> Tensor:  # (N, A, V)
-        return scores
+    def scores(self, base: Base, hidden: Tensor) -> Tensor:  # (N, A, d) -> (N, A, V)
+        return base.logits(hidden)
 
     def log_probs(self, base: Base, queries: Queries, chunk: dict | None, hidden: Tensor) -> Tensor:
-        """(N, A, V), of the hidden states (N, A, d) that predict the slots."""
         return base.logits(hidden).log_softmax(-1)
+
+    def output(self, logits: Tensor) -> Tensor:  # (N, A, V)
+        return logits
 
     def targets(self, answers: Tensor) -> Tensor:  # (N, A) -> (N, A)
         return answers
 
 
 @dataclass(frozen=True)
-class LabelSet:
+class LabelSet(Answers):
     """One of C labels, each of any number of tokens; the one slot, S = 1, holds all of a label.
 
     log p(label) is the sum over its tokens, each behind those before it.
@@ -49,21 +85,22 @@ class LabelSet:
     ids: Tensor  # (N, C, L)
     mask: Tensor  # (N, C, L)
 
-    num_slots = 1
-    depends_on_itself = False
+    @property
+    def length(self) -> int:
+        return self.ids.shape[2]
 
     @property
     def single_tokens(self) -> bool:
         return self.ids.shape[2] == 1
 
-    def embedded(self, base: Base, probabilities: Tensor) -> Tensor:  # (N, 1, C) -> (N, 1, d)
+    def embedded(self, base: Base, logits: Tensor) -> Tensor:  # (N, 1, C) -> (N, 1, d)
         """The expected label, each the mean of its tokens' embeddings."""
         each = (base.embed(self.ids) * self._shares.unsqueeze(-1)).sum(2)  # (N, C, d)
-        return probabilities.to(each.dtype) @ each
+        return logits.softmax(-1).to(each.dtype) @ each
 
-    def of_vocabulary(self, scores: Tensor) -> Tensor:  # (N, 1, V) -> (N, 1, C)
+    def scores(self, base: Base, hidden: Tensor) -> Tensor:  # (N, 1, d) -> (N, 1, C)
         """The mean over a label's tokens."""
-        picked = scores.gather(2, self.ids.flatten(1).unsqueeze(1)).unflatten(2, self.ids.shape[1:])
+        picked = base.logits(hidden).gather(2, self.ids.flatten(1).unsqueeze(1)).unflatten(2, self.ids.shape[1:])
         return (picked * self._shares.unsqueeze(1)).sum(-1)
 
     def log_probs(self, base: Base, queries: Queries, chunk: dict | None, hidden: Tensor) -> Tensor:
@@ -101,9 +138,6 @@ class LabelSet:
         return self.mask / self.mask.sum(-1, keepdim=True).clamp_min(1)
 
 
-Answers = FreeAnswer | LabelSet
-
-
 def label_tensors(labels: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
     """Token ids of C labels, as ids and mask (1, C, L).
 
@@ -123,7 +157,7 @@ def label_tensors(labels: list[list[int]], device: torch.device) -> tuple[Tensor
 
 
 def _padded(tokens: Tensor, length: int) -> Tensor:
-    return torch.nn.functional.pad(tokens, (0, length - tokens.shape[-1]), value=NO_TARGET)
+    return pad(tokens, (0, length - tokens.shape[-1]), value=NO_TARGET)
 
 
 def _lists(ids: Tensor, mask: Tensor) -> list[list[int]]:  # (C, L) each

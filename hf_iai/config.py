@@ -32,7 +32,8 @@ NOT_OF_LINEAR = (
     "learned_optimizer"
 ).split()
 # What has no meaning where there is no task state.
-NOT_OF_IMPLICIT = (*NOT_OF_LINEAR, *"state_type state_r state_target_modules path_window pooling likelihood".split())
+NOT_OF_IMPLICIT = (*NOT_OF_LINEAR, *"state_type state_r state_target_modules path_window pooling".split())
+OF_IMPLICIT = ("prediction", "vector_width", "num_outputs")
 
 
 @dataclass
@@ -49,6 +50,10 @@ class IAIConfig(LoraConfig):
             explicit, but for a linear state.
         prediction: of regime `"implicit"`, what a prediction is kept as: `"logits"` (None: this), `"probabilities"` or
             `"latent"`.
+        vector_width: in regime `"implicit"`, observations are vectors of so many numbers, each with a class or real
+            targets (`likelihood`), and the base, often a small one made from a configuration, reads each as one token.
+            None: text.
+        num_outputs: of vectors, how many classes there are, or how many targets each has.
         state_type: `"prefix"` (keys and values of every layer; all layers must be attention), `"prompt"` (input
             embeddings), `"lora"` (a low-rank update of the base's weights, one per task), or, with
             `task_type="SEQ_CLS"` and only there, `"linear"` (the rows of a classifier; see `cores.LinearCore`).
@@ -78,9 +83,10 @@ class IAIConfig(LoraConfig):
         pin_bos: keep a begin-of-sequence token in slot 0, for bases that need an attention sink (`"recent"` only).
         pooling: how the last hidden states of a text become one vector, of a linear state: `"mean"` over its tokens, or
             its first token's, `"cls"`.
-        likelihood: of a linear state. `"softmax"`: targets are classes; features are centred and of unit length.
-            `"gaussian"`: targets are real vectors, and the state a linear regression (`cores.GaussianCore`); features
-            are the pooled vector as it is, since a regression needs its scale.
+        likelihood: of a linear state, and of vectors in regime `"implicit"`. `"softmax"`: targets are classes; a linear
+            state's features are centred and of unit length. `"gaussian"`: targets are real vectors, and a linear state
+            is a linear regression (`cores.GaussianCore`); features are the pooled vector as it is, since a regression
+            needs its scale.
 
     Raises:
         ValueError: for an unknown value, one that is not available yet, or a combination that cannot work.
@@ -114,6 +120,10 @@ class IAIConfig(LoraConfig):
     state_target_modules: list[str] | str | None = field(
         default=None, metadata={"help": "what a lora state updates; None: PEFT's choice for the family"}
     )
+    vector_width: int | None = field(
+        default=None, metadata={"help": "regime implicit reads vectors of this width; None: text"}
+    )
+    num_outputs: int | None = field(default=None, metadata={"help": "of vectors: number of classes, or of targets"})
     num_state_tokens: int | None = field(
         default=None, metadata={"help": "m, the number of slots of the state; None: 16, or none of a linear state"}
     )
@@ -123,7 +133,9 @@ class IAIConfig(LoraConfig):
     delta_rule: bool = field(default=False, metadata={"help": "what a token replaces is taken out of the average"})
     pin_bos: bool = field(default=False, metadata={"help": "keep a BOS token in slot 0 (recent only)"})
     pooling: str = field(default="mean", metadata={"help": "hidden states to one vector (linear only): mean or cls"})
-    likelihood: str = field(default="softmax", metadata={"help": "of a linear state's targets: softmax or gaussian"})
+    likelihood: str = field(
+        default="softmax", metadata={"help": "of targets, linear states and vectors: softmax or gaussian"}
+    )
 
     def __post_init__(self) -> None:
         if self.regime is None:
@@ -141,13 +153,11 @@ class IAIConfig(LoraConfig):
                 f"state_type='linear' and task_type='SEQ_CLS' need each other, got state_type={self.state_type!r} and "
                 f"task_type={getattr(self.task_type, 'value', self.task_type)!r}: set both, or neither"
             )
+        for name in OF_IMPLICIT:
+            if self.regime != "implicit" and (given := getattr(self, name)) is not None:
+                raise ValueError(f"{name}={given!r} needs regime='implicit', got regime={self.regime!r}: leave it out")
         if self.regime == "implicit":
-            self._check_unused(NOT_OF_IMPLICIT, "regime='implicit'")
-            self.prediction = self.prediction or "logits"
-        elif self.prediction is not None:
-            raise ValueError(
-                f"prediction={self.prediction!r} needs regime='implicit', got regime={self.regime!r}: leave it out"
-            )
+            self._check_implicit()
         elif self.state_type == "linear":
             self._check_unused(NOT_OF_LINEAR, "state_type='linear'")
         else:
@@ -167,6 +177,21 @@ class IAIConfig(LoraConfig):
             given, default = getattr(self, name), self.__dataclass_fields__[name].default
             if given != default:
                 raise ValueError(f"{name}={given!r} has no meaning for {user}: leave it {default!r}")
+
+    def _check_implicit(self) -> None:
+        self._check_unused(NOT_OF_IMPLICIT, "regime='implicit'")
+        self.prediction = self.prediction or "logits"
+        width, num = self.vector_width, self.num_outputs
+        if (width is None) != (num is None) or (width is not None and (width < 1 or num < 1)):
+            raise ValueError(
+                f"vector_width and num_outputs must both be at least 1, or both None for text, got {width} and {num}"
+            )
+        if width is None:
+            self._check_unused(("likelihood",), "text")
+        if self.likelihood == "gaussian" and self.prediction != "logits":
+            raise ValueError(
+                f"likelihood='gaussian' keeps natural parameters, got prediction={self.prediction!r}: leave it out"
+            )
 
     def _check_slots(self) -> None:
         """Of a state that is read in slots, or behind them."""

@@ -173,7 +173,8 @@ def model_card(config: IAIConfig, facts: CardFacts) -> ModelCard:
     """
     linear = config.state_type == "linear"
     regression = config.likelihood == "gaussian"
-    task = REGRESSION_TASK if regression else LINEAR_TASK if linear else TASK
+    of_vectors = "tabular-classification" if config.vector_width else TASK
+    task = REGRESSION_TASK if regression else LINEAR_TASK if linear else of_vectors
     results = [result for measurement in facts.measurements for result in measurement.eval_results(task)]
     data = ModelCardData(
         library_name="peft",
@@ -197,6 +198,8 @@ def model_card(config: IAIConfig, facts: CardFacts) -> ModelCard:
         rendered=RENDERED,
         linear=linear,
         implicit=config.regime == "implicit",
+        refines_vectors=config.vector_width,
+        num_outputs=config.num_outputs,
         regression=regression,
         vector_width=vector_width(config.base_model_name_or_path),
     )
@@ -240,6 +243,9 @@ def describe(config: IAIConfig) -> str:
             "Regime: implicit (base and LoRA refine each query's own prediction; there is no task state)",
             f"Prediction: kept as {config.prediction}",
         ]
+        if config.vector_width is not None:
+            answers = {"softmax": "classes", "gaussian": "real targets"}[config.likelihood]
+            lines.append(f"Reads vectors of {config.vector_width} numbers; answers: {config.num_outputs} {answers}")
         return "\n".join(f"- {line}" for line in lines)
     if config.state_type == "linear":
         rows = {"softmax": "classifier", "gaussian": "regression"}

@@ -11,6 +11,7 @@ from torch import Tensor
 from .answers import Answers, FreeAnswer, LabelSet, label_tensors
 from .inputs import Chunk, Inputs
 from .queries import Queries, prompts_of
+from .states.prediction import Prediction
 
 Labels = Sequence[Sequence[int]]  # token ids of each
 
@@ -60,9 +61,9 @@ class ImplicitInputs(Inputs):
         times = num_queries // len(ids)
         return LabelSet(ids.repeat_interleave(times, 0), mask.repeat_interleave(times, 0))
 
-    def check_episode_fits(self, chunk_ids: Tensor, queries: Queries, answers: Answers) -> None:  # (B, K, C)
+    def check_episode_fits(self, chunk_ids: Tensor, chunk_mask: Tensor, start: Prediction) -> None:  # (B, K, C)
         self._check_ids(chunk_ids)
-        self.check_fits(chunk_ids[:, :1].flatten(1), queries, answers)
+        self.check_fits(chunk_mask[:, :1].flatten(1), start.queries, start.answers)
 
     def check_fits(self, chunk_mask: Tensor, queries: Queries, answers: Answers) -> None:  # (B, C)
         """
@@ -72,8 +73,7 @@ class ImplicitInputs(Inputs):
         rows, length = chunk_mask.shape[0], chunk_mask.shape[-1]
         if not rows or len(queries) % rows:
             raise ValueError(f"{len(queries)} queries for a chunk of {rows} tasks: pass as many queries for each")
-        behind = answers.ids.shape[2] if isinstance(answers, LabelSet) else answers.num_slots
-        asked, window = queries.ids.shape[1], self.base.window
+        asked, behind, window = queries.ids.shape[1], answers.length, self.base.window
         if length + asked + behind > window:
             raise ValueError(
                 f"a chunk of {length} tokens, a query of {asked} and an answer of {behind} do not fit a window of "

@@ -10,7 +10,7 @@ from peft.tuners.lora import LoraModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .answers import Answers, LabelSet
+from .answers import Answers
 from .base import Base
 from .compat import READ_BY_WEIGHT, default_target_modules, read_by_weight
 from .config import IAIConfig
@@ -24,6 +24,7 @@ from .objectives import Objective, episode_loss, refinement_loss
 from .queries import Queries
 from .recurrent import base_of
 from .state import Identity, TaskState
+from .vector_inputs import VectorInputs
 
 # Of the base's forward: the state decides them.
 OWN_ARGUMENTS = {"use_cache", "past_key_values", "position_ids"}
@@ -150,7 +151,8 @@ class IAIModel(LoraModel):
     @property
     def _inputs(self) -> Inputs:
         if self._config.regime == "implicit":
-            return ImplicitInputs(self._base, self._config, slots_in_front=0)
+            kind = ImplicitInputs if self._config.vector_width is None else VectorInputs
+            return kind(self._base, self._config, slots_in_front=0)
         labelled = {"softmax": LabelledInputs, "gaussian": GaussianInputs}[self._config.likelihood]
         kind = labelled if self._config.state_type == "linear" else Inputs
         return kind(self._base, self._config, self.core.state.num_slots_in_front)
@@ -273,17 +275,17 @@ class IAIModel(LoraModel):
 
         Args:
             chunks: mappings with `input_ids` (B, C) and optionally `attention_mask`; a row whose mask is all 0 leaves
-                its queries' predictions as they are, bitwise.
+                its queries' predictions as they are, bitwise. With `vector_width` examples as of `chunk_vectors`.
             query: `input_ids` (N, T), optionally `attention_mask`; N / B consecutive queries of each task. If it has
                 `labels` (N, T), the labelled tokens, its last ones, are the answer: they are cut off, and there are as
-                many slots.
+                many slots. With `vector_width` `inputs_embeds` (N, vector_width).
             labels: token ids of the answers to choose among, any number of tokens each; none: any tokens.
             num_answer_tokens: A, the slots of a free answer. None: as many as the query's labels have, or 1.
             with_start: yield the logits of yhat(0) first.
 
         Returns:
-            A generator of float32 logits (N, C) of the labels, or (N, A, V) of free answers. Token a of a free answer
-            is predicted behind the current prediction of those before it.
+            A generator of float32 logits (N, C) of labels or of a vector's classes, (N, A, V) of free answers, or means
+            (N, o) of real targets. Token a of a free answer is predicted behind the current prediction of those before.
 
         Raises:
             ValueError: for another regime, labels that are empty or alike, queries that cannot be shared out among the
@@ -321,14 +323,14 @@ class IAIModel(LoraModel):
             state = self.core.first(self._base, queries, answers)
             logits = self.core.logits(self._base, state)
         if with_start:
-            yield _of_labels(answers, logits)
+            yield state.answers.output(logits)
         for chunk in chunks:
             ids, mask, chunk_labels = self._inputs.chunk(chunk)
-            self._inputs.check_fits(mask, queries, answers)
+            self._inputs.check_fits(mask, queries, state.answers)
             with torch.no_grad(), self._eval_mode():
                 state = self.core.step(self._base, state, self.core.read(self._base, ids, mask, chunk_labels))
                 logits = self.core.logits(self._base, state)
-            yield _of_labels(answers, logits)
+            yield state.answers.output(logits)
 
     # ---------------------------------------------------------------- answering
 
@@ -355,7 +357,7 @@ class IAIModel(LoraModel):
             chunk_input_ids, chunk_attention_mask, chunk_labels: the episode's chunks (B, K, C); the objective decides,
                 in training, which states the loss is taken under. Gradients are of the chunks' labels; see `adapt`.
             inputs_embeds, chunk_inputs_embeds: vectors (Q, d), in an episode (B, Q, d) and (B, K, n, d), in place of
-                ids under a linear state.
+                ids under a linear state or, in regime implicit, with `vector_width`.
             label_input_ids, label_attention_mask: in an episode of regime implicit, the labels (B, C, L) that each
                 task's answers are of; without them answers are free.
 
@@ -365,7 +367,8 @@ class IAIModel(LoraModel):
             (B, K, n, T), `chunk_labels` (B, K, n), and without a state only `disable_adapter()` lets the base answer.
             Of a regression `logits` (Q, o) are means, `labels` (Q,) or (Q, o), `loss` half the mean squared error.
             Of an episode in regime implicit `logits` (B, Q, A, V) of the answers' tokens after the last chunk, or
-            (B, Q, C) of the labels, and `loss` their mean cross-entropy.
+            (B, Q, C) of the labels or classes, and `loss` their mean cross-entropy; of real targets means (B, Q, o),
+            and `loss` the mean negative log-likelihood.
         """
         if chunk_input_ids is not None or chunk_inputs_embeds is not None:
             if task_state is not None:
@@ -373,7 +376,9 @@ class IAIModel(LoraModel):
             chunks = self._inputs.tokens(chunk_input_ids, chunk_inputs_embeds, chunk_attention_mask)
             queries = self._inputs.tokens(input_ids, inputs_embeds, attention_mask)
             if self._config.regime == "implicit":
-                return self._refined_episode(*queries, labels, *chunks, label_input_ids, label_attention_mask)
+                return self._refined_episode(
+                    *queries, labels, *chunks, chunk_labels, label_input_ids, label_attention_mask
+                )
             return self._episode(*queries, labels, *chunks, chunk_labels)
         state = self._state_for(task_state)
         if state is None:
@@ -402,13 +407,14 @@ class IAIModel(LoraModel):
         outputs.logits = outputs.logits.unflatten(0, queries[:2])
         return outputs
 
-    def _refined_episode(self, ids, mask, labels, chunk_ids, chunk_mask, label_ids, label_mask):
-        self._refuse_when_disabled("an episode")  # (B, Q, T) three times, (B, K, C) twice, (B, C, L) twice
+    def _refined_episode(self, ids, mask, labels, chunk_ids, chunk_mask, chunk_labels, label_ids, label_mask):
+        self._refuse_when_disabled("an episode")  # (B, Q, T), (B, K, C) and (B, C, L)
         queries, answers, targets = self._inputs.episode(ids, mask, labels, label_ids, label_mask)
-        self._inputs.check_episode_fits(chunk_ids, queries, answers)
         start = self.core.first(self._base, queries, answers)
-        outputs = refinement_loss(self, self.objective, start, targets, (chunk_ids, chunk_mask, chunk_ids))
-        outputs.logits = _of_labels(answers, outputs.logits).unflatten(0, ids.shape[:2])
+        self._inputs.check_episode_fits(chunk_ids, chunk_mask, start)
+        chunks = (chunk_ids, chunk_mask, self._inputs.labels(chunk_labels, chunk_ids, chunk_mask))
+        outputs = refinement_loss(self, self.objective, start, targets, chunks)
+        outputs.logits = outputs.logits.unflatten(0, ids.shape[:2])
         return outputs
 
     def generate(self, input_ids: Tensor | None = None, task_state: TaskState | None = None, **kwargs) -> Tensor:
@@ -508,8 +514,3 @@ class IAIModel(LoraModel):
                 "read the chunks again with this model, or load the adapter that made the state"
             )
         return state.to(self.model.device)
-
-
-def _of_labels(answers: Answers, logits: Tensor) -> Tensor:  # (N, S, V)
-    """(N, C) of a set of labels, which has one slot."""
-    return logits.squeeze(1) if isinstance(answers, LabelSet) else logits

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, kl_div
+from torch.nn.functional import kl_div
 from transformers.modeling_outputs import CausalLMOutput
 
 from .state import TaskState
@@ -86,15 +86,14 @@ def refinement_loss(
     model,
     objective: Objective,
     start: Prediction,  # of B * Q queries
-    targets: Tensor,  # (B * Q, S), -100 for none
+    targets: Tensor,  # (B * Q, S), or (B * Q, S, o) of real targets
     chunks: Chunks,
 ) -> CausalLMOutput:
-    """`logits` (B * Q, S, V) of the last prediction; `loss` is the objective's, over yhat(0) and those it scores."""
+    """`logits` (B * Q, ...) of the last prediction; `loss` is the objective's, over yhat(0) and those it scores."""
     states = _states(model, objective, start, chunks)
     logits = [model.core.logits(model._base, state) for state in states]
-    loss = cross_entropy(torch.cat(logits).flatten(0, 1), targets.repeat(len(logits), 1).flatten(), reduction="sum")
-    scored = (targets != -100).sum().clamp_min(1) * len(logits)
-    return CausalLMOutput(loss=loss / scored, logits=logits[-1])
+    losses = [start.answers.loss(one, targets) for one in logits]
+    return CausalLMOutput(loss=torch.stack(losses).mean(), logits=start.answers.output(logits[-1]))
 
 
 def _states(model, objective: Objective, start: State, chunks: Chunks) -> list[State]:

@@ -17,7 +17,7 @@ NO_TARGET = -100
 class Queries:
     """N prompts, real tokens first; see `prompts_of`."""
 
-    ids: Tensor  # (N, T)
+    ids: Tensor  # (N, T), or embeddings (N, T, d)
     mask: Tensor  # (N, T)
 
     def __len__(self) -> int:
@@ -42,7 +42,8 @@ class Queries:
         num = embeddings.shape[1]
         mask = torch.cat([self.mask, self.mask.new_ones(len(self), num) if real is None else real], 1)
         order = (mask == 0).long().argsort(dim=1, stable=True).unsqueeze(-1)  # padding last
-        text = torch.cat([base.embed(self.ids), embeddings.to(base.model.dtype)], 1).take_along_dim(order, 1)
+        prompts = self.ids if self.ids.is_floating_point() else base.embed(self.ids)
+        text = torch.cat([prompts, embeddings.to(prompts.dtype)], 1).take_along_dim(order, 1)
         mask = mask.gather(1, order.squeeze(-1))
         if chunk is None:
             prefix, seen, num_read = base.no_prefix(len(self)), None, 0
@@ -55,12 +56,12 @@ class Queries:
         return tuple(hidden.take_along_dim(at.unsqueeze(-1), 1) for at in (own - 1, own))
 
 
-def read_keys_values(base: Base, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:  # (B, C) each
+def read_keys_values(base: Base, embeddings: Tensor, mask: Tensor) -> dict[str, Tensor]:  # (B, C, d), (B, C)
     """What all queries about a chunk share: `key` and `value` (B, L, H, C, D), and `mask`, padding first."""
     order = mask.argsort(dim=1, stable=True)
-    ids, mask = ids.masked_fill(mask == 0, 0).gather(1, order), mask.gather(1, order)
-    prefix = base.no_prefix(len(ids))
-    _, keys_values = base.read(prefix, base.embed(ids), mask, positions_of(mask), ids.shape[1])
+    embeddings, mask = embeddings.take_along_dim(order.unsqueeze(-1), 1), mask.gather(1, order)
+    prefix = base.no_prefix(len(mask))
+    _, keys_values = base.read(prefix, embeddings, mask, positions_of(mask), mask.shape[1])
     keys, values = (torch.stack(tensors, 1) for tensors in zip(*keys_values, strict=True))
     # Padding attends to nothing, so that some kernels leave anything there, and 0 times anything may not be 0.
     real = mask[:, None, None, :, None] != 0

@@ -33,7 +33,7 @@ class IAITrainer(Trainer):
         args: `IAITrainingArguments`.
         peft_config: `IAIConfig` to wrap `model` with.
         processing_class: the tokenizer; loaded with the model when the model is an id. A linear adapter without one is
-            trained on vectors, rows `{"vector", "label"}`.
+            trained on vectors, rows `{"vector", "label"}`, and so is one with `vector_width`.
 
     Raises:
         ValueError: when `peft_config` and `model` do not fit together, the tokenizer is missing, or `kl_weight` or
@@ -69,7 +69,7 @@ class IAITrainer(Trainer):
             )
         config = model.active_peft_config
         linear, implicit = config.state_type == "linear", config.regime == "implicit"
-        if processing_class is None and not linear:
+        if processing_class is None and not linear and config.vector_width is None:
             raise ValueError("processing_class is missing: pass the base model's tokenizer")
         if args.state_learning_rate is not None and kwargs.get("optimizers", (None, None))[0] is not None:
             raise ValueError("state_learning_rate was given, but optimizers= brings its own rates: pass one of the two")
@@ -182,7 +182,7 @@ class IAITrainer(Trainer):
         Padded queries are those of label -100 or, of real targets, mask 0.
         """
         labels = inputs["labels"]
-        if self._unit in ("nats per token", "nats per prediction"):
+        if labels.dim() == 3 and not labels.is_floating_point():
             scored = labels[..., 1:] != -100
             return scored.any(-1) if "label_input_ids" in inputs else scored
         return inputs["attention_mask"] != 0 if labels.is_floating_point() else labels != -100

@@ -632,9 +632,12 @@ def test_the_card_says_how_to_refine(tmp_path):
     assert "Prediction: kept as logits" in card and "model.refine(" in card and "adapt(" not in card
 
 
-def test_the_example_of_the_documentation_runs(capsys):
+def test_the_examples_of_the_documentation_run(capsys):
     """Untrained, it has read what the base does not know."""
     page = (Path(__file__).parent.parent / "docs" / "implicit.md").read_text()
-    exec(compile(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1], "implicit.md", "exec"), names := {})
+    texts, vectors = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(compile(texts, "implicit.md", "exec"), names := {})
     assert names["logits"].argmax(-1).tolist() == [1]
     assert len(capsys.readouterr().out.splitlines()) == 2 * len(names["chunks"]) + 1
+    exec(compile(vectors, "implicit.md", "exec"), {})
+    assert capsys.readouterr().out == "torch.Size([5, 3])\n" * 5

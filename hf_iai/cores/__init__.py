@@ -8,6 +8,7 @@ from .core import Core
 from .gaussian import GaussianCore
 from .gradient import GradientCore
 from .implicit import ImplicitCore
+from .implicit_vectors import ImplicitVectorCore
 from .linear import LinearCore
 from .recent import RecentCore
 
@@ -18,6 +19,7 @@ __all__ = [
     "GaussianCore",
     "GradientCore",
     "ImplicitCore",
+    "ImplicitVectorCore",
     "LinearCore",
     "RecentCore",
     "make_core",
@@ -27,7 +29,7 @@ __all__ = [
 def make_core(base: Base, config: IAIConfig) -> Core | ImplicitCore:
     """The core that the configuration asks for, on the base's device."""
     if config.regime == "implicit":
-        core = ImplicitCore
+        core = ImplicitCore if config.vector_width is None else ImplicitVectorCore
     elif config.state_type == "linear":
         core = {"softmax": LinearCore, "gaussian": GaussianCore}[config.likelihood]
     elif config.signal == "observations":

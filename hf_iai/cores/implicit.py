@@ -50,12 +50,12 @@ class ImplicitCore(nn.Module):
         Token a of a free answer is predicted behind the predictions of those before it, so that A passes make A of
         them final, one after the other; gradient goes to the last pass alone.
         """
-        nothing = base.embed(queries.ids[:, :1]).new_zeros(len(queries), answers.num_slots, len(self.slot))
+        nothing = self.slot.new_zeros(len(queries), answers.num_slots, len(self.slot))
         with torch.set_grad_enabled(torch.is_grad_enabled() and answers.num_slots == 1):
             outlook = self._outlook(base, queries, answers, None, nothing)
         for number in range(1, answers.num_slots):
             with torch.set_grad_enabled(torch.is_grad_enabled() and number == answers.num_slots - 1):
-                slots = self._slots(base, answers, outlook.log_probs)
+                slots = answers.embedded(base, outlook.log_probs)
                 outlook = self._outlook(base, queries, answers, None, slots)
         prior = None if answers.depends_on_itself else outlook.log_probs
         return Prediction(self.kind.start(outlook), queries, answers, prior)
@@ -63,12 +63,12 @@ class ImplicitCore(nn.Module):
     def read(self, base: Base, ids: Tensor, mask: Tensor, labels: Tensor) -> dict[str, Tensor]:  # (B, C) each
         """What depends on a chunk alone: its keys and values, which all queries share."""
         with base.lora(True):
-            return read_keys_values(base, ids, mask)
+            return read_keys_values(base, base.embed(ids.masked_fill(mask == 0, 0)), mask)
 
     def step(self, base: Base, state: Prediction, evidence: dict[str, Tensor]) -> Prediction:
         """yhat(i+1). Queries of a task whose chunk has no token keep their prediction bitwise."""
         queries, answers = state.queries, state.answers
-        slots = self._slots(base, answers, self.logits(base, state))
+        slots = answers.embedded(base, self.logits(base, state))
         outlook = self._outlook(base, queries, answers, evidence, slots)
         prior = state.prior
         if prior is None:
@@ -85,9 +85,6 @@ class ImplicitCore(nn.Module):
         """Of the answers: free tokens (N, A, vocabulary), or labels (N, 1, C)."""
         with base.lora(True):
             return self.kind.logits(base, state)
-
-    def _slots(self, base: Base, answers: Answers, logits: Tensor) -> Tensor:  # (N, S, V) -> (N, S, d)
-        return answers.embedded(base, logits.softmax(-1))
 
     def _outlook(
         self,
@@ -107,4 +104,4 @@ class ImplicitCore(nn.Module):
         if self.kind.latent:
             return slots
         with base.lora(True):
-            return answers.of_vocabulary(base.logits(slots.to(base.model.dtype)))
+            return answers.scores(base, slots.to(base.model.dtype))
