@@ -52,9 +52,9 @@ def train(
     base: Base,
     prediction: str = "logits",
     seed: int = 0,
-    steps: int = 600,
-    batch_size: int = 8,
-    lr: float = 1e-3,
+    steps: int = 300,
+    batch_size: int = 4,
+    lr: float = 3e-3,
     work: Path = WORK,
 ) -> None:
     """Train one adapter; queries may be about any chunk, so every step reads all of them."""
