@@ -14,6 +14,7 @@ from transformers import DynamicCache
 from .compat import (
     PrefixCache,
     check_supported,
+    embedding_scale,
     has_longrope,
     key_value_shape,
     lora_enabled,
@@ -65,6 +66,12 @@ class Base:
                 "base with AutoModelForSequenceClassification"
             )
 
+    def check_implicit(self) -> None:
+        """
+        Raises:
+            ValueError: for a base that cannot refine predictions.
+        """
+
     def prepare(self, config: LoraConfig) -> None:
         """Before LoRA is put in: leave out what it would change without effect."""
         if config.target_modules == "all-linear":
@@ -84,6 +91,11 @@ class Base:
 
     def embed(self, ids: Tensor) -> Tensor:  # (B, T) -> (B, T, d)
         return self.model.get_input_embeddings()(ids)
+
+    def expected_embedding(self, probabilities: Tensor) -> Tensor:  # (..., V) -> (..., d)
+        """The mean of the tokens' embeddings."""
+        weight = self.model.get_input_embeddings().weight
+        return probabilities.to(weight.dtype) @ weight * embedding_scale(self.model)
 
     def no_prefix(self, rows: int) -> Prefix:
         num_layers, num_heads, width = key_value_shape(self.config)
@@ -120,13 +132,14 @@ class Base:
         mask: Tensor,  # (B, T)
         positions: Tensor,  # (B, T)
         record: int,
+        prefix_mask: Tensor | None = None,  # (B, m)
     ) -> tuple[Tensor, KeysValues]:
         """Last hidden states (B, record, d) and keys/values of the last `record` positions."""
         cache = PrefixCache(self.config, _match_rows(prefix, len(embeddings)), record=record)
         prepare_checkpointing(self.model)
         hidden = self.model.base_model(
             inputs_embeds=embeddings.to(self.model.get_input_embeddings().weight.dtype),
-            attention_mask=_behind_prefix(mask, cache),
+            attention_mask=_behind_prefix(mask, cache, prefix_mask),
             position_ids=positions,
             past_key_values=cache,
             use_cache=False,
@@ -138,11 +151,11 @@ class Base:
         """-log p(token | tokens before it) in nats, (B, T); 0 for the first real token and for padding."""
         states, targets = hidden[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
         parts = zip(states.split(LOGITS_AT_ONCE), targets.split(LOGITS_AT_ONCE), strict=True)
-        loss = torch.cat([nn.functional.cross_entropy(self._logits(h), t, reduction="none") for h, t in parts])
+        loss = torch.cat([nn.functional.cross_entropy(self.logits(h), t, reduction="none") for h, t in parts])
         unknown = (mask[:, :-1] * mask[:, 1:]) == 0
         return nn.functional.pad(loss.view(unknown.shape).masked_fill(unknown, 0), (1, 0))
 
-    def _logits(self, hidden: Tensor) -> Tensor:  # (N, d) -> (N, V) in float32
+    def logits(self, hidden: Tensor) -> Tensor:  # (..., d) -> (..., V) in float32
         logits = self.model.get_output_embeddings()(hidden).float() / getattr(self.config, "logits_scaling", 1)
         cap = getattr(self.config, "final_logit_softcapping", None)
         return logits if cap is None else cap * torch.tanh(logits / cap)
@@ -210,8 +223,11 @@ def ages_of(mask: Tensor) -> Tensor:  # (B, T) -> (B, T)
     return mask.flip(1).cumsum(1).flip(1) - mask
 
 
-def _behind_prefix(mask: Tensor, cache: PrefixCache) -> Tensor:  # (B, T) -> (B, m + T)
-    return torch.cat([mask.new_ones(len(mask), cache.get_seq_length()), mask], 1)
+def _behind_prefix(mask: Tensor, cache: PrefixCache, prefix_mask: Tensor | None = None) -> Tensor:
+    """(B, T) -> (B, m + T)."""
+    if prefix_mask is None:
+        prefix_mask = mask.new_ones(len(mask), cache.get_seq_length())
+    return torch.cat([prefix_mask.repeat_interleave(len(mask) // len(prefix_mask), 0), mask], 1)
 
 
 def _match_rows(prefix: KeysValues, rows: int) -> KeysValues:

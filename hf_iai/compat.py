@@ -145,6 +145,11 @@ def leave_out_classifier(config) -> None:
     config.modules_to_save = [UNUSED_CLASSIFIER]
 
 
+def embedding_scale(model: nn.Module) -> Tensor | float:
+    """What a family's token embeddings are multiplied by when ids are looked up, such as Gemma's."""
+    return getattr(model.get_input_embeddings(), "embed_scale", 1.0)
+
+
 def rotations(model: nn.Module, like: Tensor, positions: Tensor) -> tuple[Tensor, Tensor] | None:
     """cos and sin of unit length for every layer, (B, L, 1, T, R) each with L = 1 where all layers are alike.
 

@@ -11,13 +11,14 @@ from .registration import IAIType
 
 # What exists, and what the design names but this version does not have yet.
 AVAILABLE = {
-    "regime": (("parametric", "explicit"), ("implicit",)),
+    "regime": (("parametric", "explicit", "implicit"), ()),
     "state_type": (("prefix", "prompt", "lora", "linear"), ()),
     "signal": (("observations", "gradients", "both"), ()),
     "accumulation": (("average", "recent"), ()),
     "task_type": (("CAUSAL_LM", "SEQ_CLS"), ("TOKEN_CLS", "FEATURE_EXTRACTION", "SEQ_2_SEQ_LM")),
     "pooling": (("mean", "cls"), ()),
     "likelihood": (("softmax", "gaussian"), ()),
+    "prediction": (("logits", "probabilities", "latent", None), ()),
 }
 # The heads of each signal; the first is the default.
 HEADS = {
@@ -30,6 +31,9 @@ NOT_OF_LINEAR = (
     "num_state_tokens signal head accumulation num_kept_tokens correction delta_rule pin_bos second_order initial_rate "
     "learned_optimizer"
 ).split()
+# What has no meaning where there is no task state.
+NOT_OF_IMPLICIT = (*NOT_OF_LINEAR, *"state_type state_r state_target_modules path_window pooling".split())
+OF_IMPLICIT = ("prediction", "vector_width", "num_outputs")
 
 
 @dataclass
@@ -41,8 +45,15 @@ class IAIConfig(LoraConfig):
     both are embedded alike: by the frozen encoder in regime `"parametric"`, by encoder + LoRA in `"explicit"`.
 
     Args:
-        regime: `"parametric"` (queries are answered by the bare base) or `"explicit"` (by base + LoRA). None: explicit,
-            but for a linear state.
+        regime: `"parametric"` (queries are answered by the bare base), `"explicit"` (by base + LoRA), or `"implicit"`:
+            there is no task state, each query refines its own prediction by each chunk (`IAIModel.refine`). None:
+            explicit, but for a linear state.
+        prediction: of regime `"implicit"`, what a prediction is kept as: `"logits"` (None: this), `"probabilities"` or
+            `"latent"`.
+        vector_width: in regime `"implicit"`, observations are vectors of so many numbers, each with a class or real
+            targets (`likelihood`), and the base, often a small one made from a configuration, reads each as one token.
+            None: text.
+        num_outputs: of vectors, how many classes there are, or how many targets each has.
         state_type: `"prefix"` (keys and values of every layer; all layers must be attention), `"prompt"` (input
             embeddings), `"lora"` (a low-rank update of the base's weights, one per task), or, with
             `task_type="SEQ_CLS"` and only there, `"linear"` (the rows of a classifier; see `cores.LinearCore`).
@@ -72,9 +83,10 @@ class IAIConfig(LoraConfig):
         pin_bos: keep a begin-of-sequence token in slot 0, for bases that need an attention sink (`"recent"` only).
         pooling: how the last hidden states of a text become one vector, of a linear state: `"mean"` over its tokens, or
             its first token's, `"cls"`.
-        likelihood: of a linear state. `"softmax"`: targets are classes; features are centred and of unit length.
-            `"gaussian"`: targets are real vectors, and the state a linear regression (`cores.GaussianCore`); features
-            are the pooled vector as it is, since a regression needs its scale.
+        likelihood: of a linear state, and of vectors in regime `"implicit"`. `"softmax"`: targets are classes; a linear
+            state's features are centred and of unit length. `"gaussian"`: targets are real vectors, and a linear state
+            is a linear regression (`cores.GaussianCore`); features are the pooled vector as it is, since a regression
+            needs its scale.
 
     Raises:
         ValueError: for an unknown value, one that is not available yet, or a combination that cannot work.
@@ -88,7 +100,10 @@ class IAIConfig(LoraConfig):
     """
 
     regime: str | None = field(
-        default=None, metadata={"help": "who answers a query: parametric or explicit; None: the state type's default"}
+        default=None, metadata={"help": "parametric, explicit or implicit; None: the state type's default"}
+    )
+    prediction: str | None = field(
+        default=None, metadata={"help": "regime implicit keeps it as: logits (None: this), probabilities or latent"}
     )
     state_type: str = field(
         default="prefix", metadata={"help": "what the task state is: prefix, prompt, lora or linear"}
@@ -105,6 +120,10 @@ class IAIConfig(LoraConfig):
     state_target_modules: list[str] | str | None = field(
         default=None, metadata={"help": "what a lora state updates; None: PEFT's choice for the family"}
     )
+    vector_width: int | None = field(
+        default=None, metadata={"help": "regime implicit reads vectors of this width; None: text"}
+    )
+    num_outputs: int | None = field(default=None, metadata={"help": "of vectors: number of classes, or of targets"})
     num_state_tokens: int | None = field(
         default=None, metadata={"help": "m, the number of slots of the state; None: 16, or none of a linear state"}
     )
@@ -114,7 +133,9 @@ class IAIConfig(LoraConfig):
     delta_rule: bool = field(default=False, metadata={"help": "what a token replaces is taken out of the average"})
     pin_bos: bool = field(default=False, metadata={"help": "keep a BOS token in slot 0 (recent only)"})
     pooling: str = field(default="mean", metadata={"help": "hidden states to one vector (linear only): mean or cls"})
-    likelihood: str = field(default="softmax", metadata={"help": "of a linear state's targets: softmax or gaussian"})
+    likelihood: str = field(
+        default="softmax", metadata={"help": "of targets, linear states and vectors: softmax or gaussian"}
+    )
 
     def __post_init__(self) -> None:
         if self.regime is None:
@@ -132,8 +153,13 @@ class IAIConfig(LoraConfig):
                 f"state_type='linear' and task_type='SEQ_CLS' need each other, got state_type={self.state_type!r} and "
                 f"task_type={getattr(self.task_type, 'value', self.task_type)!r}: set both, or neither"
             )
-        if self.state_type == "linear":
-            self._check_linear()
+        for name in OF_IMPLICIT:
+            if self.regime != "implicit" and (given := getattr(self, name)) is not None:
+                raise ValueError(f"{name}={given!r} needs regime='implicit', got regime={self.regime!r}: leave it out")
+        if self.regime == "implicit":
+            self._check_implicit()
+        elif self.state_type == "linear":
+            self._check_unused(NOT_OF_LINEAR, "state_type='linear'")
         else:
             self._check_slots()
         if self.bias != "none":
@@ -146,11 +172,26 @@ class IAIConfig(LoraConfig):
         if self.base_model_name_or_path == EMBEDDED_NAME:
             self.base_model_name_or_path = embedded_base()
 
-    def _check_linear(self) -> None:
-        for name in NOT_OF_LINEAR:
+    def _check_unused(self, names: tuple[str, ...] | list[str], user: str) -> None:
+        for name in names:
             given, default = getattr(self, name), self.__dataclass_fields__[name].default
             if given != default:
-                raise ValueError(f"{name}={given!r} has no meaning for state_type='linear': leave it {default!r}")
+                raise ValueError(f"{name}={given!r} has no meaning for {user}: leave it {default!r}")
+
+    def _check_implicit(self) -> None:
+        self._check_unused(NOT_OF_IMPLICIT, "regime='implicit'")
+        self.prediction = self.prediction or "logits"
+        width, num = self.vector_width, self.num_outputs
+        if (width is None) != (num is None) or (width is not None and (width < 1 or num < 1)):
+            raise ValueError(
+                f"vector_width and num_outputs must both be at least 1, or both None for text, got {width} and {num}"
+            )
+        if width is None:
+            self._check_unused(("likelihood",), "text")
+        if self.likelihood == "gaussian" and self.prediction != "logits":
+            raise ValueError(
+                f"likelihood='gaussian' keeps natural parameters, got prediction={self.prediction!r}: leave it out"
+            )
 
     def _check_slots(self) -> None:
         """Of a state that is read in slots, or behind them."""
@@ -221,7 +262,7 @@ class IAIConfig(LoraConfig):
     def uses_reader(self) -> bool:
         """Whether any pass runs with LoRA: a predictor's, or one that reads chunks out."""
         reads_out = self.state_type != "linear" and self.accumulation == "average" and self.signal != "gradients"
-        return self.regime == "explicit" or reads_out
+        return self.regime != "parametric" or reads_out
 
     def to_dict(self) -> dict:
         """As saved: an adapter of the embedded base names it, not the folder that holds it on this machine."""

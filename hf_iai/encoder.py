@@ -23,6 +23,12 @@ class Encoder(Base):
                 f"{state_type!r}: load the base with AutoModelForCausalLM"
             )
 
+    def check_implicit(self) -> None:
+        raise ValueError(
+            f"{type(self.model).__name__} is a sequence classifier, but regime='implicit' predicts tokens: load the "
+            "base with AutoModelForCausalLM"
+        )
+
     def prepare(self, config: IAIConfig) -> None:
         leave_out_classifier(config)
         if config.uses_reader:

@@ -173,7 +173,8 @@ def model_card(config: IAIConfig, facts: CardFacts) -> ModelCard:
     """
     linear = config.state_type == "linear"
     regression = config.likelihood == "gaussian"
-    task = REGRESSION_TASK if regression else LINEAR_TASK if linear else TASK
+    of_vectors = "tabular-classification" if config.vector_width else TASK
+    task = REGRESSION_TASK if regression else LINEAR_TASK if linear else of_vectors
     results = [result for measurement in facts.measurements for result in measurement.eval_results(task)]
     data = ModelCardData(
         library_name="peft",
@@ -196,6 +197,9 @@ def model_card(config: IAIConfig, facts: CardFacts) -> ModelCard:
         chunking=f"chunk_size={facts.chunk_size}" if facts.chunk_size else "model=model",
         rendered=RENDERED,
         linear=linear,
+        implicit=config.regime == "implicit",
+        refines_vectors=config.vector_width,
+        num_outputs=config.num_outputs,
         regression=regression,
         vector_width=vector_width(config.base_model_name_or_path),
     )
@@ -233,6 +237,16 @@ def is_edited(path: Path) -> bool:
 
 def describe(config: IAIConfig) -> str:
     """The adapter's configuration as a markdown list."""
+    if config.regime == "implicit":
+        lines = [
+            f"Base: {base_in_words(config)}",
+            "Regime: implicit (base and LoRA refine each query's own prediction; there is no task state)",
+            f"Prediction: kept as {config.prediction}",
+        ]
+        if config.vector_width is not None:
+            answers = {"softmax": "classes", "gaussian": "real targets"}[config.likelihood]
+            lines.append(f"Reads vectors of {config.vector_width} numbers; answers: {config.num_outputs} {answers}")
+        return "\n".join(f"- {line}" for line in lines)
     if config.state_type == "linear":
         rows = {"softmax": "classifier", "gaussian": "regression"}
         embeds = {"explicit": "encoder and LoRA embed examples and queries", "parametric": "the encoder is frozen"}

@@ -29,6 +29,7 @@ def fingerprint(base: Base, config: IAIConfig, adapter: Iterable[tuple[str, Tens
     digest = hashlib.sha256()
     fields = list(CONFIG_FIELDS)
     fields += ("pooling",) if config.state_type == "linear" else ()
+    fields += ("prediction", "vector_width", "num_outputs") if config.regime == "implicit" else ()
     fields += ("likelihood",) if config.likelihood != "softmax" else ()  # fingerprints from before there was another
     fields += LORA_FIELDS if config.state_type == "lora" else ()
     fields += GRADIENT_FIELDS if config.signal != "observations" else ()
@@ -66,6 +67,8 @@ def _architecture(base_model: nn.Module) -> dict:
 def _display_name(base_model: nn.Module, config: IAIConfig, digest: str) -> str:
     path = base_model.config._name_or_path
     base = EMBEDDED_NAME if is_embedded_base(path) else os.path.basename(path.rstrip("/")) or type(base_model).__name__
+    if config.regime == "implicit":
+        return f"{base} + implicit {config.prediction} ({digest[:8]})"
     size = {"lora": config.state_r, "linear": config.pooling}.get(config.state_type, config.num_state_tokens)
     return f"{base} + {config.regime} {config.state_type}-{size} ({digest[:8]})"
 

@@ -1,4 +1,4 @@
-"""IAIModel: the PEFT tuner. Reads chunks into a task state, answers queries under it."""
+"""IAIModel: the PEFT tuner. Reads chunks into a task state, answers queries under it, or refines their predictions."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -10,17 +10,21 @@ from peft.tuners.lora import LoraModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from .answers import Answers
 from .base import Base
 from .compat import READ_BY_WEIGHT, default_target_modules, read_by_weight
 from .config import IAIConfig
 from .cores import Core, make_core
 from .gaussian_inputs import GaussianInputs
 from .identity import fingerprint
+from .implicit_inputs import ImplicitInputs, Labels
 from .inputs import Chunk, Inputs, batched
 from .labelled_inputs import LabelledInputs
-from .objectives import Objective, episode_loss
+from .objectives import Objective, episode_loss, refinement_loss
+from .queries import Queries
 from .recurrent import base_of
 from .state import Identity, TaskState
+from .vector_inputs import VectorInputs
 
 # Of the base's forward: the state decides them.
 OWN_ARGUMENTS = {"use_cache", "past_key_values", "position_ids"}
@@ -58,7 +62,10 @@ class IAIModel(LoraModel):
             self.objective = Objective()
             self._disabled, self._using, self._identities = False, [], {}
         base, config = base_of(model), self.peft_config[adapter_name]
-        base.check_state_type(config.state_type)
+        if config.regime == "implicit":
+            base.check_implicit()
+        else:
+            base.check_state_type(config.state_type)
         base.prepare(config)
         if config.state_type == "lora":
             # Saved as it is, so that another version of PEFT, which may choose otherwise, loads the same state.
@@ -143,6 +150,9 @@ class IAIModel(LoraModel):
 
     @property
     def _inputs(self) -> Inputs:
+        if self._config.regime == "implicit":
+            kind = ImplicitInputs if self._config.vector_width is None else VectorInputs
+            return kind(self._base, self._config, slots_in_front=0)
         labelled = {"softmax": LabelledInputs, "gaussian": GaussianInputs}[self._config.likelihood]
         kind = labelled if self._config.state_type == "linear" else Inputs
         return kind(self._base, self._config, self.core.state.num_slots_in_front)
@@ -151,7 +161,7 @@ class IAIModel(LoraModel):
     def max_chunk_size(self) -> int:
         """window - 2m: a chunk is read between theta(0), which takes no place of a lora state, and m read-out slots.
 
-        Of a linear state, which any number of examples fits, the usual number: 20.
+        Of a linear state, which any number of examples fits, the usual number: 20. In regime implicit half the window.
 
         Raises:
             ValueError: for a base without positions, such as Mamba, which has no window.
@@ -175,6 +185,7 @@ class IAIModel(LoraModel):
 
     def initial_state(self, batch_size: int = 1) -> TaskState:
         """theta(0) for `batch_size` tasks: the learned state before anything was read."""
+        self._refuse_when_implicit("initial_state")
         with torch.no_grad(), self._eval_mode():
             return self.core.initial_state(self._base, batch_size, self.identity).clone()
 
@@ -218,6 +229,7 @@ class IAIModel(LoraModel):
         self, chunks: Iterable[Chunk], state: TaskState | None = None, *, parallel: int = 1
     ) -> Iterator[TaskState]:
         """The state after each chunk of a stream that may never end; see `adapt`."""
+        self._refuse_when_implicit("adapt")
         self._refuse_when_disabled("adapt")
         if parallel < 1:
             raise ValueError(f"parallel must be at least 1, got {parallel}")
@@ -244,6 +256,82 @@ class IAIModel(LoraModel):
             states.append(state := self.core.step(self._base, self.core.met(state, met), part))
         return states
 
+    # ---------------------------------------------------------------- refining
+
+    def refine(
+        self,
+        chunks: Iterable[Chunk],
+        query: Chunk,
+        *,
+        labels: Labels | None = None,
+        num_answer_tokens: int | None = None,
+        with_start: bool = False,
+    ) -> Iterator[Tensor]:
+        """The logits of queries' answers after each chunk of a stream that may never end (regime `"implicit"`).
+
+            yhat(i+1) = r_gamma([x, yhat(i)], chunk(i)),    yhat(0) = what base and LoRA say without a chunk
+
+        Each chunk is read once for all its queries; nothing grows with the number of chunks. See `cores.ImplicitCore`.
+
+        Args:
+            chunks: mappings with `input_ids` (B, C) and optionally `attention_mask`; a row whose mask is all 0 leaves
+                its queries' predictions as they are, bitwise. With `vector_width` examples as of `chunk_vectors`.
+            query: `input_ids` (N, T), optionally `attention_mask`; N / B consecutive queries of each task. If it has
+                `labels` (N, T), the labelled tokens, its last ones, are the answer: they are cut off, and there are as
+                many slots. With `vector_width` `inputs_embeds` (N, vector_width).
+            labels: token ids of the answers to choose among, any number of tokens each; none: any tokens.
+            num_answer_tokens: A, the slots of a free answer. None: as many as the query's labels have, or 1.
+            with_start: yield the logits of yhat(0) first.
+
+        Returns:
+            A generator of float32 logits (N, C) of labels or of a vector's classes, (N, A, V) of free answers, or means
+            (N, o) of real targets. Token a of a free answer is predicted behind the current prediction of those before.
+
+        Raises:
+            ValueError: for another regime, labels that are empty or alike, queries that cannot be shared out among the
+                tasks, ids beyond the vocabulary, or chunk, query and answer that do not fit the window together.
+
+        Example:
+            >>> from peft import get_peft_model
+            >>> from transformers import AutoModelForCausalLM, AutoTokenizer
+            >>> from hf_iai import IAIConfig, chunk_text, embedded_base
+            >>> tokenizer = AutoTokenizer.from_pretrained(embedded_base())
+            >>> base = AutoModelForCausalLM.from_pretrained(embedded_base())
+            >>> config = IAIConfig(task_type="CAUSAL_LM", regime="implicit", target_modules="all-linear")
+            >>> model = get_peft_model(base, config)
+            >>> chunks = chunk_text("size = 3\\nwidth = 3\\nheight = 3\\n", tokenizer, chunk_size=8)
+            >>> query = tokenizer("depth =", return_tensors="pt")
+            >>> labels = tokenizer([" 3", " 12"], add_special_tokens=False)["input_ids"]
+            >>> [logits.shape for logits in model.refine(chunks, query, labels=labels)][-1]
+            torch.Size([1, 2])
+
+        Source: Mittal et al., arXiv 2510.11471, equation 4.
+        """
+        if self._config.regime != "implicit":
+            raise ValueError(
+                f"refine needs regime='implicit', where the state is the query's own prediction, got "
+                f"{self._config.regime!r}: use adapt, and answer under its state"
+            )
+        self._refuse_when_disabled("refine")
+        queries, answers = self._inputs.asked(query, labels, num_answer_tokens)
+        return self._refined(chunks, queries, answers, with_start)
+
+    def _refined(
+        self, chunks: Iterable[Chunk], queries: Queries, answers: Answers, with_start: bool
+    ) -> Iterator[Tensor]:
+        with torch.no_grad(), self._eval_mode():
+            state = self.core.first(self._base, queries, answers)
+            logits = self.core.logits(self._base, state)
+        if with_start:
+            yield state.answers.output(logits)
+        for chunk in chunks:
+            ids, mask, chunk_labels = self._inputs.chunk(chunk)
+            self._inputs.check_fits(mask, queries, state.answers)
+            with torch.no_grad(), self._eval_mode():
+                state = self.core.step(self._base, state, self.core.read(self._base, ids, mask, chunk_labels))
+                logits = self.core.logits(self._base, state)
+            yield state.answers.output(logits)
+
     # ---------------------------------------------------------------- answering
 
     def forward(
@@ -257,6 +345,8 @@ class IAIModel(LoraModel):
         chunk_labels: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         chunk_inputs_embeds: Tensor | None = None,
+        label_input_ids: Tensor | None = None,
+        label_attention_mask: Tensor | None = None,
         **kwargs,
     ):
         """Answer queries under a state, or go through a whole episode.
@@ -267,19 +357,28 @@ class IAIModel(LoraModel):
             chunk_input_ids, chunk_attention_mask, chunk_labels: the episode's chunks (B, K, C); the objective decides,
                 in training, which states the loss is taken under. Gradients are of the chunks' labels; see `adapt`.
             inputs_embeds, chunk_inputs_embeds: vectors (Q, d), in an episode (B, Q, d) and (B, K, n, d), in place of
-                ids under a linear state.
+                ids under a linear state or, in regime implicit, with `vector_width`.
+            label_input_ids, label_attention_mask: in an episode of regime implicit, the labels (B, C, L) that each
+                task's answers are of; without them answers are free.
 
         Returns:
             transformers' output, `logits` (B, T, V) (episode: (B, Q, T, V)), `loss` over `labels[:, 1:]`. Of a linear
             state `logits` (Q, C) (episode: (B, Q, C)), `loss` over `labels` (Q,) (episode: (B, Q)); chunks are
             (B, K, n, T), `chunk_labels` (B, K, n), and without a state only `disable_adapter()` lets the base answer.
             Of a regression `logits` (Q, o) are means, `labels` (Q,) or (Q, o), `loss` half the mean squared error.
+            Of an episode in regime implicit `logits` (B, Q, A, V) of the answers' tokens after the last chunk, or
+            (B, Q, C) of the labels or classes, and `loss` their mean cross-entropy; of real targets means (B, Q, o),
+            and `loss` the mean negative log-likelihood.
         """
         if chunk_input_ids is not None or chunk_inputs_embeds is not None:
             if task_state is not None:
                 raise ValueError("an episode makes its own states: pass chunk_input_ids or task_state, not both")
             chunks = self._inputs.tokens(chunk_input_ids, chunk_inputs_embeds, chunk_attention_mask)
             queries = self._inputs.tokens(input_ids, inputs_embeds, attention_mask)
+            if self._config.regime == "implicit":
+                return self._refined_episode(
+                    *queries, labels, *chunks, chunk_labels, label_input_ids, label_attention_mask
+                )
             return self._episode(*queries, labels, *chunks, chunk_labels)
         state = self._state_for(task_state)
         if state is None:
@@ -306,6 +405,16 @@ class IAIModel(LoraModel):
         chunks = (chunk_ids, chunk_mask, self._inputs.labels(chunk_labels, chunk_ids, chunk_mask))
         outputs = episode_loss(self, self.objective, ids, mask, labels, *chunks)
         outputs.logits = outputs.logits.unflatten(0, queries[:2])
+        return outputs
+
+    def _refined_episode(self, ids, mask, labels, chunk_ids, chunk_mask, chunk_labels, label_ids, label_mask):
+        self._refuse_when_disabled("an episode")  # (B, Q, T), (B, K, C) and (B, C, L)
+        queries, answers, targets = self._inputs.episode(ids, mask, labels, label_ids, label_mask)
+        start = self.core.first(self._base, queries, answers)
+        self._inputs.check_episode_fits(chunk_ids, chunk_mask, start)
+        chunks = (chunk_ids, chunk_mask, self._inputs.labels(chunk_labels, chunk_ids, chunk_mask))
+        outputs = refinement_loss(self, self.objective, start, targets, chunks)
+        outputs.logits = outputs.logits.unflatten(0, ids.shape[:2])
         return outputs
 
     def generate(self, input_ids: Tensor | None = None, task_state: TaskState | None = None, **kwargs) -> Tensor:
@@ -365,8 +474,8 @@ class IAIModel(LoraModel):
     # ---------------------------------------------------------------- switches and checks
 
     def _predictor_lora(self):
-        """Explicit: base + LoRA answers. Parametric, and inside `disable_adapter()`: the bare base."""
-        return self._base.lora(self._config.regime == "explicit" and not self._disabled)
+        """Explicit, implicit: base + LoRA answers. Parametric, and inside `disable_adapter()`: the bare base."""
+        return self._base.lora(self._config.regime != "parametric" and not self._disabled)
 
     @contextmanager
     def _eval_mode(self) -> Iterator[None]:
@@ -382,6 +491,13 @@ class IAIModel(LoraModel):
         if self._disabled:
             raise ValueError(f"{what} needs the adapter, but it is disabled: leave disable_adapter() first")
 
+    def _refuse_when_implicit(self, what: str) -> None:
+        if self._config.regime == "implicit":
+            raise ValueError(
+                f"{what} makes a task state, which regime='implicit' does not have: the state belongs to the query. "
+                "Use refine(chunks, query), or regime='explicit'"
+            )
+
     def _state_for(self, task_state: TaskState | None) -> TaskState | None:
         """The state to answer under, on our device: the one given, or that of `using`."""
         if task_state is None and self._using:
@@ -390,6 +506,7 @@ class IAIModel(LoraModel):
         return None if task_state is None else self._checked_state(task_state)
 
     def _checked_state(self, state: TaskState) -> TaskState:
+        self._refuse_when_implicit("adapt")
         self._refuse_when_disabled("a task state")
         if state.identity != self.identity:
             raise ValueError(

@@ -9,12 +9,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 from torch.nn.functional import kl_div
+from transformers.modeling_outputs import CausalLMOutput
 
 from .state import TaskState
+from .states.prediction import Prediction
 
 # ids, mask and labels, (B, K, C) each; of a linear state (B, K, n, T) twice, and (B, K, n); vectors (B, K, n, 1, d) for
 # ids, and real targets (B, K, n, o)
 Chunks = tuple[Tensor, Tensor, Tensor]
+State = TaskState | Prediction
 KINDS = ("unrolled", "truncated", "greedy")
 SCORED = ("doubling", "last")
 
@@ -63,7 +66,8 @@ def episode_loss(
     chunk_labels: Tensor,
 ):
     """transformers' output of the queries under the last state; its `loss` is the objective's."""
-    states = _states(model, objective, (chunk_ids, chunk_mask, chunk_labels), labels)
+    start = model.core.first_of_episode(model._base, len(chunk_ids), chunk_labels, labels)
+    states = _states(model, objective, start, (chunk_ids, chunk_mask, chunk_labels))
     scored = len(states)
     outputs = model._answer(
         TaskState.stack(states),
@@ -78,11 +82,24 @@ def episode_loss(
     return outputs
 
 
-def _states(model, objective: Objective, chunks: Chunks, labels: Tensor | None) -> list[TaskState]:
+def refinement_loss(
+    model,
+    objective: Objective,
+    start: Prediction,  # of B * Q queries
+    targets: Tensor,  # (B * Q, S), or (B * Q, S, o) of real targets
+    chunks: Chunks,
+) -> CausalLMOutput:
+    """`logits` (B * Q, ...) of the last prediction; `loss` is the objective's, over yhat(0) and those it scores."""
+    states = _states(model, objective, start, chunks)
+    logits = [model.core.logits(model._base, state) for state in states]
+    losses = [start.answers.loss(one, targets) for one in logits]
+    return CausalLMOutput(loss=torch.stack(losses).mean(), logits=start.answers.output(logits[-1]))
+
+
+def _states(model, objective: Objective, start: State, chunks: Chunks) -> list[State]:
     """The states to score, the last one last."""
     base, core = model._base, model.core
-    batch, num_chunks = chunks[0].shape[:2]
-    start = core.first_of_episode(base, batch, chunks[2], labels)
+    num_chunks = chunks[0].shape[1]
     if not model.training:
         return [_read_on(core, base, start, chunks)]
     if num_chunks == 0:
@@ -99,13 +116,13 @@ def _states(model, objective: Objective, chunks: Chunks, labels: Tensor | None) 
     return [start, _read_on(core, base, earlier, tuple(t[:, first:] for t in chunks))]
 
 
-def _read_on(core, base, state: TaskState, chunks: Chunks) -> TaskState:
+def _read_on(core, base, state: State, chunks: Chunks) -> State:
     for ids, mask, labels in zip(*(t.unbind(1) for t in chunks), strict=True):
         state = core.step(base, state, core.read(base, ids, mask, labels))
     return state
 
 
-def _unrolled(core, base, start: TaskState, chunks: Chunks, counts: list[int]) -> list[TaskState]:
+def _unrolled(core, base, start: State, chunks: Chunks, counts: list[int]) -> list[State]:
     """States of the last n chunks for each n of `counts`; what does not depend on the state is read in one batch."""
     batch, num_chunks = chunks[0].shape[:2]
     evidence = core.read(base, *(t.flatten(0, 1) for t in chunks))  # (B * K, ...)

@@ -37,6 +37,12 @@ class RecurrentBase(Base):
             )
         super().check_state_type(state_type)
 
+    def check_implicit(self) -> None:
+        raise ValueError(
+            "regime='implicit' reads a chunk once for all queries, by its keys and values in every layer, which "
+            f"{self.config.model_type!r} does not have: use regime='explicit' with state_type='prompt'"
+        )
+
     def no_prefix(self, rows: int) -> Tensor:  # (B, 0, d)
         weight = self.model.get_input_embeddings().weight
         return weight.new_zeros(rows, 0, weight.shape[1])

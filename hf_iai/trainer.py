@@ -33,7 +33,7 @@ class IAITrainer(Trainer):
         args: `IAITrainingArguments`.
         peft_config: `IAIConfig` to wrap `model` with.
         processing_class: the tokenizer; loaded with the model when the model is an id. A linear adapter without one is
-            trained on vectors, rows `{"vector", "label"}`.
+            trained on vectors, rows `{"vector", "label"}`, and so is one with `vector_width`.
 
     Raises:
         ValueError: when `peft_config` and `model` do not fit together, the tokenizer is missing, or `kl_weight` or
@@ -67,14 +67,16 @@ class IAITrainer(Trainer):
                 f"IAITrainer needs an IAI adapter, got {type(model).__name__}: "
                 "pass peft_config=IAIConfig(task_type='CAUSAL_LM')"
             )
-        linear = model.active_peft_config.state_type == "linear"
-        if processing_class is None and not linear:
+        config = model.active_peft_config
+        linear, implicit = config.state_type == "linear", config.regime == "implicit"
+        if processing_class is None and not linear and config.vector_width is None:
             raise ValueError("processing_class is missing: pass the base model's tokenizer")
         if args.state_learning_rate is not None and kwargs.get("optimizers", (None, None))[0] is not None:
             raise ValueError("state_learning_rate was given, but optimizers= brings its own rates: pass one of the two")
-        if linear and (args.kl_weight or args.state_learning_rate):
+        if (linear or implicit) and (args.kl_weight or args.state_learning_rate):
+            kind = "a linear state" if linear else "regime='implicit'"
             raise ValueError(
-                f"a linear state has no teacher and no learned theta(0), got kl_weight={args.kl_weight} and "
+                f"{kind} has no teacher and no learned theta(0), got kl_weight={args.kl_weight} and "
                 f"state_learning_rate={args.state_learning_rate}: leave them out"
             )
         chunk_size = args.chunk_size or model.max_chunk_size
@@ -97,6 +99,8 @@ class IAITrainer(Trainer):
     def _unit(self) -> str:
         """Of the loss."""
         config = self.accelerator.unwrap_model(self.model).active_peft_config
+        if config.regime == "implicit":
+            return "nats per prediction"
         if config.state_type != "linear":
             return "nats per token"
         return "nats per query" if config.likelihood == "softmax" else "half the squared error per target"
@@ -157,18 +161,13 @@ class IAITrainer(Trainer):
 
     @torch.no_grad()
     def _loss_at_chunks(self, dataset) -> dict[int, float]:
-        """Mean loss of the queries' tokens after the n nearest chunks, for each n of `eval_chunks` that exists.
-
-        Of a linear state mean loss of the queries; padded ones are those of label -100 or, of real targets, mask 0.
-        """
+        """Mean loss of what is scored after the n nearest chunks, for each n of `eval_chunks` that exists."""
         self.model.eval()
         counts = self.args.eval_chunks
         sums = torch.zeros(len(counts), 2, device=self.args.device)  # loss and tokens
         for inputs in self.get_eval_dataloader(dataset):
             inputs = self._prepare_inputs(inputs)
-            labels = inputs["labels"][..., 1:] if self._unit == "nats per token" else inputs["labels"]
-            scored = inputs["attention_mask"] != 0 if labels.is_floating_point() else labels != -100
-            tokens = scored.sum().float()
+            tokens = self._scored(inputs).sum().float()
             for i, n in enumerate(counts):
                 if n <= _chunked(inputs).shape[1]:
                     with self.compute_loss_context_manager():
@@ -176,6 +175,17 @@ class IAITrainer(Trainer):
                     sums[i] += torch.stack([loss.float() * tokens, tokens])
         sums = self.accelerator.reduce(sums, "sum")
         return {n: (loss / tokens).item() for n, (loss, tokens) in zip(counts, sums, strict=True) if tokens}
+
+    def _scored(self, inputs: dict[str, Tensor]) -> Tensor:
+        """What has a loss: tokens of the queries, or the queries of a linear state and of answers out of a label set.
+
+        Padded queries are those of label -100 or, of real targets, mask 0.
+        """
+        labels = inputs["labels"]
+        if labels.dim() == 3 and not labels.is_floating_point():
+            scored = labels[..., 1:] != -100
+            return scored.any(-1) if "label_input_ids" in inputs else scored
+        return inputs["attention_mask"] != 0 if labels.is_floating_point() else labels != -100
 
     def create_model_card(
         self,

@@ -7,11 +7,12 @@ import torch
 from peft import PeftModel, PeftModelForSequenceClassification
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTuner
-from tiny import WINDOW, chunks, ids, make_base, make_model
+from tiny import VOCAB, WINDOW, chunks, ids, make_base, make_model
 from transformers import DynamicCache, FalconH1Config, GenerationConfig, RecurrentGemmaConfig, RwkvConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import hf_iai.registration
+from hf_iai.base import Base
 from hf_iai.compat import (
     READ_BY_WEIGHT,
     PrefixCache,
@@ -146,3 +147,12 @@ def test_reentrant_checkpointing_is_refused():
     query = ids(1, 1, 5)
     with pytest.raises(ValueError, match="use_reentrant=False"):
         model(input_ids=query, labels=query, chunk_input_ids=ids(1, 1, 5))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3"])
+def test_embeddings_are_still_scaled_where_we_look(family):
+    """The expected embedding of a token that is certain is its embedding; Gemma multiplies those by a number."""
+    base, tokens = Base(make_base(family)), ids(2, 5)
+    certain = torch.nn.functional.one_hot(tokens, VOCAB).float()
+    difference = (base.expected_embedding(certain) - base.embed(tokens)).abs().max()
+    assert difference < 1e-5, "transformers moved embed_scale: see compat.embedding_scale"

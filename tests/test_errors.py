@@ -14,7 +14,13 @@ CAUSAL = {"task_type": "CAUSAL_LM"}
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"regime": "implicit"}, "regime='implicit' is not available yet"),
+        (
+            {"regime": "implicit", "state_type": "lora"},
+            "state_type='lora' has no meaning for regime='implicit': leave it",
+        ),
+        ({"regime": "implicit", "num_state_tokens": 4}, "num_state_tokens=4 has no meaning for .*: leave it None"),
+        ({"regime": "implicit", "prediction": "magic"}, "prediction must be one of .*'magic'"),
+        ({"prediction": "logits"}, "prediction='logits' needs regime='implicit', got regime='explicit'"),
         ({"regime": "magic"}, "regime must be one of .*'magic'"),
         ({"state_type": "linear"}, "'linear' and task_type='SEQ_CLS' need each other, .* task_type='CAUSAL_LM'"),
         ({"task_type": "SEQ_CLS"}, "need each other, got state_type='prefix' and task_type='SEQ_CLS'"),

@@ -27,7 +27,7 @@ def rows_of_few_tokens(num: int = 32, length: int = 3 * CHUNK, seed: int = 3) ->
 
 
 def test_the_table_has_its_rows():
-    for name in ("MAML", "Meta-SGD", "Path-aware", "Learned optimizer", "Hypernetwork", "Prompt tuning"):
+    for name in ("MAML", "Meta-SGD", "Path-aware", "Learned optimizer", "Hypernetwork", "Prompt tuning", "In-context"):
         assert any(row.startswith(name) for row in ROWS), name
     assert len(ROWS) >= 9
 
@@ -39,7 +39,7 @@ def test_a_row_trains(row, tmp_path):
     data = Dataset.from_list([{"support": support, "query": query} for support, query in data])
     few, values = data.select(range(8)), values_of(row)
     model = make_model(trained=False, **values)
-    rate = 3e-2 if values["state_type"] != "lora" else 1e-2
+    rate = 3e-2 if values.get("state_type") != "lora" else 1e-2
     steps = {"max_steps": 25, "learning_rate": rate, "max_chunks": 2, "curriculum": 0.0, "eval_chunks": (0, 2)}
     trainer = IAITrainer(
         model, arguments(tmp_path, **steps), train_dataset=data, eval_dataset=few, processing_class=tokenizer()

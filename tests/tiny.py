@@ -154,7 +154,8 @@ def make_model(base="llama", attention: str = "sdpa", *, trained: bool = True, *
     torch.manual_seed(1)
     if config.get("state_type") in VARIANTS:
         config |= {"state_type": "prefix"} | VARIANTS[config["state_type"]]
-    defaults = {"task_type": "CAUSAL_LM", "num_state_tokens": SLOTS, "r": 2, "target_modules": "all-linear"}
+    slots = None if config.get("regime") == "implicit" else SLOTS
+    defaults = {"task_type": "CAUSAL_LM", "num_state_tokens": slots, "r": 2, "target_modules": "all-linear"}
     model = get_peft_model(base, IAIConfig(**(defaults | config))).eval()
     if trained:
         disturb(model)

@@ -7,15 +7,30 @@ from .both import BothCore
 from .core import Core
 from .gaussian import GaussianCore
 from .gradient import GradientCore
+from .implicit import ImplicitCore
+from .implicit_vectors import ImplicitVectorCore
 from .linear import LinearCore
 from .recent import RecentCore
 
-__all__ = ["AverageCore", "BothCore", "Core", "GaussianCore", "GradientCore", "LinearCore", "RecentCore", "make_core"]
+__all__ = [
+    "AverageCore",
+    "BothCore",
+    "Core",
+    "GaussianCore",
+    "GradientCore",
+    "ImplicitCore",
+    "ImplicitVectorCore",
+    "LinearCore",
+    "RecentCore",
+    "make_core",
+]
 
 
-def make_core(base: Base, config: IAIConfig) -> Core:
+def make_core(base: Base, config: IAIConfig) -> Core | ImplicitCore:
     """The core that the configuration asks for, on the base's device."""
-    if config.state_type == "linear":
+    if config.regime == "implicit":
+        core = ImplicitCore if config.vector_width is None else ImplicitVectorCore
+    elif config.state_type == "linear":
         core = {"softmax": LinearCore, "gaussian": GaussianCore}[config.likelihood]
     elif config.signal == "observations":
         core = {"average": AverageCore, "recent": RecentCore}[config.accumulation]

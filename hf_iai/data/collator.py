@@ -20,6 +20,8 @@ class EpisodeCollator:
     the right with mask 0 and label -100: the last chunk, the queries, and the queries of episodes that have fewer. Only
     whole chunks that an episode has fewer than others stand in front: its last n chunks are the last n for all.
 
+    The answers of an episode with `"labels"`, strings or lists of token ids, are out of that set (regime implicit).
+
     Args:
         tokenizer: of the base.
         chunk_size: C, tokens per chunk.
@@ -28,10 +30,12 @@ class EpisodeCollator:
     Returns:
         When called with episodes: `chunk_input_ids`, `chunk_attention_mask`, `chunk_labels` (B, K, C) and
         `input_ids`, `attention_mask`, `labels` (B, Q, T), all long. Without support, or with `max_chunks=0`, K is 0.
+        Of label sets also `label_input_ids`, `label_attention_mask` (B, L, T): strings end as completions do, with the
+        end-of-sequence token, if there is one.
 
     Raises:
         ValueError: `chunk_size` is below 1 or `max_chunks` below 0; no episode; an episode without a query, with an
-            empty one, or with a query that is also in its support.
+            empty one, or with a query that is also in its support; labels in some of the episodes only.
 
     Example:
         >>> from transformers import ByT5Tokenizer
@@ -62,7 +66,24 @@ class EpisodeCollator:
         most = max(map(len, chunks))
         chunks = [[{"input_ids": [], "labels": []}] * (most - len(row)) + row for row in chunks]
         support = self._padded(chunks, self.chunk_size)
-        return {f"chunk_{key}": value for key, value in support.items()} | self._padded(queries, longest)
+        batch = {f"chunk_{key}": value for key, value in support.items()} | self._padded(queries, longest)
+        return batch | self._label_sets(episodes)
+
+    def _label_sets(self, episodes: Sequence[Episode]) -> dict[str, torch.Tensor]:
+        sets = [episode.get("labels") or [] for episode in episodes]
+        if not any(sets):
+            return {}
+        if not all(sets):
+            raise ValueError("some episodes of the batch have labels and others have none: batch them apart")
+        tokens = [[self._label_tokens(label) for label in labels] for labels in sets]
+        padded = self._padded(tokens, max(len(label["input_ids"]) for labels in tokens for label in labels))
+        return {f"label_{key}": padded[key] for key in ("input_ids", "attention_mask")}
+
+    def _label_tokens(self, label: str | list[int]) -> Tokens:
+        if not isinstance(label, str):
+            return {"input_ids": list(label), "labels": list(label)}
+        example = {"text": label}
+        return with_end(tokenize_example(example, self.tokenizer), example, self.tokenizer)
 
     def _chunks_and_queries(self, episode: Episode) -> tuple[list[Tokens], list[Tokens]]:
         support, query = (

@@ -1,0 +1,46 @@
+"""Regime `implicit` of vectors: an observation is a pair (x, y), a query an x."""
+
+from dataclasses import replace
+
+from torch import Tensor, nn
+
+from ..answers import Answers
+from ..base import Base
+from ..config import IAIConfig
+from ..queries import Queries, read_keys_values
+from ..states.prediction import Prediction
+from ..vector_answers import ClassAnswers, RealAnswers
+from .core import full_precision
+from .implicit import ImplicitCore
+
+
+class ImplicitVectorCore(ImplicitCore):
+    """`vector_width=n`: an example is one token, x and y by learned maps; a query one of x and a slot behind it.
+
+    The step is that of `ImplicitCore`, with what hidden states say of answers learned too (`vector_answers`): the base
+    is usually a small one, made from a configuration, which LoRA and these maps make a reader of examples.
+    """
+
+    def __init__(self, base: Base, config: IAIConfig) -> None:
+        super().__init__(base, config)
+        width = len(self.slot)
+        self.vector = nn.Linear(config.vector_width, width)
+        self.answers = {"softmax": ClassAnswers, "gaussian": RealAnswers}[config.likelihood](width, config.num_outputs)
+
+    def check_answers_without_state(self) -> None:
+        raise ValueError("a base says nothing of vectors by itself: use refine(chunks, {'inputs_embeds': vectors})")
+
+    def first(self, base: Base, queries: Queries, answers: Answers | None = None) -> Prediction:
+        """yhat(0) of queries that are vectors (N, 1, n); `answers` are the core's own."""
+        return super().first(base, replace(queries, ids=self._embedded(base, queries.ids)), self.answers)
+
+    def read(self, base: Base, vectors: Tensor, mask: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Of chunks of vectors (B, n, w) and mask (B, n), labels (B, n) or (B, n, o)."""
+        with full_precision(mask):
+            examples = self.vector(vectors) + self.answers.of_targets(labels)
+        with base.lora(True):
+            return read_keys_values(base, examples.masked_fill((mask == 0).unsqueeze(-1), 0.0), mask)
+
+    def _embedded(self, base: Base, vectors: Tensor) -> Tensor:
+        with full_precision(vectors):
+            return self.vector(vectors).to(base.model.dtype)

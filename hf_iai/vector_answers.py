@@ -1,0 +1,106 @@
+"""What may be answered about a vector: one of C classes, or o real numbers; learned, since no base knows them.
+
+Axes: N queries, S = 1 slot, B tasks of n examples, d hidden width, C classes, o outputs.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from .answers import Answers
+from .base import Base
+from .queries import NO_TARGET, Queries
+
+MAX_LOG_PRECISION, LEAST_PRECISION = 8.0, 1e-3
+
+
+class ClassAnswers(nn.Module, Answers):
+    """One of C classes. A label is a learned row; at first nothing is known of any query.
+
+    Args:
+        width: d.
+        num_outputs: C.
+    """
+
+    def __init__(self, width: int, num_outputs: int) -> None:
+        super().__init__()
+        self.rows = nn.Parameter(torch.randn(num_outputs, width))
+        self.readout = _zero_linear(width, num_outputs)
+
+    def of_targets(self, labels: Tensor) -> Tensor:  # (B, n) -> (B, n, d)
+        return self.rows[labels.clamp_min(0)]
+
+    def embedded(self, base: Base, logits: Tensor) -> Tensor:  # (N, 1, C) -> (N, 1, d)
+        return logits.softmax(-1) @ self.rows
+
+    def scores(self, base: Base, hidden: Tensor) -> Tensor:  # (N, 1, d) -> (N, 1, C)
+        return self.readout(hidden.float())
+
+    def log_probs(self, base: Base, queries: Queries, chunk: dict | None, hidden: Tensor) -> Tensor:
+        return self.scores(base, hidden).log_softmax(-1)
+
+
+class RealAnswers(nn.Module, Answers):
+    """o real numbers, each a Gaussian kept by its natural parameters, mean times precision and precision, V = 2 o.
+
+    Added up these are a product of Gaussians, as log probabilities are of classes. At first all are N(0, 1).
+
+    Args:
+        width: d.
+        num_outputs: o.
+    """
+
+    def __init__(self, width: int, num_outputs: int) -> None:
+        super().__init__()
+        self.value = nn.Linear(num_outputs, width)
+        self.certainty = nn.Linear(num_outputs, width, bias=False)
+        self.readout = _zero_linear(width, 2 * num_outputs)
+
+    def of_targets(self, targets: Tensor) -> Tensor:  # (B, n, o) -> (B, n, d)
+        return self.value(targets)
+
+    def embedded(self, base: Base, natural: Tensor) -> Tensor:  # (N, 1, 2 o) -> (N, 1, d)
+        mean, precision = _moments(natural)
+        return self.value(mean) + self.certainty(precision.log())
+
+    def scores(self, base: Base, hidden: Tensor) -> Tensor:  # (N, 1, d) -> (N, 1, 2 o)
+        return self.readout(hidden.float())
+
+    def log_probs(self, base: Base, queries: Queries, chunk: dict | None, hidden: Tensor) -> Tensor:
+        """The natural parameters (N, 1, 2 o), which take their place."""
+        mean, log_precision = self.scores(base, hidden).chunk(2, -1)
+        precision = (MAX_LOG_PRECISION * torch.tanh(log_precision / MAX_LOG_PRECISION)).exp()
+        return torch.cat([mean * precision, precision], -1)
+
+    def output(self, natural: Tensor) -> Tensor:  # (N, 1, 2 o) -> (N, o)
+        return _moments(natural)[0].squeeze(1)
+
+    def loss(self, natural: Tensor, targets: Tensor) -> Tensor:  # (N, 1, 2 o), (N, 1, o)
+        """The mean negative log-likelihood of the targets, nats per number; NaN marks padding."""
+        mean, precision = _moments(natural)
+        real = ~targets.isnan()
+        error = (targets.where(real, 0) - mean).square()
+        nats = 0.5 * (precision * error - precision.log() + math.log(2 * math.pi))
+        return nats.where(real, 0).sum() / real.sum().clamp_min(1)
+
+
+def vector_targets(labels: Tensor, mask: Tensor) -> Tensor:  # (B, Q) or (B, Q, o), (B, Q) -> (B * Q, 1[, o])
+    """Of queries, with padding marked as the losses want it."""
+    labels = labels.flatten(0, 1).unsqueeze(1)
+    hidden = (mask == 0).flatten().view(-1, *[1] * (labels.dim() - 1))
+    return labels.masked_fill(hidden, math.nan if labels.is_floating_point() else NO_TARGET)
+
+
+def _zero_linear(width: int, num_outputs: int) -> nn.Linear:
+    layer = nn.Linear(width, num_outputs)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def _moments(natural: Tensor) -> tuple[Tensor, Tensor]:  # (..., 2 o) -> (..., o) twice
+    """Mean and precision."""
+    shift, precision = natural.chunk(2, -1)
+    precision = precision.clamp_min(LEAST_PRECISION)
+    return shift / precision, precision

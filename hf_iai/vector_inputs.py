@@ -1,0 +1,77 @@
+"""VectorInputs: chunks of (x, y) and queries x of regime `implicit`. Axes: B tasks, n examples, N queries, w width."""
+
+import torch
+from torch import Tensor
+
+from .implicit_inputs import ImplicitInputs, Labels
+from .inputs import Chunk
+from .labelled_inputs import CHUNK_SIZE
+from .queries import NO_TARGET, Queries
+from .vector_answers import vector_targets
+
+
+class VectorInputs(ImplicitInputs):
+    """Checks what a model with `vector_width` is given."""
+
+    @property
+    def max_chunk_size(self) -> int:
+        """The usual number of examples, if as many fit the window with a query."""
+        return min(CHUNK_SIZE, self.base.window - 2)
+
+    def tokens(self, ids: Tensor | None, vectors: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        width = self.config.vector_width
+        if ids is not None or vectors is None:
+            raise ValueError(f"vector_width={width} reads inputs_embeds (..., {width}), not input_ids")
+        if not vectors.is_floating_point() or vectors.shape[-1] != width or not vectors.isfinite().all():
+            raise ValueError(
+                f"inputs_embeds must be finite floating vectors (..., {width}), got shape {tuple(vectors.shape)} of "
+                f"{vectors.dtype}: vector_width says how wide they are"
+            )
+        return vectors.float(), torch.ones(vectors.shape[:-1], device=vectors.device).long() if mask is None else mask
+
+    def chunk(self, chunk: Chunk) -> tuple[Tensor, Tensor, Tensor]:
+        """Vectors (B, n, w), mask (B, n) and labels (B, n), or (B, n, o) of real targets."""
+        vectors, mask = self._on_device(chunk)
+        if vectors.dim() != 3:
+            raise ValueError(f"a chunk's inputs_embeds must be (tasks, examples, width), got {tuple(vectors.shape)}")
+        return vectors, mask, self.labels(chunk.get("labels"), vectors, mask)
+
+    def labels(self, labels: Tensor | None, ids: Tensor, mask: Tensor) -> Tensor:
+        """Class numbers, or floating targets of `num_outputs`; 0 for padding."""
+        real, most = self.config.likelihood == "gaussian", self.config.num_outputs
+        if labels is None:
+            raise ValueError("chunks of vectors need labels, one for each: chunk_vectors makes them")
+        labels = labels.to(mask.device)
+        labels = labels.unsqueeze(-1) if real and labels.dim() == mask.dim() else labels
+        if labels.is_floating_point() != real or labels.shape != (*mask.shape, *([most] if real else [])):
+            expected = f"floating targets (..., {most})" if real else f"whole numbers below {most}"
+            raise ValueError(
+                f"labels of vectors {tuple(mask.shape)} must be {expected} under likelihood="
+                f"{self.config.likelihood!r}, got {tuple(labels.shape)} of {labels.dtype}"
+            )
+        labels = labels.masked_fill((mask == 0).view(*mask.shape, *[1] * real), 0)
+        if not real and labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < most:
+            found = f"{int(labels.min())}..{int(labels.max())}"
+            raise ValueError(f"labels must be from 0 to num_outputs - 1 = {most - 1}, got {found}")
+        return labels
+
+    def asked(self, query: Chunk, labels: Labels | None, num_answer_tokens: int | None) -> tuple[Queries, None]:
+        if labels is not None or num_answer_tokens is not None:
+            raise ValueError("labels and num_answer_tokens are for texts: num_outputs says what a vector's answers are")
+        vectors, mask = self._on_device(query)
+        if vectors.dim() != 2:
+            raise ValueError(f"query needs inputs_embeds (queries, width), got shape {tuple(vectors.shape)}")
+        return Queries(vectors.unsqueeze(1), mask.unsqueeze(1).clamp_min(1)), None
+
+    def episode(self, ids: Tensor, mask: Tensor, labels: Tensor, *label_set: Tensor | None):
+        """An episode's queries, None for the answers, which are the core's, and the targets (B * Q, 1[, o])."""
+        if any(given is not None for given in label_set):
+            raise ValueError("label_input_ids are for texts: num_outputs says what a vector's answers are")
+        if labels is None:
+            raise ValueError("an episode of regime='implicit' needs labels (B, Q) of the queries")
+        queries, _ = self.asked({"inputs_embeds": ids.flatten(0, 1)}, None, None)
+        asked = mask if labels.is_floating_point() else mask * (labels != NO_TARGET)
+        return queries, None, vector_targets(self.labels(labels, ids, asked), asked)
+
+    def _check_ids(self, ids: Tensor) -> None:
+        """Vectors are not of a vocabulary."""

@@ -1,0 +1,267 @@
+"""Regime implicit of vectors: (x, y) in chunks, x in queries, on a base made from a configuration."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import AutoPeftModelForCausalLM, get_peft_model
+from test_training import arguments
+from tiny import disturb
+from torch.distributions import Normal
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+
+from hf_iai import IAIConfig, IAITrainer, batch_chunks, chunk_vectors
+from hf_iai.objectives import Objective
+
+WIDTH, CLASSES, TARGETS, WINDOW = 5, 3, 2, 32
+SIZES = {"vocab_size": 1, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+CONFIGS = {
+    "llama": lambda: LlamaConfig(
+        **SIZES, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=WINDOW, initializer_range=0.2,
+    ),
+    "gpt2": lambda: GPT2Config(
+        **SIZES, n_embd=32, n_layer=2, n_head=4, n_positions=WINDOW, initializer_range=0.2, resid_pdrop=0.0,
+        embd_pdrop=0.0, attn_pdrop=0.0,
+    ),
+}  # fmt: skip
+LIKELIHOODS = {"softmax": CLASSES, "gaussian": TARGETS}
+every_likelihood = pytest.mark.parametrize("likelihood", LIKELIHOODS)
+
+
+def make_vector_base(family="llama"):
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(CONFIGS[family]())
+
+
+def vector_model(base="llama", *, trained=True, likelihood="softmax", **config):
+    base = make_vector_base(base) if isinstance(base, str) else base
+    torch.manual_seed(1)
+    values = {"vector_width": WIDTH, "num_outputs": LIKELIHOODS[likelihood], "r": 8, "target_modules": "all-linear"}
+    values |= {"task_type": "CAUSAL_LM", "regime": "implicit", "likelihood": likelihood} | config
+    model = get_peft_model(base, IAIConfig(**values)).eval()
+    if trained:
+        disturb(model, 0.1)
+    return model
+
+
+def examples(num: int, likelihood: str, seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(num, WIDTH, generator=generator)
+    labels = torch.arange(num) % CLASSES  # so that the first three are of class 0, 1 and 2
+    return x, labels if likelihood == "softmax" else torch.randn(num, TARGETS, generator=generator)
+
+
+def stream(likelihood: str, seed: int = 0, num: int = 14, chunk_size: int = 6):
+    return list(chunk_vectors(*examples(num, likelihood, seed), chunk_size=chunk_size))
+
+
+def queries(num: int = 4, seed: int = 9) -> dict:
+    return {"inputs_embeds": torch.randn(num, WIDTH, generator=torch.Generator().manual_seed(seed))}
+
+
+def refined(model, support, query) -> torch.Tensor:
+    return torch.stack(list(model.refine(support, query, with_start=True)))
+
+
+@every_likelihood
+def test_the_formula(likelihood):
+    """One token each for examples, query and slot, of transformers' own hidden states; products of what they say."""
+    model, query = vector_model(likelihood=likelihood), queries()["inputs_embeds"]
+    core, wrapped, answers = model.base_model.core, model.base_model.model, model.base_model.core.answers
+    with torch.no_grad():
+        core.gate.fill_(0.2)
+
+    def natural(hidden):
+        said = answers.readout(hidden)
+        if likelihood == "softmax":
+            return said.log_softmax(-1)
+        precision = (8 * torch.tanh(said[..., TARGETS:] / 8)).exp()
+        return torch.cat([said[..., :TARGETS] * precision, precision], -1)
+
+    def slot_of(state):
+        if likelihood == "softmax":
+            return state.softmax(-1) @ answers.rows
+        precision = state[:, TARGETS:].clamp_min(1e-3)
+        return answers.value(state[:, :TARGETS] / precision) + answers.certainty(precision.log())
+
+    def outlook(chunk, slot):
+        text = torch.stack([core.vector(query), slot + core.slot], 1)
+        if chunk is not None:
+            y = chunk["labels"][0]
+            tokens = core.vector(chunk["inputs_embeds"][0]) + (answers.rows[y] if y.dim() == 1 else answers.value(y))
+            text = torch.cat([tokens.expand(4, -1, -1), text], 1)
+        return wrapped.base_model(inputs_embeds=text).last_hidden_state[:, -2:].unbind(1)
+
+    with torch.no_grad():
+        prior = state = natural(outlook(None, torch.zeros(4, 32))[0])
+        expected = [state]
+        for chunk in stream(likelihood):
+            hidden, slot = outlook(chunk, slot_of(state))
+            norm = slot / slot.square().mean(-1, keepdim=True).sqrt()
+            weight = 2 * (norm @ core.weight + core.offset).sigmoid().unsqueeze(1)
+            state = state + weight * (natural(hidden) - prior) + core.gate * answers.readout(slot)
+            expected.append(state)
+    expected = torch.stack(expected)
+    if likelihood == "gaussian":
+        expected = expected[..., :TARGETS] / expected[..., TARGETS:].clamp_min(1e-3)
+    found = refined(model, stream(likelihood), queries())
+    assert (found - expected).abs().max() < 1e-4
+    assert (found[1:] - found[:-1]).abs().amax((1, 2)).min() > 1e-3
+
+
+@every_likelihood
+def test_untrained_it_knows_nothing(likelihood):
+    """All classes are alike; targets are N(0, 1), and the loss is theirs."""
+    model = vector_model(likelihood=likelihood, trained=False)
+    found = refined(model, stream(likelihood), queries())
+    assert (found.softmax(-1) - 1 / CLASSES).abs().max() < 1e-6 if likelihood == "softmax" else not found.any()
+    inputs = episode(likelihood)
+    labels = inputs["labels"]
+    expected = -Normal(0, 1).log_prob(labels).mean() if labels.is_floating_point() else torch.tensor(CLASSES).log()
+    assert (model(**inputs).loss - expected).abs() < 1e-5
+
+
+@every_likelihood
+@pytest.mark.parametrize("family", CONFIGS)
+def test_streams_side_by_side_equal_one_by_one(family, likelihood):
+    """Chunks of different length; the shorter stream ends first, and its predictions stay, bitwise."""
+    model, streams = vector_model(family, likelihood=likelihood), [stream(likelihood), stream(likelihood, 3, num=9)]
+    query = queries()
+    together = refined(model, batch_chunks(streams), query)
+    for task, support in enumerate(streams):
+        rows = slice(2 * task, 2 * task + 2)
+        alone = refined(model, support, {"inputs_embeds": query["inputs_embeds"][rows]})
+        assert (together[: len(alone), rows] - alone).abs().max() < 1e-4
+    assert torch.equal(together[-1, 2:], together[-2, 2:]) and not torch.equal(together[-1, :2], together[-2, :2])
+    assert torch.equal(together, refined(model, batch_chunks(streams), query))
+
+
+def episode(likelihood: str, num_chunks: int = 3) -> dict:
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(2, num_chunks, 4, WIDTH, generator=generator)
+    asked = torch.randn(2, 3, WIDTH, generator=generator)
+    if likelihood == "softmax":
+        y, labels = (torch.randint(CLASSES, shape, generator=generator) for shape in ((2, num_chunks, 4), (2, 3)))
+    else:
+        y, labels = (torch.randn(*shape, TARGETS, generator=generator) for shape in ((2, num_chunks, 4), (2, 3)))
+    return {"chunk_inputs_embeds": x, "chunk_labels": y, "inputs_embeds": asked, "labels": labels}
+
+
+@every_likelihood
+def test_an_episode_is_refined_as_its_queries_are(likelihood):
+    model, inputs = vector_model(likelihood=likelihood), episode(likelihood)
+    out = model(**inputs)
+    x, y = inputs["chunk_inputs_embeds"], inputs["chunk_labels"]
+    support = [{"inputs_embeds": x[:, k], "labels": y[:, k]} for k in range(3)]
+    expected = refined(model, support, {"inputs_embeds": inputs["inputs_embeds"].flatten(0, 1)})[-1]
+    assert (out.logits.flatten(0, 1) - expected).abs().max() < 1e-5
+    if likelihood == "softmax":
+        loss = torch.nn.functional.cross_entropy(expected, inputs["labels"].flatten())
+        assert (out.loss - loss).abs() < 1e-5
+    padded = dict(inputs)  # one query more of each task, and a chunk in front
+    fill = 0 if likelihood == "softmax" else 77.0
+    trailing = (0, 0) * (inputs["labels"].dim() - 2)
+    padded["inputs_embeds"] = torch.nn.functional.pad(inputs["inputs_embeds"], (0, 0, 0, 1))
+    padded["labels"] = torch.nn.functional.pad(inputs["labels"], (*trailing, 0, 1), value=fill)
+    padded["attention_mask"] = torch.tensor([[1, 1, 1, 0]] * 2)
+    padded["chunk_inputs_embeds"] = torch.nn.functional.pad(x, (0, 0, 0, 0, 1, 0))
+    padded["chunk_labels"] = torch.nn.functional.pad(y, (*trailing, 0, 0, 1, 0))
+    padded["chunk_attention_mask"] = torch.tensor([[[0] * 4, *[[1] * 4] * 3]] * 2)
+    assert (model(**padded).loss - out.loss).abs() < 1e-5
+
+
+@pytest.mark.parametrize("objective", ["unrolled", "greedy"])
+@every_likelihood
+def test_an_episode_trains_everything(likelihood, objective):
+    model = vector_model(likelihood=likelihood).train()
+    model.base_model.objective = Objective(objective)
+    model(**episode(likelihood)).loss.backward()
+    assert [n for n, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())] == []
+
+
+@every_likelihood
+def test_saved_and_loaded(likelihood, tmp_path):
+    make_vector_base().save_pretrained(tmp_path / "base")
+    model = vector_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), likelihood=likelihood)
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
+    expected = refined(model, stream(likelihood), queries())
+    assert torch.equal(refined(loaded, stream(likelihood), queries()), expected)
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    assert "chunk_vectors" in card and "vectors of 5 numbers" in card
+
+
+def lines(num: int, seed: int) -> Dataset:
+    """Which side of a line through the origin of the plane, its direction drawn for each task."""
+    generator, rows = torch.Generator().manual_seed(seed), []
+    for _ in range(num):
+        direction, x = torch.randn(2, generator=generator), torch.randn(20, 2, generator=generator)
+        side = (x @ direction > 0).long().tolist()
+        points = [{"vector": v, "label": float(2 * s - 1)} for v, s in zip(x.tolist(), side, strict=True)]
+        rows.append({"support": points[:16], "query": points[16:]})
+    return Dataset.from_list(rows)
+
+
+@pytest.mark.slow
+def test_the_error_falls_with_chunks(tmp_path):
+    """Sides as targets -1 and 1, chunks of four points; what is learned of two chunks goes on to four."""
+    model = vector_model(trained=False, likelihood="gaussian", vector_width=2, num_outputs=1, r=32)
+    args = arguments(
+        tmp_path, chunk_size=4, max_chunks=2, max_steps=150, learning_rate=5e-3, per_device_train_batch_size=32,
+        halve_chunks=0.0, curriculum=0.0, eval_chunks=(0, 1, 2, 4), save_steps=1000,
+    )  # fmt: skip
+    held_out = lines(128, seed=2)
+    trainer = IAITrainer(model, args, train_dataset=lines(5000, seed=1), eval_dataset=held_out)
+    before = trainer.evaluate()["eval_loss_at_chunks_4"]
+    trainer.train()
+    after = trainer.evaluate()
+    losses = [after[f"eval_loss_at_chunks_{n}"] for n in (0, 1, 2, 4)]
+    assert losses[0] < before + 0.05
+    assert all(more < fewer - 0.05 for fewer, more in pairwise(losses))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"num_outputs": None}, "both be at least 1, or both None for text, got 5 and None"),
+        ({"vector_width": 0}, "both be at least 1.* got 0 and 3"),
+        ({"likelihood": "gaussian", "prediction": "latent"}, "natural parameters, got prediction='latent'"),
+        ({"regime": "explicit"}, "vector_width=5 needs regime='implicit', got regime='explicit'"),
+        ({"vector_width": None, "num_outputs": None, "likelihood": "gaussian"}, "likelihood='gaussian' has no meaning"),
+    ],
+)
+def test_configurations_that_cannot_be(values, message):
+    defaults = {"task_type": "CAUSAL_LM", "regime": "implicit", "vector_width": WIDTH, "num_outputs": CLASSES}
+    with pytest.raises(ValueError, match=message):
+        IAIConfig(**(defaults | values))
+
+
+def test_what_cannot_be_read():
+    model, support = vector_model(), stream("softmax")
+    refine = lambda chunk, query=None, **kwargs: list(model.refine([chunk], query or queries(), **kwargs))  # noqa: E731
+    for chunk, message in (
+        ({"input_ids": torch.ones(1, 4).long()}, "vector_width=5 reads inputs_embeds"),
+        (support[0] | {"inputs_embeds": torch.randn(1, 6, 4)}, r"vectors \(..., 5\), got shape \(1, 6, 4\)"),
+        (support[0] | {"inputs_embeds": torch.full((1, 6, 5), float("nan"))}, "must be finite"),
+        (support[0] | {"labels": torch.full((1, 6), 3)}, "from 0 to num_outputs - 1 = 2, got 3..3"),
+        (support[0] | {"labels": torch.zeros(1, 6)}, "must be whole numbers below 3 under likelihood='softmax', got"),
+        (support[0] | {"labels": None}, "need labels, one for each"),
+        (
+            next(chunk_vectors(*examples(40, "softmax"), chunk_size=40)),
+            "a chunk of 40 tokens, a query of 1 and an answer",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            refine(chunk)
+    with pytest.raises(ValueError, match="are for texts: num_outputs says"):
+        refine(support[0], labels=[[1], [2]])
+    with pytest.raises(ValueError, match=r"needs inputs_embeds \(queries, width\), got shape \(5,\)"):
+        refine(support[0], {"inputs_embeds": torch.randn(5)})
+    with pytest.raises(ValueError, match="a base says nothing of vectors by itself: use refine"):
+        model(**queries())
+    assert model.max_chunk_size == 20
+    gaussian = vector_model(likelihood="gaussian")
+    with pytest.raises(ValueError, match=r"must be floating targets \(..., 2\) under likelihood='gaussian'"):
+        list(gaussian.refine(support, queries()))
