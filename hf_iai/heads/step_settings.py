@@ -43,7 +43,7 @@ class LearnedStepSettings:
     most_log_magnitude: float = 3.0
     largest_precondition: float = 1e3
     largest_surprise: float = 2.5
-    length_decay: float = 0.9
+    length_decay: float = 0.99
     log_scale: float = LOG_SCALE
 
     def __post_init__(self) -> None:
