@@ -1,6 +1,6 @@
 """All intents of a corpus at once, by readers that were trained on the other corpus.
 
-    python examples/all_way_intents.py --data DATA        # 15 minutes on one core: work/intents/all_way.json, a picture
+    python examples/all_way_intents.py --data DATA        # 25 minutes on one core: work/intents/all_way.json, a picture
 
 DATA as in `examples/meta_train_intents.py`. 1, 5, 20 and 50 examples of each of CLINC's 105 and HWU's 64 intents, in
 random order, 20 a chunk; 20 queries of each intent. An intent with fewer than 70 texts has all but the queries read.
