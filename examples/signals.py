@@ -4,8 +4,8 @@
     python examples/signals.py evaluate --task code                        # all that were trained
     python examples/signals.py report                                      # the tables
 
-Prefix states, explicit regime, the same number of training steps. Code: the loss of the 128 tokens that follow chunks of
-64, of packages that neither base nor adapter was trained on. Recall: the exact match of 32 pairs, 8 of them
+Prefix states, explicit regime, the same number of training steps. Code: the loss of the 128 tokens that follow chunks
+of 64, of packages that neither base nor adapter was trained on. Recall: the exact match of 32 pairs, 8 of them
 rewritten, in 10 chunks; its base is made by `python examples/associative_recall.py base --steps 1000`.
 """
 
