@@ -17,6 +17,7 @@ import torch
 import typer
 from associative_recall import from_state
 from datasets import Dataset, IterableDataset
+from matplotlib.figure import Figure
 from peft import AutoPeftModelForCausalLM, get_peft_model
 from provenance import provenance
 from recall_tasks import CHUNK as RECALL_CHUNK
@@ -34,6 +35,7 @@ PAIRS = 32
 RECALL_CHUNKS = round(PAIRS * (1 + REWRITE_RATE)) // PAIRS_PER_CHUNK
 SLOTS = {"code": 16, "recall": 8}
 COUNTS = {"code": (0, 1, 2, 4, 8, 16), "recall": (0, 1, 2, 4, 8, RECALL_CHUNKS)}
+UNITS = {"code": "loss, nats per token", "recall": "exact match"}
 CODE_CHUNKS = 8  # the most in training
 WORK, RECALL_BASE = Path("work/signals"), Path("work/recall/base")
 
@@ -141,13 +143,13 @@ def _batches(episodes: Dataset, collate: EpisodeCollator, size: int = 16) -> lis
 
 
 @app.command()
-def report(work: Path = WORK) -> None:
-    """Means over seeds, and `both` against the better of the two signals at every number of chunks."""
+def report(work: Path = WORK, output: Path = WORK.parent) -> None:
+    """Means over seeds, and `both` against the better of the two signals at every number of chunks; signals.png."""
     from rich.console import Console
     from rich.table import Table
 
-    for path in sorted(work.glob("*.json")):
-        found = json.loads(path.read_text())
+    reports = [json.loads(path.read_text()) for path in sorted(work.glob("*.json"))]
+    for found in reports:
         task, groups = found["task"], np.array(found["groups"])
         table = Table("signal", *map(str, COUNTS[task]), title=f"{task}: after so many chunks")
         values = {signal: [_values(found, signal, n) for n in COUNTS[task]] for signal in SIGNALS}
@@ -161,6 +163,25 @@ def report(work: Path = WORK) -> None:
             cells.append(f"{mean:+.4f} ({low:+.4f} .. {high:+.4f})")
         table.add_row("both is ahead by", *cells)
         Console(width=160).print(table)
+    draw(reports, output / "signals.png")
+
+
+def draw(reports: list[dict], path: Path) -> None:
+    """A panel for each task; bars are standard deviations over training seeds."""
+    figure = Figure(figsize=(4.5 * len(reports), 3.5), layout="constrained")
+    for axes, found in zip(figure.subplots(1, len(reports), squeeze=False)[0], reports, strict=True):
+        at = COUNTS[found["task"]]
+        for signal in SIGNALS:
+            means = np.stack([_values(found, signal, n).mean(1) for n in at])  # (counts, S)
+            axes.errorbar(at, means.mean(1), means.std(1, ddof=1), marker=".", label=signal)
+        axes.set(title=found["task"], xlabel="chunks read", ylabel=UNITS[found["task"]])
+        axes.set_xscale("symlog", base=2, linthresh=1)
+        axes.set_xticks(at, at)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path.with_suffix(".tmp"), format="png", dpi=100)
+    path.with_suffix(".tmp").replace(path)
 
 
 def _values(found: dict, signal: str, num_chunks: int) -> np.ndarray:  # (S, E)
