@@ -34,7 +34,7 @@ SETTINGS = {
     "10-way, 1:20": {"ways": 10, "imbalance": 20.0},
     "10-way, 5 of them new after chunk 5": {"ways": 10, "num_early": 100},
 }
-FEWEST_WAYS = 3
+FEWEST_WAYS, CHUNK_SIZES = 3, (CHUNK, CHUNK, 50, 100)  # of training tasks
 
 app = typer.Typer(help=__doc__)
 
@@ -45,8 +45,11 @@ app = typer.Typer(help=__doc__)
 def training_tasks(
     rng: np.random.Generator, corpora: list[Corpus], held_out: tuple[str, ...], num: int, most_chunks: int
 ) -> Tasks:
-    """Tasks of 3 to all labels of other topics; some are unbalanced, up to 1:20, some have wrong labels, up to 30%."""
-    drawn_from, drawn = [], []
+    """Tasks of 3 to all labels of other topics; some are unbalanced, up to 1:20, some have wrong labels, up to 30%.
+
+    Half of the batches are read in larger chunks, so that as many chunks are up to five times as many examples.
+    """
+    drawn_from, drawn, chunk_size = [], [], int(rng.choice(CHUNK_SIZES))
     for corpus in rng.choice(len(corpora), num):
         labels = corpora[corpus].labels(held_out, held_out=False)
         ways = int(np.exp(rng.uniform(np.log(FEWEST_WAYS), np.log(len(labels) + 0.99))))
@@ -54,7 +57,7 @@ def training_tasks(
         num_queries = int(np.clip(200 // ways, 2, QUERIES))
         there_are = sum(len(corpora[corpus].rows[label]) - num_queries for label in labels)
         options = {
-            "num_examples": CHUNK * min(most_chunks, there_are // CHUNK),
+            "num_examples": chunk_size * min(most_chunks, there_are // chunk_size),
             "num_queries": num_queries,
             "imbalance": np.exp(rng.uniform(0, np.log(20))) if rng.random() < 0.25 else 1.0,
             "noise": rng.uniform(0, 0.3) if rng.random() < 0.1 else 0.0,
@@ -63,7 +66,7 @@ def training_tasks(
         drawn_from.append(corpora[corpus])
     longest = max(len(task[0]) for task in drawn)
     drawn = [(_padded(rows, longest, 0), _padded(said, longest, -100), *asked) for rows, said, *asked in drawn]
-    return stack(drawn_from, drawn)
+    return stack(drawn_from, drawn)._replace(chunk_size=chunk_size)
 
 
 def _padded(values: np.ndarray, length: int, value: int) -> np.ndarray:

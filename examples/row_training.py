@@ -22,12 +22,14 @@ class Tasks(NamedTuple):
     queries: Tensor  # (B, Q, d)
     targets: Tensor  # (B, Q)
     num_classes: int
+    chunk_size: int = CHUNK
 
 
 def states(head: ClassRows, tasks: Tasks) -> Iterator[dict[str, Tensor]]:
     """The state after every chunk."""
     kept = head.initial(len(tasks.labels), tasks.num_classes, tasks.features.shape[-1])
-    for x, y in zip(tasks.features.split(CHUNK, 1), tasks.labels.split(CHUNK, 1), strict=True):
+    size = tasks.chunk_size
+    for x, y in zip(tasks.features.split(size, 1), tasks.labels.split(size, 1), strict=True):
         kept = head(kept, x, y)
         yield kept
 

@@ -11,29 +11,36 @@ SCALE = 50.0  # of the logits before anything is learned; features have unit len
 GAIN = 3.0  # of the small networks: what they give has to move by units within a few hundred steps
 UNSEEN = -1e4  # bias of a class without an example; any half-precision type can hold it
 MOST_LOG_WEIGHT, MOST_MARGIN = 3.0, 20.0
+PUSH = 10.0  # unit of the steps of the correction, which are about 1 where a margin is to move by 1
+LEAST = 1e-6  # of a count that is divided by
 
 
 class ClassRows(nn.Module):
     """Refines the rows W and biases b of a linear classifier from chunks of labelled features.
 
-    The state is sums over weighted examples: n_c and t_c of each class, M = sum w x x' of all, and a correction r_c.
-    With g the mean of all examples and S = M - sum_c t_c t_c' / n_c their scatter within classes,
+    The state is sums over weighted examples: n_c and t_c of each class, M = sum w x x' of all, and n_c r_c, with r_c a
+    correction. With g the mean of all examples and S = M - sum_c t_c t_c' / n_c their scatter within classes,
 
         m_c = (t_c + k_c g) / (n_c + k_c)                        class mean, drawn towards the common one
         A   = I + rho S
-        W_c = s A^-1 (m_c + r_c / (n_c + k_c + 1))
-        b_c = a_c - s m_c' A^-1 m_c / 2                          and -1e4 for a class without an example
+        W_c = s A^-1 m_c + r_c
+        b_c = a_c - s m_c' A^-1 m_c / 2 - r_c' g                 and -1e4 for a class without an example
 
-    k_c, a_c and rho, s are given by two small networks that see counts, traces and the effective rank of M. A third one
-    sees how the rows so far judge each example: is-label y, probability p, their difference, margin, logarithms of
-    counts, y (1 - p) and (1 - y) p. It gives the weight w of an example, and v in what the example adds to every class,
+    Two small networks that see counts, traces and the effective rank of M give k_c and a_c, and rho, s and sigma. A
+    third one sees how the rows so far judge each example: is-label y, probability p, their difference, margin,
+    logarithms of counts, y (1 - p) and (1 - y) p. It gives the weight w of an example, and v of the step that it makes
+    in every class. With T = M - n g g', the scatter of all examples so far, those of the chunk included,
 
-        r_c += v_c |y_c - p_c| (x - g)
+        r_c += 10 v_c |y_c - p_c| (I + sigma T)^-1 (x - g)
 
-    All three end in zeros: then k = a = rho = r = 0, w = 1, and the logits are 50 (m_c' x - |m_c|^2 / 2), the streaming
-    nearest class mean (Euclidean). Rows lie in the span of what was read: A^-1 x differs from x by examples and means.
-    Every input of the networks is invariant to rotations of the features, and none is tied to a class or to a step.
-    Reading a chunk costs the same at any point: one d x d Cholesky factor and C solves.
+    which for v = y - p in sign is one step of online Newton on the softmax loss: what is added shrinks in directions
+    of which much was read, so that the correction settles without a rate that depends on the step.
+
+    All three end in zeros: then k = a = rho = sigma = r = 0, w = 1, and the logits are 50 (m_c' x - |m_c|^2 / 2), the
+    streaming nearest class mean (Euclidean). Rows lie in the span of what was read: A^-1 x differs from x by examples
+    and means. Every input of the networks is invariant to rotations of the features, and none is tied to a class or to
+    a step. Reading a chunk costs the same at any point: two d x d systems of n and C right sides. Sums of two states
+    are a state, whose corrections are means, weighted by what each has read of a class.
 
     Features are expected at unit length, float32.
 
@@ -50,12 +57,13 @@ class ClassRows(nn.Module):
                  [ 0., 50.]]], grad_fn=<MulBackward0>)
 
     Source: shrunk linear discriminants, Friedman, Regularized Discriminant Analysis (1989), and their streaming form,
-    Hayes and Kanan, arXiv 1909.01520; the learned coefficients and the correction are ours.
+    Hayes and Kanan, arXiv 1909.01520; online Newton steps, Hazan, Agarwal and Kale, Logarithmic Regret Algorithms for
+    Online Convex Optimization (2007). The learned coefficients are ours.
     """
 
     def __init__(self, hidden: int = 16) -> None:
         super().__init__()
-        self.of_task, self.of_class = _network(6, hidden), _network(8, hidden)
+        self.of_task, self.of_class = _network(6, hidden, outputs=3), _network(8, hidden)
         self.of_example = _network(9, 24, num_layers=2)
 
     @staticmethod
@@ -84,39 +92,40 @@ class ClassRows(nn.Module):
         judged, error = self._judge(kept, x, y)
         log_weight, push = self.of_example(judged).unbind(-1)  # (B, n, C) each
         weight = (log_weight * y).sum(-1, keepdim=True).clamp(-MOST_LOG_WEIGHT, MOST_LOG_WEIGHT).exp()  # (B, n, 1)
-        number = (kept["count"].sum(1) + real.sum(1)).clamp_min(1).view(-1, 1, 1)
-        centred = x - (kept["total"].sum(1, keepdim=True) + x.sum(1, keepdim=True)) / number
         weighted = y * weight
-        return {
+        sums = {
             "count": kept["count"] + weighted.sum(1),
             "total": kept["total"] + weighted.mT @ x,
             "moment": kept["moment"] + (x * weight).mT @ x,
-            "correction": kept["correction"] + (push * error).mT @ centred,
         }
+        count, steps = sums["count"].unsqueeze(-1), PUSH * (push * error).mT @ self._steps(sums, x)
+        grown = count / kept["count"].clamp_min(LEAST).unsqueeze(-1)  # 1 where nothing was read: bitwise the same
+        return sums | {"correction": kept["correction"] * grown + steps * count}
 
     def rows(self, kept: Kept) -> tuple[Tensor, Tensor]:
         """W (B, C, d) and b (B, C)."""
-        count, total = kept["count"], kept["total"]
-        seen, number = count > 0, count.sum(1, keepdim=True).clamp_min(1e-6)
-        means = total / count.clamp_min(1e-6).unsqueeze(-1)
-        scatter = kept["moment"] - total.mT @ means
-        common = total.sum(1, keepdim=True) / number.unsqueeze(-1)
-        task = _of_task(kept["moment"], scatter, count, common)
-        rho, log_scale = (GAIN * self.of_task(task)).unbind(-1)
-        share = count.clamp_min(1e-6) * seen.sum(1, keepdim=True).clamp_min(1) / number
+        count, total, common = kept["count"], kept["total"], _common(kept)
+        seen, number = count > 0, count.sum(1, keepdim=True).clamp_min(LEAST)
+        scatter = kept["moment"] - total.mT @ _means(kept)
+        task = _of_task(kept)
+        rho, log_scale, _ = (GAIN * self.of_task(task)).unbind(-1)
+        share = count.clamp_min(LEAST) * seen.sum(1, keepdim=True).clamp_min(1) / number
         single = torch.stack([count.log1p() - 2, share.log().clamp(-4, 4)], -1)
         by_class = torch.cat([task.unsqueeze(1).expand(-1, count.shape[1], -1), single], -1)
         drawn, offset = (GAIN * self.of_class(by_class)).unbind(-1)
-        drawn = _at_least_0(drawn)
-        size = (count + drawn).clamp_min(1e-6).unsqueeze(-1)
-        means = ((total + drawn.unsqueeze(-1) * common) / size).masked_fill(~seen.unsqueeze(-1), 0.0)
-        wanted = torch.cat([means, means + kept["correction"] / (size + 1)], 1)
-        eye = torch.eye(total.shape[-1], device=total.device)
-        factor = torch.linalg.cholesky(eye + _at_least_0(rho).view(-1, 1, 1) * scatter)
-        plain, rows = torch.cholesky_solve(wanted.mT, factor).mT.chunk(2, 1)
-        scale = SCALE * log_scale.exp().unsqueeze(-1)
-        bias = offset - 0.5 * scale * (plain * means).sum(-1)
-        return rows * scale.unsqueeze(-1), bias.masked_fill(~seen, UNSEEN)
+        drawn = _at_least_0(drawn).unsqueeze(-1)
+        means = (total + drawn * common) / (count.unsqueeze(-1) + drawn).clamp_min(LEAST)
+        means = means.masked_fill(~seen.unsqueeze(-1), 0.0)
+        scale, correction = SCALE * log_scale.exp().view(-1, 1, 1), _correction(kept)
+        rows = scale * _solve(scatter, rho, means)
+        bias = offset - 0.5 * (rows * means).sum(-1) - (correction * common).sum(-1)
+        return rows + correction, bias.masked_fill(~seen, UNSEEN)
+
+    def _steps(self, sums: Kept, x: Tensor) -> Tensor:  # (B, n, d)
+        """(I + sigma T)^-1 (x - g): where each example draws a row."""
+        common, number = _common(sums), sums["count"].sum(1).view(-1, 1, 1)
+        spread = sums["moment"] - number * common.mT @ common
+        return _solve(spread, GAIN * self.of_task(_of_task(sums))[:, 2], x - common)
 
     @torch.no_grad()  # what the rows so far say is a measurement: no gradient through the whole stream
     def _judge(self, kept: Kept, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:  # (B, n, C, 9), (B, n, C)
@@ -136,22 +145,43 @@ class ClassRows(nn.Module):
         return torch.stack([y, p, y - p, margin, *counts, missed, wrong], -1), error
 
 
-def _of_task(moment: Tensor, scatter: Tensor, count: Tensor, common: Tensor) -> Tensor:  # (B, 6)
+def _means(kept: Kept) -> Tensor:  # (B, C, d)
+    return kept["total"] / kept["count"].clamp_min(LEAST).unsqueeze(-1)
+
+
+def _common(kept: Kept) -> Tensor:  # (B, 1, d)
+    return kept["total"].sum(1, keepdim=True) / kept["count"].sum(1).clamp_min(LEAST).view(-1, 1, 1)
+
+
+def _correction(kept: Kept) -> Tensor:  # (B, C, d)
+    return kept["correction"] / kept["count"].clamp_min(LEAST).unsqueeze(-1)
+
+
+def _solve(scatter: Tensor, factor: Tensor, rows: Tensor) -> Tensor:  # (B, d, d), (B,), (B, n, d) -> (B, n, d)
+    """(I + factor * scatter)^-1 of each row; a factor below 0 counts as 0."""
+    eye = torch.eye(scatter.shape[-1], device=scatter.device)
+    # Not by a Cholesky factor: differentiating that one costs several times as much.
+    return torch.linalg.solve(eye + _at_least_0(factor).view(-1, 1, 1) * scatter, rows.mT).mT
+
+
+def _of_task(kept: Kept) -> Tensor:  # (B, 6)
     """Examples, classes, degrees of freedom, scatter within and between classes, effective rank; all of order 1."""
+    count, moment = kept["count"], kept["moment"]
     number, classes = count.sum(1), (count > 0).sum(1)
-    trace, within = (t.diagonal(dim1=1, dim2=2).sum(-1) for t in (moment, scatter))
-    between = trace - within - number * common.square().sum((1, 2))
+    trace = moment.diagonal(dim1=1, dim2=2).sum(-1)
+    of_means = (kept["total"] * _means(kept)).sum((1, 2))
+    within, between = trace - of_means, of_means - number * _common(kept).square().sum((1, 2))
     rank = trace.square() / moment.square().sum((1, 2)).clamp_min(1e-9)
     sizes = [number.log1p() - 4, classes.clamp_min(1).log() - 2, (number - classes).clamp_min(0).log1p() - 3]
     parts = [2 * within / number.clamp_min(1), 2 * between / number.clamp_min(1), rank.clamp_min(1).log() - 3]
     return torch.stack([*sizes, *parts], -1)
 
 
-def _network(inputs: int, hidden: int, num_layers: int = 1) -> nn.Sequential:
-    """Two numbers, both 0 at the start."""
+def _network(inputs: int, hidden: int, num_layers: int = 1, outputs: int = 2) -> nn.Sequential:
+    """Numbers that are all 0 at the start."""
     widths = [inputs] + num_layers * [hidden]
     layers = [f(*w) for w in zip(widths, widths[1:], strict=False) for f in (nn.Linear, lambda *_: nn.GELU())]
-    last = nn.Linear(hidden, 2)
+    last = nn.Linear(hidden, outputs)
     nn.init.zeros_(last.weight)
     nn.init.zeros_(last.bias)
     return nn.Sequential(*layers, last)
