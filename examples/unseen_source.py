@@ -1,22 +1,24 @@
-"""All intents of a corpus at once, by readers that were trained on the other corpus.
+"""Intents of a corpus that training has not seen: readers trained on the other one.
 
-    python examples/all_way_intents.py --data DATA        # 25 minutes on one core: work/intents/all_way.json, a picture
+    python examples/unseen_source.py --data DATA        # an hour on one core: two tables and pictures
 
-DATA as in `examples/meta_train_intents.py`. 1, 5, 20 and 50 examples of each of CLINC's 105 and HWU's 64 intents, in
-random order, 20 a chunk; 20 queries of each intent. An intent with fewer than 70 texts has all but the queries read.
+DATA as in `examples/meta_train_intents.py`. Streams of up to 20 chunks of 10 intents and of all of a corpus
+(work/intents/unseen_source.json), and 1, 5, 20 and 50 examples of each of CLINC's 105 and HWU's 64 intents
+(work/intents/all_way.json), in random order, 20 a chunk; 20 queries of each intent. An intent with fewer than 70 texts
+has all but the queries read.
 """
 
-import json
 from pathlib import Path
 
 import numpy as np
 import torch
 import typer
-from intent_tasks import Corpus, load_corpora, stack
+from intent_baselines import baseline_accuracies
+from intent_tasks import Corpus, draw_task, load_corpora, stack
 from matplotlib.figure import Figure
-from meta_train_intents import DATA, ENCODER, WORK, training_tasks
+from meta_train_intents import DATA, ENCODER, WORK, head_accuracies, training_tasks
 from peft import get_peft_model
-from provenance import provenance
+from row_report import COUNTS, draw, print_table, rows_of, write
 from row_training import logits_of, states, train_head
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
@@ -29,6 +31,7 @@ from hf_iai.evaluation.classifiers import logistic_regression, nearest_class_mea
 from hf_iai.heads import ClassRows
 
 SHOTS, QUERIES = (1, 5, 20, 50), 20  # examples of each class
+WAYS = {"10 intents": (10, 60), "all intents": (None, 10)}  # and the number of tasks, of a stream of 20 chunks
 BASELINES = {"nearest_class_mean": nearest_class_mean, "logistic_regression": logistic_regression}
 
 
@@ -65,8 +68,8 @@ def accuracy_of_head(head: ClassRows, corpus: Corpus, task: tuple[np.ndarray, ..
 def accuracies(heads: list[ClassRows], corpus: Corpus, shots: int, num_draws: int) -> dict[str, np.ndarray]:
     """method -> (draws,), of the state the mean over training seeds."""
     found = {method: [] for method in ("iai", *BASELINES)}
-    for draw in tqdm(range(num_draws), f"{corpus.name}, {shots} shots"):
-        task = draw_shots(np.random.default_rng([2025, shots, draw]), corpus, shots)
+    for number in tqdm(range(num_draws), f"{corpus.name}, {shots} shots"):
+        task = draw_shots(np.random.default_rng([2025, shots, number]), corpus, shots)
         found["iai"].append(np.mean([accuracy_of_head(head, corpus, task) for head in heads]))
         rows, said, asked, targets = task
         for method, predict in BASELINES.items():
@@ -75,25 +78,46 @@ def accuracies(heads: list[ClassRows], corpus: Corpus, shots: int, num_draws: in
     return {method: np.array(values) for method, values in found.items()}
 
 
+def streams(heads: list[ClassRows], corpus: Corpus, work: Path) -> list[dict]:
+    """Accuracy after 1 to 20 chunks, of the state the mean over training seeds, next to the refitted classifiers."""
+    rows = []
+    for name, (ways, num) in WAYS.items():
+        rng, labels = np.random.default_rng([2026, num]), list(corpus.rows)
+        chosen = [list(rng.choice(labels, ways, replace=False)) if ways else labels for _ in range(num)]
+        drawn = [(corpus, draw_task(rng, corpus, of_task)) for of_task in chosen]
+        baselines = baseline_accuracies(drawn, COUNTS, work / f"unseen-{corpus.name}-{ways}.json")
+        found = {"iai": np.mean([head_accuracies(head, drawn) for head in heads], 0)}
+        rows += rows_of(f"{corpus.name}, {name}", found | {m: np.array(rows) for m, rows in baselines.items()})
+    return rows
+
+
 def main(num_draws: int = 3, num_seeds: int = 3, data: Path = DATA, encoder: str = ENCODER, work: Path = WORK) -> None:
-    name, rows = installed_encoder(encoder), []
+    name, of_streams, of_shots = installed_encoder(encoder), [], []
+    command = f"python examples/unseen_source.py --num-draws {num_draws} --num-seeds {num_seeds}"
     corpora = load_corpora(data, work, new_reader(name), AutoTokenizer.from_pretrained(name))
     for corpus, other in zip(corpora, reversed(corpora), strict=True):
         heads = [trained_head(name, other, seed) for seed in range(num_seeds)]
-        for shots in SHOTS:
-            with threadpool_limits(1):  # fits are small: more threads wait for each other
-                found = accuracies(heads, corpus, shots, num_draws)
-            for method, values in found.items():
-                gain = (found["iai"] - values)[:, None]
-                gains = zip(("gain", "low", "high"), bootstrap_mean(gain, np.arange(num_draws)), strict=True)
-                rows.append({"corpus": corpus.name, "intents": len(corpus.rows), "shots": shots, "method": method})
-                rows[-1] |= {"accuracy": values.mean(), "deviation": values.std(ddof=1)} | dict(gains)
-                print(*(x if isinstance(x, str) else f"{x:.5g}" for x in rows[-1].values()), sep="\t")
-    command = f"python examples/all_way_intents.py --num-draws {num_draws} --num-seeds {num_seeds}"
-    report = {"recipe": {"command": command, **provenance()}, "rows": rows}
-    (work / "all_way.json.tmp").write_text(json.dumps(report, indent=1) + "\n")
-    (work / "all_way.json.tmp").replace(work / "all_way.json")
-    draw_picture(rows, work / "all_way.png")
+        of_streams += streams(heads, corpus, work)
+        of_shots += shots_rows(heads, corpus, num_draws)
+    write(of_streams, command, work / "unseen_source.json")
+    print_table(of_streams)
+    draw(of_streams, list(dict.fromkeys(row["setting"] for row in of_streams)), work / "unseen_source.png")
+    write(of_shots, command, work / "all_way.json")
+    draw_picture(of_shots, work / "all_way.png")
+
+
+def shots_rows(heads: list[ClassRows], corpus: Corpus, num_draws: int) -> list[dict]:
+    rows = []
+    for shots in SHOTS:
+        with threadpool_limits(1):  # fits are small: more threads wait for each other
+            found = accuracies(heads, corpus, shots, num_draws)
+        for method, values in found.items():
+            gain = (found["iai"] - values)[:, None]
+            gains = zip(("gain", "low", "high"), bootstrap_mean(gain, np.arange(num_draws)), strict=True)
+            rows.append({"corpus": corpus.name, "intents": len(corpus.rows), "shots": shots, "method": method})
+            rows[-1] |= {"accuracy": values.mean(), "deviation": values.std(ddof=1)} | dict(gains)
+            print(*(x if isinstance(x, str) else f"{x:.5g}" for x in rows[-1].values()), sep="\t")
+    return rows
 
 
 def draw_picture(rows: list[dict], path: Path) -> None:

@@ -1,0 +1,249 @@
+"""Topological order of a structural causal model by reading chunks of its samples.
+
+A task is a random acyclic graph over n variables, a mechanism for each and noise. A chunk is 32 samples; every variable
+is standardised, since its variance alone would tell much of the order. What is asked is which of two variables comes
+before the other. Training has Gaussian noise, graphs and mechanisms of all kinds that are tested; test tasks are new
+ones, some with Laplace noise.
+
+Axes: B tasks, K chunks of m samples, n variables, h channels.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .refined import train
+
+CHUNK, HIDDEN, LAYERS = 32, 32, 3  # m, h
+TRAINED, COUNTS = 10, (1, 2, 5, 10, 20, 50)  # most chunks in training, counts that are measured
+SIZES, GRAPHS, MECHANISMS = (5, 10), ("ER", "scale-free"), ("linear", "nonlinear")
+NOISES = ("uniform", "Laplace", "exponential", "Gumbel")
+STEPS, BATCH = {"cpu": 400, "gpu": 5000}, 8
+VALUE, SCALE = "edges in order, %", "linear"
+Logits = Iterator[Tensor]  # (B, n, n) after each chunk: log-odds that i comes before j
+
+
+class Tasks(NamedTuple):
+    samples: Tensor  # (B, K, m, n)
+    edges: Tensor  # (B, n, n) bool, from i to j
+    before: Tensor  # (B, n, n) bool, i is an ancestor of j
+
+
+# ---------------------------------------------------------------- data
+
+
+def draw_graph(rng: np.random.Generator, n: int, kind: str) -> np.ndarray:  # (n, n), from i to j > i
+    """n edges expected; scale-free: each variable has one or two earlier ones as parents, rather those with many."""
+    if kind == "ER":
+        return np.triu(rng.random((n, n)) < 2 / (n - 1), 1)
+    edges = np.zeros((n, n), bool)
+    for j in range(1, n):
+        degree = 1 + edges[:j].sum(1) + edges[:, :j].sum(0)
+        edges[rng.choice(j, min(j, rng.integers(1, 3)), replace=False, p=degree / degree.sum()), j] = True
+    return edges
+
+
+def draw_samples(rng: np.random.Generator, edges: np.ndarray, num: int, mechanism: str, noise: str) -> np.ndarray:
+    """(num, n), each variable of mean 0 and variance 1."""
+    n = len(edges)
+    draw = {"uniform": partial(rng.uniform, -1.7, 1.7), "Laplace": rng.laplace, "exponential": rng.exponential}
+    draw = (draw | {"Gumbel": rng.gumbel})[noise]
+    x = np.zeros((num, n))
+    for j in range(n):
+        parents = x[:, edges[:, j]]
+        if parents.shape[1] and mechanism == "linear":
+            weight = rng.uniform(0.5, 2, parents.shape[1]) * rng.choice([-1, 1], parents.shape[1])
+            x[:, j] = parents @ weight
+        elif parents.shape[1]:
+            inner = np.tanh(parents @ rng.normal(size=(parents.shape[1], 8)) + rng.normal(size=8))
+            x[:, j] = inner @ rng.normal(size=8)
+        x[:, j] += rng.uniform(0.3, 1) * draw(size=num)
+    return (x - x.mean(0)) / x.std(0)
+
+
+def draw_tasks(
+    rng: np.random.Generator, num: int, num_chunks: int, n: int, graph: str, mechanism: str, noise: str = "uniform"
+) -> Tasks:
+    """Variables in random order; graphs without an edge are drawn anew."""
+    samples, edges = [], []
+    while len(edges) < num:
+        drawn = draw_graph(rng, n, graph)
+        if drawn.any():
+            order = rng.permutation(n)
+            x = draw_samples(rng, drawn, num_chunks * CHUNK, mechanism, noise)
+            samples.append(x[:, order].reshape(num_chunks, CHUNK, n))
+            edges.append(drawn[np.ix_(order, order)])
+    found = torch.from_numpy(np.stack(edges))
+    return Tasks(torch.from_numpy(np.stack(samples)).float(), found, ancestors(found))
+
+
+def ancestors(edges: Tensor) -> Tensor:  # (B, n, n)
+    paths = edges.float()
+    for _ in range(edges.shape[1].bit_length()):
+        paths = ((paths + paths @ paths) > 0).float()
+    return paths > 0
+
+
+# ---------------------------------------------------------------- models
+
+
+def mlp(inputs: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(inputs, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, outputs))
+
+
+class Reader(nn.Module):
+    """What a chunk says of every ordered pair of variables, means over samples: (B, m, n) -> (B, n, n, h + 1).
+
+    The last channel is the product of the two; the others are learned.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.of_pair = mlp(2, HIDDEN)
+
+    def forward(self, chunk: Tensor) -> Tensor:
+        n = chunk.shape[2]
+        pairs = [chunk.unsqueeze(3).expand(-1, -1, -1, n), chunk.unsqueeze(2).expand(-1, -1, n, -1)]
+        pairs = torch.stack(pairs, -1)
+        return torch.cat([self.of_pair(pairs), pairs.prod(-1, keepdim=True)], -1).mean(1)
+
+
+def explained(moment: Tensor) -> tuple[Tensor, Tensor]:
+    """R^2 (B, n) of each variable regressed on all others, and partial correlations (B, n, n)."""
+    eye = torch.eye(moment.shape[1], dtype=moment.dtype)
+    precision = torch.linalg.inv(moment + 0.01 * eye)
+    scale = precision.diagonal(dim1=1, dim2=2)
+    return 1 - 1 / scale, -precision / (scale.unsqueeze(1) * scale.unsqueeze(2)).sqrt()
+
+
+class Decoder(nn.Module):
+    """Log-odds of the order of every pair (i, j); layers let it see (j, i), and what (i, k) and (k, j) say together.
+
+    Before anything is learned they follow R^2: what is explained better comes later.
+    """
+
+    def __init__(self, more: int = 0) -> None:
+        super().__init__()
+        self.first = nn.Linear(HIDDEN + 4 + more, HIDDEN)
+        self.norms = nn.ModuleList(nn.LayerNorm(HIDDEN) for _ in range(LAYERS))
+        self.layers = nn.ModuleList(mlp(4 * HIDDEN, HIDDEN) for _ in range(LAYERS))
+        self.last = nn.Linear(HIDDEN, 1)
+        nn.init.zeros_(self.last.weight)
+
+    def forward(self, read: Tensor, *more: Tensor) -> Tensor:  # (B, n, n, h + 1), (B, n, n) -> (B, n, n)
+        r2, partial = explained(read[..., -1])
+        own, other = torch.broadcast_tensors(r2.unsqueeze(2), r2.unsqueeze(1))
+        z = self.first(torch.cat([read, torch.stack([partial, own, other, *more], -1)], -1))
+        for norm, layer in zip(self.norms, self.layers, strict=True):
+            x = norm(z)
+            through = torch.einsum("bikh,bkjh->bijh", x, x) / x.shape[1]
+            z = z + layer(torch.cat([x, x.transpose(1, 2), through, through.transpose(1, 2)], -1))
+        score = self.last(z).squeeze(-1)
+        return other - own + score - score.mT
+
+
+class Explicit(nn.Module):
+    """theta is the running mean of what chunks read as, and a learned decoder finds the order in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reader, self.decoder = Reader(), Decoder()
+
+    def forward(self, tasks: Tasks) -> Logits:
+        theta = 0
+        for i, chunk in enumerate(tasks.samples.unbind(1)):
+            theta = theta + (self.reader(chunk) - theta) / (i + 1)
+            yield self.decoder(theta)
+
+
+class LastChunk(Explicit):
+    """In-context learning of the last chunk alone."""
+
+    def forward(self, tasks: Tasks) -> Logits:
+        for chunk in tasks.samples.unbind(1):
+            yield self.decoder(self.reader(chunk))
+
+
+class Implicit(nn.Module):
+    """The state is the log-odds themselves: a chunk, read next to them, adds to them; no gradient to earlier ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reader, self.decoder = Reader(), Decoder(more=1)
+
+    def forward(self, tasks: Tasks) -> Logits:
+        logits = torch.zeros_like(tasks.before, dtype=torch.float32)
+        for chunk in tasks.samples.unbind(1):
+            logits = logits.detach() + self.decoder(self.reader(chunk), logits.detach())
+            yield logits
+
+
+REFINED = {"explicit, running mean": Explicit, "implicit, log-odds": Implicit, "the last chunk alone": LastChunk}
+
+
+def loss_of(logits: Tensor, tasks: Tasks) -> Tensor:
+    """Mean over pairs of an ancestor and what descends from it."""
+    wrong = nn.functional.softplus(-logits)
+    return (wrong * tasks.before).sum() / tasks.before.sum()
+
+
+def trained(name: str, seed: int, steps: int) -> nn.Module:
+    """On the loss after each chunk."""
+    torch.manual_seed(seed)
+    rng, model = np.random.default_rng([1, seed]), REFINED[name]()
+
+    def loss() -> Tensor:
+        kind = rng.choice(SIZES), rng.choice(GRAPHS), rng.choice(MECHANISMS)
+        tasks = draw_tasks(rng, BATCH, TRAINED, *kind)
+        return torch.stack([loss_of(logits, tasks) for logits in model(tasks)]).mean()
+
+    train(model, loss, steps=steps, lr=3e-3, title=f"{name}, seed {seed}")
+    return model
+
+
+def sort_by_fit(tasks: Tasks) -> Logits:
+    """A variable that the others explain better comes later: R^2 of each regressed on all others, all data so far.
+
+    Source: Reisach et al., A Scale-Invariant Sorting Criterion to Find a Causal Order, arXiv 2303.18211.
+    """
+    moment = 0
+    for k, chunk in enumerate(tasks.samples.unbind(1), 1):
+        moment = moment + chunk.mT @ chunk
+        r2, _ = explained(moment / (k * CHUNK))
+        yield r2.unsqueeze(1) - r2.unsqueeze(2)
+
+
+# ---------------------------------------------------------------- the table
+
+
+def in_order(logits: Tensor, tasks: Tasks) -> float:
+    """Percent of the edges that lead forward in the order that follows from the log-odds."""
+    place = -logits.sigmoid().sum(2)  # (B, n): what comes before many has a low place
+    forward = place.unsqueeze(2) < place.unsqueeze(1)
+    return 100 * (forward & tasks.edges).sum().item() / tasks.edges.sum().item()
+
+
+@torch.no_grad()
+def scores(find: Callable[[Tasks], Logits], tasks: Tasks) -> list[float]:
+    return [in_order(logits, tasks) for number, logits in enumerate(find(tasks), 1) if number in COUNTS]
+
+
+def table(tier: str, seeds: int, data: Path, num: int = 64) -> list[dict]:
+    """Percent of edges in order after each count of chunks; the baseline has seed 0; no `data`."""
+    methods = [("sorted by R^2", 0, sort_by_fit)]
+    methods += [(name, seed, trained(name, seed, STEPS[tier])) for seed in range(seeds) for name in REFINED]
+    kinds = [(n, graph, mechanism) for n in SIZES for graph in GRAPHS for mechanism in MECHANISMS]
+    rows = []
+    for number, (n, graph, mechanism) in enumerate(kinds):
+        for noise in NOISES:
+            tasks = draw_tasks(np.random.default_rng([2, number]), num, max(COUNTS), n, graph, mechanism, noise)
+            for name, seed, find in methods:
+                row = {"setting": f"n = {n}, {graph}, {mechanism}, {noise} noise", "method": name, "seed": seed}
+                found = zip(COUNTS, scores(find, tasks), strict=True)
+                rows += [row | {"num_chunks": count, "value": value} for count, value in found]
+    return rows
