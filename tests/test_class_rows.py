@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from hf_iai.heads import ClassRows
+from hf_iai.heads.class_rows import _of_task
 
 TASKS, CLASSES, WIDTH, CHUNK = 3, 5, 12, 8
 
@@ -147,3 +148,37 @@ def test_every_parameter_learns():
         optimizer.step()
     assert all(not torch.equal(before[name], parameter) for name, parameter in head.named_parameters())
     assert sum(losses[-5:]) < sum(losses[:5])
+
+
+def test_the_correction_takes_the_steps_of_the_formula():
+    features, labels = stream(num_chunks=2)
+    labels[:, :CLASSES] = torch.arange(CLASSES)  # all classes are met in the first chunk
+    head, first = disturbed(), CHUNK
+    before = head(head.initial(TASKS, CLASSES, WIDTH), features[:, :first], labels[:, :first])
+    after = head(before, features[:, first:], labels[:, first:])
+    said = torch.nn.functional.one_hot(labels[:, first:], CLASSES).float()
+    for task in range(TASKS):
+        x, y = features[task, first:], said[task]
+        v = head.of_example(head._judge(before, features[:, first:], said)[0])[task, ..., 1]
+        p = (x @ head.rows(before)[0][task].T + head.rows(before)[1][task]).softmax(-1)
+        common = after["total"][task].sum(0) / after["count"][task].sum()
+        spread = after["moment"][task] - after["count"][task].sum() * torch.outer(common, common)
+        sums = {name: tensor[task : task + 1] for name, tensor in after.items()}
+        sigma = 3 * head.of_task(_of_task(sums))[0, 2]
+        assert sigma > 0.1
+        steps = torch.linalg.inv(torch.eye(WIDTH) + sigma * spread) @ (x - common).T  # (d, n)
+        expected = 10 * (v * (y - p).abs()).T @ steps.T
+        mean = before["correction"][task] / before["count"][task].unsqueeze(-1)
+        found = after["correction"][task] / after["count"][task].unsqueeze(-1)
+        torch.testing.assert_close(found - mean, expected, atol=1e-4, rtol=1e-3)
+
+
+def test_a_sum_of_states_has_the_mean_of_their_corrections():
+    head, (features, labels) = disturbed(), stream(num_chunks=4)
+    half = 2 * CHUNK
+    one, two = read(head, features[:, :half], labels[:, :half]), read(head, features[:, half:], labels[:, half:])
+    both = {name: one[name] + two[name] for name in one}
+    mean = [state["correction"] / state["count"].unsqueeze(-1) for state in (one, two, both)]
+    share = (one["count"] / both["count"]).unsqueeze(-1)
+    torch.testing.assert_close(mean[2], share * mean[0] + (1 - share) * mean[1])
+    assert logits(head, both, features).isfinite().all()
