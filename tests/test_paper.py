@@ -8,7 +8,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from examples.paper import causal_order  # noqa: E402
+from examples.paper import causal_order, generation  # noqa: E402
 
 
 def tasks(num=4, num_chunks=3, n=5, graph="ER", mechanism="linear", noise="Laplace"):
@@ -65,7 +65,50 @@ def test_renaming_variables_renames_the_answer(name):
 def test_the_table_has_every_method_after_every_count(monkeypatch):
     monkeypatch.setattr(causal_order, "STEPS", {"cpu": 2})
     monkeypatch.setattr(causal_order, "COUNTS", (1, 3))
-    rows = causal_order.table("cpu", 1, Path(), num=2)
+    rows = causal_order.table("cpu", 1, Path(), Path(), num=2)
     methods = len(causal_order.BASELINES) + len(causal_order.REFINED)
     assert len(rows) == 2 * 2 * 2 * 2 * methods * 2
     assert all(0 <= row["value"] <= 100 for row in rows)
+
+
+def test_letters_have_their_holes():
+    rng = np.random.default_rng(0)
+    points = np.abs(generation.draw_letter(rng, 4000, "O"))
+    assert (np.hypot(*points.T) < 0.4).mean() < 0.01  # nothing in the middle
+    assert points.max() > 1
+
+
+def test_energy_distance_is_zero_of_one_distribution():
+    rng = np.random.default_rng(0)
+    x, y = (torch.from_numpy(rng.normal(size=(50, 200, 2))) for _ in range(2))
+    assert generation.energy_distance(x, y).mean().abs() < 0.01
+    # In one dimension it is twice the squared distance of the distribution functions: 2 |a| for points at 0 and a.
+    zero, one = torch.zeros(1, 3, 2), torch.tensor([[[1.0, 0.0]]]).expand(1, 3, 2)
+    assert generation.energy_distance(zero, one).item() == pytest.approx(2)
+
+
+def test_densities_of_mixtures():
+    torch.manual_seed(0)
+    theta, x = torch.randn(1, 3, 4), torch.randn(1, 5, 2)
+    normals = torch.distributions.Normal(theta[0, :, None, :2], theta[0, :, None, 2:3].clamp_min(np.log(0.05)).exp())
+    each = normals.log_prob(x).sum(-1).T + theta[0, :, 3].log_softmax(0)
+    torch.testing.assert_close(generation.log_likelihood(theta, x)[0], each.logsumexp(1))
+
+
+def test_sums_do_not_depend_on_the_cut_where_components_do_not_move():
+    """With masses far above the data responsibilities stay: the sums of two chunks are those of one."""
+    torch.manual_seed(0)
+    model, x = generation.Sums(), torch.randn(2, 1, 64, 2)
+    torch.nn.init.constant_(model.start.data[..., 3], 12.0)
+    *_, once = model.states(x)
+    *_, twice = model.states(x.view(2, 2, 32, 2))
+    torch.testing.assert_close(once, twice, atol=1e-3, rtol=1e-3)
+
+
+def test_generation_has_its_table_and_its_picture(monkeypatch, tmp_path):
+    monkeypatch.setattr(generation, "STEPS", {"cpu": 1})
+    monkeypatch.setattr(generation, "COUNTS", (1, 10, 50))
+    rows = generation.table("cpu", 1, Path(), tmp_path, num=4)
+    assert len(rows) == 2 * 3 * (len(generation.BASELINES) + len(generation.REFINED))
+    assert all(np.isfinite(row["value"]) for row in rows)
+    assert (tmp_path / "generation_samples.png").stat().st_size > 1000

@@ -253,8 +253,8 @@ def scores(find: Callable[[Tasks], Logits], tasks: Tasks) -> list[float]:
     return [in_order(logits, tasks) for number, logits in enumerate(find(tasks), 1) if number in COUNTS]
 
 
-def table(tier: str, seeds: int, data: Path, num: int = 64) -> list[dict]:
-    """Percent of edges in order after each count of chunks; a baseline has seed 0; no `data`."""
+def table(tier: str, seeds: int, data: Path, output: Path, num: int = 64) -> list[dict]:
+    """Percent of edges in order after each count of chunks; a baseline has seed 0; no `data`, no `output`."""
     methods = [(name, 0, find) for name, find in BASELINES.items()]
     methods += [(name, seed, trained(name, seed, STEPS[tier])) for seed in range(seeds) for name in REFINED]
     kinds = [(n, graph, mechanism) for n in SIZES for graph in GRAPHS for mechanism in MECHANISMS]

@@ -171,8 +171,8 @@ def accuracies(find: Callable[[Tasks], Logits], tasks: Tasks, counts: list[int])
     return torch.stack([found[n - 1] for n in counts], 1).numpy()
 
 
-def table(tier: str, seeds: int, data: Path, num: int = 40) -> list[dict]:
-    """Accuracy after each count of chunks; a baseline has seed 0."""
+def table(tier: str, seeds: int, data: Path, output: Path, num: int = 40) -> list[dict]:
+    """Accuracy after each count of chunks; a baseline has seed 0; no `output`."""
     classes, rows = sources(data), []
     for number, (setting, (trained_on, tested)) in enumerate(SETTINGS.items()):
         tasks = draw_tasks(np.random.default_rng([2, number]), classes[tested], num, max(COUNTS))

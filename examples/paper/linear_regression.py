@@ -165,8 +165,11 @@ def errors_of(refined_by: list[dict], tasks: Tasks, validation: Tasks) -> Iterat
             yield name, seed, excess(find(tasks), tasks)
 
 
-def table(tier: str, seeds: int, data: Path, num: int = 256) -> list[dict]:
-    """The excess error after each count of chunks, and its ratio to ridge regression's on the same tasks; no `data`."""
+def table(tier: str, seeds: int, data: Path, output: Path, num: int = 256) -> list[dict]:
+    """The excess error after each count of chunks, and its ratio to ridge regression's on the same tasks.
+
+    Neither `data` nor `output` is used.
+    """
     rows = []
     for d in CHUNK:
         refined_by = [{name: trained(name, d, seed, STEPS[tier]) for name in REFINED} for seed in range(seeds)]

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 FOLDER = Path(__file__).parent
-TABLES = ("linear_regression", "classification", "causal_order")
+TABLES = ("linear_regression", "classification", "causal_order", "generation")
 
 
 def main(
@@ -31,7 +31,7 @@ def main(
     if table not in TABLES or tier not in ("cpu", "gpu"):
         raise typer.BadParameter(f"--table is one of {list(TABLES)}, --tier cpu or gpu; got {table!r} and {tier!r}")
     module = import_module(f"examples.paper.{table}")
-    rows = means(module.table(tier, seeds, data))
+    rows = means(module.table(tier, seeds, data, output))
     command = f"python -m examples.paper.run --table {table} --tier {tier} --seeds {seeds}"
     report = {"recipe": {"command": command, **provenance()}, "value": module.VALUE, "rows": rows}
     path = output / f"{table}.json"
