@@ -4,8 +4,9 @@
 
 DATA as in `examples/meta_train_intents.py`. Streams of up to 20 chunks of 10 intents and of all of a corpus
 (work/intents/unseen_source.json), and 1, 5, 20 and 50 examples of each of CLINC's 105 and HWU's 64 intents
-(work/intents/all_way.json), in random order, 20 a chunk; 20 queries of each intent. An intent with fewer than 70 texts
-has all but the queries read.
+(work/intents/all_way.json), in random order, 20 a chunk; 10 queries of each intent of a stream, 20 of the others. An
+intent with fewer than 70 texts has all but the queries read. The corpora have no text in common, but both have weather
+and music.
 """
 
 from pathlib import Path
@@ -20,6 +21,7 @@ from meta_train_intents import DATA, ENCODER, WORK, head_accuracies, training_ta
 from peft import get_peft_model
 from row_report import COUNTS, draw, print_table, rows_of, write
 from row_training import logits_of, states, train_head
+from safetensors.torch import load_file, save_file
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -40,11 +42,16 @@ def new_reader(name: str):
     return get_peft_model(base, IAIConfig(task_type="SEQ_CLS", state_type="linear"))
 
 
-def trained_head(name: str, corpus: Corpus, seed: int, steps: int = 300) -> ClassRows:
-    """Trained on all labels of one corpus, as `examples/meta_train_intents.py` trains."""
+def trained_head(name: str, corpus: Corpus, seed: int, work: Path, steps: int = 300) -> ClassRows:
+    """Trained on all labels of one corpus, as `examples/meta_train_intents.py` trains; kept in `work`."""
     torch.manual_seed(seed)
     head, rng = new_reader(name).base_model.core.head, np.random.default_rng(seed)
-    train_head(head, lambda most: training_tasks(rng, [corpus], (), 8, most), rng, steps=steps, lr=1e-2)
+    file = work / f"after-{corpus.name}-{seed}.safetensors"
+    if not file.exists():
+        train_head(head, lambda most: training_tasks(rng, [corpus], (), 8, most), rng, steps=steps, lr=1e-2)
+        save_file(head.state_dict(), file.with_suffix(".tmp"))
+        file.with_suffix(".tmp").replace(file)
+    head.load_state_dict(load_file(file))
     return head
 
 
@@ -96,7 +103,7 @@ def main(num_draws: int = 3, num_seeds: int = 3, data: Path = DATA, encoder: str
     command = f"python examples/unseen_source.py --num-draws {num_draws} --num-seeds {num_seeds}"
     corpora = load_corpora(data, work, new_reader(name), AutoTokenizer.from_pretrained(name))
     for corpus, other in zip(corpora, reversed(corpora), strict=True):
-        heads = [trained_head(name, other, seed) for seed in range(num_seeds)]
+        heads = [trained_head(name, other, seed, work) for seed in range(num_seeds)]
         of_streams += streams(heads, corpus, work)
         of_shots += shots_rows(heads, corpus, num_draws)
     write(of_streams, command, work / "unseen_source.json")

@@ -1,9 +1,10 @@
 """Topological order of a structural causal model by reading chunks of its samples.
 
 A task is a random acyclic graph over n variables, a mechanism for each, and noise that is not Gaussian. A chunk is 32
-samples; every variable is standardised, since its variance alone would tell much of the order. What is asked is which
-of two variables comes before the other. Training has graphs and mechanisms of all kinds that are tested and three kinds
-of noise; test tasks are new ones, with Laplace noise, which training has, and Gumbel noise, which it has not.
+samples; every variable is standardised, on samples that are not read, since its variance alone would tell much of the
+order. What is asked is which of two variables comes before the other. Training has graphs and mechanisms of all kinds
+that are tested and three kinds of noise; test tasks are new ones, with Laplace noise, which training has, and Gumbel
+noise, which it has not.
 
 Axes: B tasks, K chunks of m samples, n variables, h channels.
 """
@@ -19,7 +20,8 @@ from torch import Tensor, nn
 
 from .refined import train
 
-CHUNK, HIDDEN, LAYERS = 32, 32, 3  # m, h
+CHUNK, HIDDEN, LAYERS, OTHERS = 32, 32, 3, 1000  # m, h
+OF_GAUSSIAN = 0.6057  # E[u tanh u] of a standard normal u
 TRAINED, COUNTS = 10, (1, 2, 5, 10, 20, 50)  # most chunks in training, counts that are measured
 SIZES, GRAPHS, MECHANISMS = (5, 10), ("ER", "scale-free"), ("linear", "nonlinear")
 NOISES, TESTED_NOISES = ("uniform", "Laplace", "exponential"), ("Laplace", "Gumbel")
@@ -49,8 +51,8 @@ def draw_graph(rng: np.random.Generator, n: int, kind: str) -> np.ndarray:  # (n
 
 
 def draw_samples(rng: np.random.Generator, edges: np.ndarray, num: int, mechanism: str, noise: str) -> np.ndarray:
-    """(num, n), each variable of mean 0 and variance 1."""
-    n = len(edges)
+    """(num, n), each variable of mean 0 and variance 1 but for what `OTHERS` more samples leave open."""
+    n, num = len(edges), num + OTHERS
     draw = {"uniform": partial(rng.uniform, -1.7, 1.7), "Laplace": rng.laplace, "exponential": rng.exponential}
     draw |= {"Gumbel": rng.gumbel}
     x = np.zeros((num, n))
@@ -63,7 +65,8 @@ def draw_samples(rng: np.random.Generator, edges: np.ndarray, num: int, mechanis
             inner = np.tanh(parents @ rng.normal(size=(parents.shape[1], 8)) + rng.normal(size=8))
             x[:, j] = inner @ rng.normal(size=8)
         x[:, j] += rng.uniform(0.3, 1) * draw[noise](size=num)
-    return (x - x.mean(0)) / x.std(0)
+    others, x = x[:OTHERS], x[OTHERS:]
+    return (x - others.mean(0)) / others.std(0)
 
 
 def draw_tasks(
@@ -89,6 +92,70 @@ def ancestors(edges: Tensor) -> Tensor:  # (B, n, n)
     return paths > 0
 
 
+# ---------------------------------------------------------------- scores of pairs, without learning
+
+
+def moments(chunk: Tensor) -> Tensor:  # (B, m, n) -> (B, n, n, 3)
+    """E[u v], E[u^2 v] and 10 E[u (tanh v - c v)] of every pair, u the first index; the last is 0 of Gaussians."""
+    v = torch.stack([chunk, chunk, 10 * (chunk.tanh() - OF_GAUSSIAN * chunk)], -1)
+    u = torch.stack([chunk, chunk.square(), chunk], -1)
+    return torch.einsum("bmik,bmjk->bijk", u, v) / chunk.shape[1]
+
+
+def by_skewness(known: Tensor) -> Tensor:  # (B, n, n, 3) -> (B, n, n)
+    """rho E[u^2 v - u v^2], of variables turned to positive skewness: above 0 where u comes before v.
+
+    This and `by_tails` approximate the ratio of the likelihoods of the two directions of one linear edge.
+    Source: Hyvarinen and Smith, Pairwise Likelihood Ratios for Estimation of Non-Gaussian Structural Equation Models,
+    JMLR 14 (2013).
+    """
+    correlation, mixed = known[..., 0], known[..., 1]
+    sign = mixed.diagonal(dim1=1, dim2=2).sign()
+    mixed = mixed * sign.unsqueeze(1)
+    return correlation * sign.unsqueeze(2) * sign.unsqueeze(1) * (mixed - mixed.mT)
+
+
+def by_tails(known: Tensor) -> Tensor:
+    """10 rho E[u tanh v - v tanh u], of the sign that fits noise with heavier or lighter tails than a Gaussian's."""
+    correlation, bent = known[..., 0], known[..., 2]
+    tails = bent.diagonal(dim1=1, dim2=2)
+    heavier = -(tails.unsqueeze(1) + tails.unsqueeze(2)).sign()
+    return heavier * correlation * (bent - bent.mT)
+
+
+def by_fit(known: Tensor) -> Tensor:
+    """R^2 of v less that of u, each regressed on all others: what is explained better comes later.
+
+    Source: Reisach et al., A Scale-Invariant Sorting Criterion to Find a Causal Order, arXiv 2303.18211.
+    """
+    _, r2 = regressed(known[..., 0])
+    return r2.unsqueeze(1) - r2.unsqueeze(2)
+
+
+def regressed(moment: Tensor) -> tuple[Tensor, Tensor]:
+    """Partial correlations (B, n, n), and R^2 (B, n) of each variable regressed on all others."""
+    eye = torch.eye(moment.shape[1], dtype=moment.dtype)
+    precision = torch.linalg.inv(moment + 0.01 * eye)
+    scale = precision.diagonal(dim1=1, dim2=2)
+    correlations = -precision / (scale.unsqueeze(1) * scale.unsqueeze(2)).sqrt()
+    return correlations, 1 - 1 / (scale * (moment.diagonal(dim1=1, dim2=2) + 0.01))
+
+
+BASELINES = {"sorted by R^2": by_fit, "pairs, by skewness": by_skewness, "pairs, by tails": by_tails}
+
+
+def running_mean(tasks: Tasks, of_chunk: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
+    mean = 0
+    for i, chunk in enumerate(tasks.samples.unbind(1)):
+        mean = mean + (of_chunk(chunk) - mean) / (i + 1)
+        yield mean
+
+
+def without_learning(score: Callable[[Tensor], Tensor], tasks: Tasks) -> Logits:
+    """A score of the moments of all data so far."""
+    return map(score, running_mean(tasks, moments))
+
+
 # ---------------------------------------------------------------- models
 
 
@@ -99,8 +166,7 @@ def mlp(inputs: int, outputs: int) -> nn.Sequential:
 class Reader(nn.Module):
     """What a chunk says of every ordered pair (u, v) of variables, means over samples: (B, m, n) -> (B, n, n, h + 3).
 
-    The last channels are u v, u^2 v and u^3 v, whose asymmetry tells cause from effect where noise is skewed or heavy:
-    Hyvarinen and Smith, Pairwise Likelihood Ratios for Estimation of Non-Gaussian Structural Equation Models (2013).
+    The last channels are `moments` of the pair, the others are learned.
     """
 
     def __init__(self) -> None:
@@ -110,43 +176,37 @@ class Reader(nn.Module):
     def forward(self, chunk: Tensor) -> Tensor:
         n = chunk.shape[2]
         pairs = [chunk.unsqueeze(3).expand(-1, -1, -1, n), chunk.unsqueeze(2).expand(-1, -1, n, -1)]
-        u, v = pairs
-        products = torch.stack([u**3 * v / 4, u**2 * v, u * v], -1)
-        return torch.cat([self.of_pair(torch.stack(pairs, -1)), products], -1).mean(1)
-
-
-def explained(moment: Tensor) -> tuple[Tensor, Tensor]:
-    """R^2 (B, n) of each variable regressed on all others, and partial correlations (B, n, n)."""
-    eye = torch.eye(moment.shape[1], dtype=moment.dtype)
-    precision = torch.linalg.inv(moment + 0.01 * eye)
-    scale = precision.diagonal(dim1=1, dim2=2)
-    return 1 - 1 / scale, -precision / (scale.unsqueeze(1) * scale.unsqueeze(2)).sqrt()
+        return torch.cat([self.of_pair(torch.stack(pairs, -1)).mean(1), moments(chunk)], -1)
 
 
 class Decoder(nn.Module):
     """Log-odds of the order of every pair (i, j); layers let it see (j, i), and what (i, k) and (k, j) say together.
 
-    Before anything is learned they follow R^2: what is explained better comes later.
+    Before anything is learned they are the likelihood ratios of pairs, and each can be learned to count for more.
     """
 
     def __init__(self, more: int = 0) -> None:
         super().__init__()
-        self.first = nn.Linear(HIDDEN + 6 + more, HIDDEN)
+        self.first = nn.Linear(HIDDEN + 14 + more, HIDDEN)
         self.norms = nn.ModuleList(nn.LayerNorm(HIDDEN) for _ in range(LAYERS))
         self.layers = nn.ModuleList(mlp(4 * HIDDEN, HIDDEN) for _ in range(LAYERS))
         self.last = nn.Linear(HIDDEN, 1)
         nn.init.zeros_(self.last.weight)
+        self.weight = nn.Parameter(torch.ones(3))
 
     def forward(self, read: Tensor, *more: Tensor) -> Tensor:  # (B, n, n, h + 3), (B, n, n) -> (B, n, n)
-        r2, partial = explained(read[..., -1])
-        own, other = torch.broadcast_tensors(r2.unsqueeze(2), r2.unsqueeze(1))
-        z = self.first(torch.cat([read, torch.stack([partial, own, other, *more], -1)], -1))
+        known = read[..., -3:]
+        ratios = torch.stack([by_skewness(known), by_tails(known), by_fit(known)], -1)
+        others, _ = regressed(known[..., 0])
+        own = known.diagonal(dim1=1, dim2=2).mT  # (B, n, 3)
+        own = torch.cat(torch.broadcast_tensors(own.unsqueeze(1), own.unsqueeze(2)), -1)
+        z = self.first(torch.cat([read, ratios, own, torch.stack([others, known[..., 0].abs(), *more], -1)], -1))
         for norm, layer in zip(self.norms, self.layers, strict=True):
             x = norm(z)
             through = torch.einsum("bikh,bkjh->bijh", x, x) / x.shape[1]
             z = z + layer(torch.cat([x, x.transpose(1, 2), through, through.transpose(1, 2)], -1))
         score = self.last(z).squeeze(-1)
-        return other - own + score - score.mT
+        return ratios @ self.weight + score - score.mT
 
 
 class Explicit(nn.Module):
@@ -204,48 +264,14 @@ def trained(name: str, seed: int, steps: int) -> nn.Module:
     return model
 
 
-def sort_by_fit(tasks: Tasks) -> Logits:
-    """A variable that the others explain better comes later: R^2 of each regressed on all others, all data so far.
-
-    Source: Reisach et al., A Scale-Invariant Sorting Criterion to Find a Causal Order, arXiv 2303.18211.
-    """
-    for moment in running_mean(tasks, lambda chunk: chunk.mT @ chunk / CHUNK):
-        r2, _ = explained(moment)
-        yield r2.unsqueeze(1) - r2.unsqueeze(2)
-
-
-def sort_by_skewness(tasks: Tasks) -> Logits:
-    """i comes before j where rho E[u^2 v - u v^2] > 0, of variables turned to positive skewness, all data so far.
-
-    Source: Hyvarinen and Smith, Pairwise Likelihood Ratios for Estimation of Non-Gaussian Structural Equation Models,
-    JMLR 14 (2013), equation 26.
-    """
-    powers = running_mean(tasks, lambda x: torch.stack([(x**k).mT @ x / CHUNK for k in (1, 2)], 1))
-    for correlation, mixed in (moments.unbind(1) for moments in powers):
-        sign = mixed.diagonal(dim1=1, dim2=2).sign()
-        correlation = correlation * sign.unsqueeze(2) * sign.unsqueeze(1)
-        mixed = mixed * sign.unsqueeze(1)  # E[u^2 v]
-        yield correlation * (mixed - mixed.mT)
-
-
-def running_mean(tasks: Tasks, of_chunk: Callable[[Tensor], Tensor]) -> Logits:
-    mean = 0
-    for i, chunk in enumerate(tasks.samples.unbind(1)):
-        mean = mean + (of_chunk(chunk) - mean) / (i + 1)
-        yield mean
-
-
-BASELINES = {"sorted by R^2": sort_by_fit, "sorted by skewness": sort_by_skewness}
-
-
 # ---------------------------------------------------------------- the table
 
 
 def in_order(logits: Tensor, tasks: Tasks) -> float:
-    """Percent of the edges that lead forward in the order that follows from the log-odds."""
-    place = -logits.sigmoid().sum(2)  # (B, n): what comes before many has a low place
-    forward = place.unsqueeze(2) < place.unsqueeze(1)
-    return 100 * (forward & tasks.edges).sum().item() / tasks.edges.sum().item()
+    """Percent of the edges that lead forward in the order that follows from the log-odds; a tie is half an edge."""
+    place = -logits.double().sigmoid().sum(2)  # (B, n): what comes before many has a low place
+    forward = 1 + (place.unsqueeze(1) - place.unsqueeze(2)).sign()
+    return 50 * (forward * tasks.edges).sum().item() / tasks.edges.sum().item()
 
 
 @torch.no_grad()
@@ -255,7 +281,7 @@ def scores(find: Callable[[Tasks], Logits], tasks: Tasks) -> list[float]:
 
 def table(tier: str, seeds: int, data: Path, output: Path, num: int = 64) -> list[dict]:
     """Percent of edges in order after each count of chunks; a baseline has seed 0; no `data`, no `output`."""
-    methods = [(name, 0, find) for name, find in BASELINES.items()]
+    methods = [(name, 0, partial(without_learning, score)) for name, score in BASELINES.items()]
     methods += [(name, seed, trained(name, seed, STEPS[tier])) for seed in range(seeds) for name in REFINED]
     kinds = [(n, graph, mechanism) for n in SIZES for graph in GRAPHS for mechanism in MECHANISMS]
     rows = []

@@ -3,12 +3,13 @@
 A task is a distribution over the plane: a mixture of Gaussians, or a letter of which half the alphabet is in training
 and the other half is tested. A chunk is 32 of its samples. The three regimes differ in what chunks refine:
 
-    implicit    the sample itself: x(i+1) = x(i) + v(x(i), i / k, chunk i) / k, from noise, k chunks in all
+    implicit    the sample itself: x(i+1) = x(i) + v(x(i), i / k, chunk i) / k, from noise, k chunks in all: as many
+                steps of the flow as chunks, and another k begins anew
     explicit    theta, the mean of what chunks read as: 20 steps of a flow v(x, t, theta) make noise a sample
     parametric  theta, a mixture of 64 Gaussians, by sums over the chunks or along the gradient of their likelihood
 
-What is measured is the energy distance of 256 generated samples to 256 real ones. Axes: B tasks, K chunks of m samples,
-N generated samples.
+What is measured is the energy distance of 1024 generated samples to as many real ones. Axes: B tasks, K chunks of m
+samples, N generated samples.
 """
 
 import os
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 
 from .refined import Descent, train
 
-CHUNK, SAMPLES, HIDDEN, COMPONENTS = 32, 256, 64, 64  # m, N
+CHUNK, SAMPLES, HIDDEN, COMPONENTS = 32, 1024, 64, 64  # m, N
 LEAST_WIDTH = 0.05
 COUNTS, TRAINED, FLOW_STEPS = (1, 2, 5, 10, 20, 50), 10, 20
 LETTERS = {"train": "ACEGIKMOQSUWY", "test": "BDFHJLNPRTVXZ"}
@@ -48,7 +49,8 @@ def draw_mixture(rng: np.random.Generator, num: int) -> np.ndarray:  # (num, 2)
 def draw_letter(rng: np.random.Generator, num: int, letters: str) -> np.ndarray:  # (num, 2)
     """Points inside its outline, slightly turned, sheared and stretched."""
     outline = TextPath((0, 0), str(rng.choice(list(letters))), size=1)
-    low, high = outline.vertices.min(0), outline.vertices.max(0)
+    corners = np.concatenate(outline.to_polygons())
+    low, high = corners.min(0), corners.max(0)
     inside = np.zeros((0, 2))
     while len(inside) < num:
         points = rng.uniform(low, high, (4 * num, 2))
@@ -173,7 +175,7 @@ class Parametric(nn.Module):
 
 
 class Gradients(Parametric):
-    """Meta-SGD on the likelihood of each chunk; a learned optimizer breaks at twice as many chunks as in training."""
+    """Meta-SGD on the likelihood of each chunk."""
 
     def __init__(self) -> None:
         super().__init__()

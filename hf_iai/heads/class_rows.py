@@ -33,8 +33,8 @@ class ClassRows(nn.Module):
 
         r_c += 10 v_c |y_c - p_c| (I + sigma T)^-1 (x - g)
 
-    which for v = y - p in sign is one step of online Newton on the softmax loss: what is added shrinks in directions
-    of which much was read, so that the correction settles without a rate that depends on the step.
+    which for v of the sign of y - p is a step like online Newton's on the softmax loss, with the scatter in place of
+    its curvature: what is added shrinks where much was read, without a rate that depends on the step.
 
     All three end in zeros: then k = a = rho = sigma = r = 0, w = 1, and the logits are 50 (m_c' x - |m_c|^2 / 2), the
     streaming nearest class mean (Euclidean). Rows lie in the span of what was read: A^-1 x differs from x by examples
@@ -99,7 +99,7 @@ class ClassRows(nn.Module):
             "moment": kept["moment"] + (x * weight).mT @ x,
         }
         count, steps = sums["count"].unsqueeze(-1), PUSH * (push * error).mT @ self._steps(sums, x)
-        grown = count / kept["count"].clamp_min(LEAST).unsqueeze(-1)  # 1 where nothing was read: bitwise the same
+        grown = count / kept["count"].clamp_min(LEAST).unsqueeze(-1)  # exactly 1 where nothing was read
         return sums | {"correction": kept["correction"] * grown + steps * count}
 
     def rows(self, kept: Kept) -> tuple[Tensor, Tensor]:
