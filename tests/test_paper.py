@@ -120,6 +120,7 @@ def test_sums_do_not_depend_on_the_cut_where_components_do_not_move():
 def test_generation_has_its_table_and_its_picture(monkeypatch, tmp_path):
     monkeypatch.setattr(generation, "STEPS", {"cpu": 1})
     monkeypatch.setattr(generation, "COUNTS", (1, 10, 50))
+    monkeypatch.setattr(generation, "SAMPLES", 64)
     rows = generation.table("cpu", 1, Path(), tmp_path, num=4)
     assert len(rows) == 2 * 3 * (len(generation.BASELINES) + len(generation.REFINED))
     assert all(np.isfinite(row["value"]) for row in rows)
