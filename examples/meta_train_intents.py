@@ -4,7 +4,7 @@
     for split in 0 1 2; do python examples/meta_train_intents.py train --split $split --data DATA; done
     python examples/meta_train_intents.py evaluate --data DATA    # the table, work/intents/report.json and a picture
 
-DATA holds `clinc105` and `hwu64`, JSON lines of texts with labels; training takes 3 minutes, evaluation 15. The frozen
+DATA holds `clinc105` and `hwu64`, JSON lines of texts with labels; training takes 5 minutes, evaluation 15. The frozen
 encoder embeds every example once, so that training and evaluation work on its features. Training sees some topics of
 both corpora, evaluation the others; each topic is held out in one of the three splits.
 """
