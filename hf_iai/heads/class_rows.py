@@ -52,9 +52,9 @@ class ClassRows(nn.Module):
         >>> head = ClassRows()
         >>> kept = head.initial(num_tasks=1, num_classes=2, width=2)
         >>> kept = head(kept, torch.tensor([[[1.0, 0.0], [0.0, 1.0]]]), torch.tensor([[0, 1]]))
-        >>> head.rows(kept)[0]
+        >>> head.rows(kept)[0].detach()
         tensor([[[50.,  0.],
-                 [ 0., 50.]]], grad_fn=<MulBackward0>)
+                 [ 0., 50.]]])
 
     Source: shrunk linear discriminants, Friedman, Regularized Discriminant Analysis (1989), and their streaming form,
     Hayes and Kanan, arXiv 1909.01520; online Newton steps, Hazan, Agarwal and Kale, Logarithmic Regret Algorithms for
