@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .heads import LearnedStep, LearnedStepSettings
 from .heads.bound import most_rms, rms
 from .heads.learned_optimizer import KEPT_KINDS
+from .heads.trust import first_trust, trusted, updated_trust
 from .hub import is_hub_id
 
 IN_ADAPTER = "base_model.iai.head."
@@ -41,7 +42,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         FileNotFoundError: when the folder holds no adapter.
         huggingface_hub's own errors.
 
-    `state_dict` holds the averages, in the type of the parameters, and the network with its settings: a run goes on
+    `state_dict` holds where the parameters started and the averages, in the type of the parameters, and the network with its settings: a run goes on
     where it stopped, bitwise, without the adapter.
 
     Example:
@@ -80,6 +81,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         if isinstance(params, nn.Module):
             params = [(name, p) for name, p in params.named_parameters() if p.requires_grad]
         self.net, self.gradient_length = _load_net(weights, revision, token), 0.0
+        self.trust = first_trust(torch.zeros(1, dtype=torch.double))
         super().__init__(params, {"lr": lr, "weight_decay": 0.0})
 
     def add_param_group(self, param_group: dict) -> None:
@@ -103,8 +105,9 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 loss = closure()
         moved = list(self._with_gradient())
         scale = self._clipped([parameter.grad for _, parameter, _ in moved])
+        less = self._trusted([parameter for _, parameter, _ in moved])
         for name, parameter, lr in moved:
-            self._step(name, parameter, lr, scale)
+            self._step(name, parameter, lr, scale, less)
         return loss
 
     def _with_gradient(self) -> Iterator[tuple[str, nn.Parameter, float]]:
@@ -126,14 +129,24 @@ class LearnedOptimizer(torch.optim.Optimizer):
         scale, self.gradient_length = (x.item() for x in self.net.clipped(mean, length))
         return scale
 
-    def _step(self, name: str, parameter: nn.Parameter, lr: float, scale: float) -> None:
+    def _trusted(self, parameters: list[nn.Parameter]) -> float:
+        """What the way of all from their start is multiplied with; see `heads.trust`."""
+        slope = sum((p.grad.float() * (p - self._start(p)).float()).sum().item() for p in parameters)
+        doubt = self.net.settings.doubt
+        self.trust, less = updated_trust(self.trust, torch.tensor([slope], dtype=torch.double), doubt)
+        return less.item()
+
+    def _start(self, parameter: nn.Parameter) -> Tensor:
+        return self.state[parameter].get("start", parameter)
+
+    def _step(self, name: str, parameter: nn.Parameter, lr: float, scale: float, less: float) -> None:
         theta, gradient = (_as_task(t.detach()) for t in (parameter, parameter.grad))
         gradient = gradient * scale
         net = self.net.to(theta.device)
         state = self.state[parameter]
         if not state:
             state |= {kind.removesuffix("_"): t for kind, t in net.initial({"": theta}).items()}
-            state |= {"most_rms": most_rms(theta), "step": 0}
+            state |= {"most_rms": most_rms(theta), "step": 0, "start": parameter.detach().clone()}
         averages = net.accumulated({kind: state[kind].to(theta.dtype) for kind in KEPT_KINDS}, gradient)
         # Rounded to how they are kept, so that a run that goes on from a file takes the same steps.
         state |= {kind: t.to(parameter.dtype) for kind, t in averages.items()}
@@ -141,6 +154,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
         after = net.stepped(
             _kind_of(name, net), theta, averages, gradient, torch.tensor([state["step"]], device=theta.device)
         )
+        start = _as_task(state["start"])
+        after = trusted(theta, after, start, *(theta.new_tensor([t]) for t in (less, self.trust["trust"].item())))
         after = after * (state["most_rms"].to(theta.dtype) / rms(after)).clamp_max(1)
         state["step"] += 1
         parameter.copy_(theta.lerp(after, lr).view(parameter.shape))
@@ -148,11 +163,12 @@ class LearnedOptimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict:
         net = {"weights": self.net.state_dict(), "initial_rate": self.net.initial_rate}
         net |= {"learned_optimizer": self.net.settings.to_dict(), "gradient_length": self.gradient_length}
+        net |= {"trust": dict(self.trust)}
         return super().state_dict() | {"net": net}
 
     def load_state_dict(self, state_dict: dict) -> None:
         self.net = _net(state_dict["net"]["weights"], state_dict["net"])
-        self.gradient_length = state_dict["net"]["gradient_length"]
+        self.gradient_length, self.trust = state_dict["net"]["gradient_length"], state_dict["net"]["trust"]
         super().load_state_dict({name: value for name, value in state_dict.items() if name != "net"})
 
 

@@ -19,7 +19,7 @@ LORA = {"r": 2, "lora_alpha": 2, "target_modules": "all-linear"}
 OTHER = {
     "momentum_decays": [0.2, 0.8], "second_decays": [0.5], "factored_decay": 0.7, "times": [2, 5], "hidden": 8,
     "step_size": 0.05, "smallest_rms": 0.2, "most_log_magnitude": 1.0, "largest_precondition": 10.0,
-    "largest_surprise": 1.5, "length_decay": 0.5, "log_scale": 5.0,
+    "largest_surprise": 1.5, "length_decay": 0.5, "doubt": 0.5, "log_scale": 5.0,
 }  # fmt: skip
 DECAYS = {"momentum_decays": [0.1, 0.7], "second_decays": [0.3], "factored_decay": 0.6}
 
@@ -89,7 +89,7 @@ def test_a_surprising_gradient_is_clipped():
     for count, length in enumerate(lengths):
         unit = {name: torch.ones_like(t) / 17**0.5 for name, t in theta.items()}  # 17 coordinates
         gradient = {name: t * length.view(-1, 1, 1) for name, t in unit.items()}
-        after, kept = step(theta, kept, gradient, torch.full((2,), count))
+        after, kept = step(theta, kept, gradient, torch.full((2,), count), theta)
         moved.append(torch.stack([(after[n] - theta[n]).flatten(1).square().sum(1) for n in theta]).sum(0).sqrt() / 0.1)
     expected = lengths.clone()
     expected[2, 0] = 2.5
@@ -110,12 +110,33 @@ def test_every_setting_has_an_effect(name):
             torch.nn.init.normal_(parameter, std=0.1, generator=generator)
         generator = torch.Generator().manual_seed(5)
         theta = {"theta": 0.05 * torch.randn(1, 4, 32, generator=generator)}
-        kept = step.initial(theta)
-        for count in range(4):
-            gradient = {"theta": 3**count * torch.randn(1, 4, 32, generator=generator) ** 3}
-            theta, kept = step(theta, kept, gradient, torch.tensor([count]))
+        start, kept = theta, step.initial(theta)
+        for count in range(12):
+            gradient = {"theta": 3 ** (count % 4) * torch.randn(1, 4, 32, generator=generator) ** 3}
+            gradient["theta"] += theta["theta"].detach() - start["theta"]  # as if the way led uphill
+            theta, kept = step(theta, kept, gradient, torch.tensor([count]), start)
         found.append(theta["theta"])
     assert (found[0] - found[1]).abs().max() > 1e-6
+
+
+def test_harm_is_taken_back():
+    """Untrained. A long first step; then task 0 is told at every chunk to come back, task 1 to go on, task 2 nothing."""
+    step = LearnedStep({"a": "a"}, 0.1, LearnedStepSettings())
+    start = {"a": torch.ones(3, 3, 4)}
+    theta, kept = step(start, step.initial(start), {"a": torch.ones(3, 3, 4)}, torch.zeros(3), start)
+    trust, way = [], []
+    for count in range(1, 12):
+        gradient = {"a": torch.tensor([-1e-3, 1e-3, 0]).view(3, 1, 1).expand(3, 3, 4)}
+        theta, kept = step(theta, kept, gradient, torch.full((3,), count), start)
+        trust.append(kept["trust"])
+        way.append((start["a"] - theta["a"]).mean((1, 2)))
+    trust, way = torch.stack(trust, 1), torch.stack(way, 1)  # (3, 11) each
+    # Two slopes of one sign are 1.38 standard errors, three are 1.65: from then on, 0.8 each time.
+    torch.testing.assert_close(trust[0], 0.8 ** torch.arange(-1.0, 10).clamp_min(0))
+    torch.testing.assert_close(way[0, 2], 0.8 * way[0, 1] - 0.8 * 1e-4, atol=1e-6, rtol=0)
+    assert way[0, -1] < 0.2 * way[0, 0]
+    assert (trust[1:] == 1).all() and (way[1].diff() > 0).all() and (way[2] == way[2, 0]).all()
+    assert kept["slope"][2] == 0
 
 
 def test_settings_travel_with_the_weights(tmp_path):

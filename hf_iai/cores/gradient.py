@@ -38,11 +38,12 @@ class GradientCore(Core):
         return theta | self.head.initial(theta)
 
     def _next(self, base: Base, state: TaskState, evidence: dict[str, Tensor]) -> dict[str, Tensor]:
-        theta = {name: state.tensors[name] for name in self.state.start}
+        start = dict(self.state.start.items())
+        theta = {name: state.tensors[name] for name in start}
         kept = {name: t for name, t in state.tensors.items() if name not in theta}
         chunk = (evidence[name] for name in ("ids", "mask", "labels"))
         with base.lora(self.config.regime == "explicit"):
             gradient = read_gradients(base, self.state, theta, *chunk, second_order=self.config.second_order)
         with full_precision(state.step):
-            theta, kept = self.head(theta, kept, gradient, state.step)
-            return bounded(theta, self.state.start) | kept
+            theta, kept = self.head(theta, kept, gradient, state.step, start)
+            return bounded(theta, start) | kept

@@ -1,7 +1,7 @@
 """Gradient steps with learned rates: MAML's, Meta-SGD's, path-aware.
 
 Axes: B tasks. A head takes theta, what it keeps beside it, the gradient, all name -> (B, ...), and the chunks read
-so far (B,); it returns the next theta and what it keeps.
+so far (B,), and theta(0), name -> (...); it returns the next theta and what it keeps.
 """
 
 import torch
@@ -39,7 +39,9 @@ class SGD(nn.Module):
         """What is kept beside theta, before anything was read: nothing."""
         return {}
 
-    def forward(self, theta: Tensors, kept: Tensors, gradient: Tensors, step: Tensor) -> tuple[Tensors, Tensors]:
+    def forward(
+        self, theta: Tensors, kept: Tensors, gradient: Tensors, step: Tensor, start: Tensors
+    ) -> tuple[Tensors, Tensors]:
         return {name: t - self.rate(name) * gradient[name] for name, t in theta.items()}, {}
 
     def extra_repr(self) -> str:
@@ -82,8 +84,10 @@ class PathAware(MetaSGD):
     def initial(self, theta: Tensors) -> Tensors:
         return {f"old_{name}": t for name, t in theta.items()}
 
-    def forward(self, theta: Tensors, kept: Tensors, gradient: Tensors, step: Tensor) -> tuple[Tensors, Tensors]:
-        moved, _ = super().forward(theta, kept, gradient, step)
+    def forward(
+        self, theta: Tensors, kept: Tensors, gradient: Tensors, step: Tensor, start: Tensors
+    ) -> tuple[Tensors, Tensors]:
+        moved, _ = super().forward(theta, kept, gradient, step, start)
         after, old = {}, {}
         for name, t in moved.items():
             due = ((step + 1) % self.window == 0).view(-1, *[1] * (t.dim() - 1))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .bound import rms
 from .classical import Tensors
 from .step_settings import LearnedStepSettings
+from .trust import first_trust, trusted, updated_trust
 
 KEPT_KINDS = ("momentum", "second", "row", "column")
 TINY = 1e-20
@@ -31,7 +32,8 @@ class LearnedStep(nn.Module):
 
     One guard comes before everything: a gradient that is longer than `largest_surprise` times the mean of those before,
     over all tensors together, is scaled down to that. One step too long would put a low-rank update where all gradients
-    are large, and it would stay there.
+    are large, and it would stay there. Another comes after it, `heads.trust`: steps that text not yet read speaks against
+    are taken back, and those that follow are smaller.
 
     Args:
         kinds: name of each tensor -> its kind.
@@ -39,7 +41,8 @@ class LearnedStep(nn.Module):
         settings: decays, times and sizes; the weights mean nothing without them.
 
     What it keeps: `momentum_{name}` (B, M, ...), `second_{name}` (B, S, ...), `row_{name}` and `column_{name}`, the
-    means of the squared gradient over the last axis and over the last but one; `gradient_length` (B,), the mean length.
+    means of the squared gradient over the last axis and over the last but one; `gradient_length` (B,), the mean length;
+    `slope`, `slope_square` and `trust` (B,).
 
     Source: features after Metz et al., arXiv 2203.11860; normed steps after CELO, arXiv 2501.12670.
     """
@@ -57,7 +60,7 @@ class LearnedStep(nn.Module):
     def initial(self, theta: Tensors) -> Tensors:
         """What is kept beside theta, before anything was read."""
         first, settings = next(iter(theta.values())), self.settings
-        kept = {"gradient_length": first.new_zeros(len(first))}
+        kept = {"gradient_length": first.new_zeros(len(first)), **first_trust(first)}
         for name, t in theta.items():
             kept[f"momentum_{name}"] = t.new_zeros(len(t), len(settings.momentum_decays), *t.shape[1:])
             kept[f"second_{name}"] = t.new_zeros(len(t), len(settings.second_decays), *t.shape[1:])
@@ -67,14 +70,21 @@ class LearnedStep(nn.Module):
             )
         return kept
 
-    def forward(self, theta: Tensors, kept: Tensors, gradient: Tensors, step: Tensor) -> tuple[Tensors, Tensors]:
+    def forward(
+        self, theta: Tensors, kept: Tensors, gradient: Tensors, step: Tensor, start: Tensors
+    ) -> tuple[Tensors, Tensors]:
+        slope = sum(
+            (g * (theta[name] - start[name])).detach().flatten(1).sum(1) for name, g in gradient.items()
+        )  # (B,)
+        trust, less = updated_trust(kept, slope, self.settings.doubt)
         length = torch.stack([g.detach().flatten(1).square().sum(1) for g in gradient.values()]).sum(0).sqrt()  # (B,)
         scale, mean = self.clipped(kept["gradient_length"], length)
-        after, kept_after = {}, {"gradient_length": mean}
+        after, kept_after = {}, {"gradient_length": mean, **trust}
         gradient = {name: g * scale.view(-1, *[1] * (g.dim() - 1)) for name, g in gradient.items()}
         for name, t in theta.items():
             averages = self.accumulated({kind: kept[f"{kind}_{name}"] for kind in KEPT_KINDS}, gradient[name])
-            after[name] = self.stepped(self.kinds[name], t, averages, gradient[name], step)
+            stepped = self.stepped(self.kinds[name], t, averages, gradient[name], step)
+            after[name] = trusted(t, stepped, start[name], less, trust["trust"])
             kept_after |= {f"{kind}_{name}": a for kind, a in averages.items()}
         return after, kept_after
 

@@ -22,6 +22,7 @@ class LearnedStepSettings:
         largest_precondition: the most that preconditioning makes of a coordinate, before the power.
         largest_surprise, length_decay: a gradient is clipped to so many times the mean length of those before, and the
             decay of that mean.
+        doubt: how many standard errors make a rising loss certain, see `heads.trust`; a large number trusts all steps.
         log_scale: what learned logarithms and powers are multiplied with.
 
     Raises:
@@ -44,6 +45,7 @@ class LearnedStepSettings:
     largest_precondition: float = 1e3
     largest_surprise: float = 2.5
     length_decay: float = 0.99
+    doubt: float = 1.5
     log_scale: float = LOG_SCALE
 
     def __post_init__(self) -> None:
@@ -53,7 +55,7 @@ class LearnedStepSettings:
         _check(self, ("times",), "at least one number above 0", lambda v: _is_sequence(v) and all(map(_is_positive, v)))
         _check(self, ("hidden",), "a whole number of at least 1", lambda v: type(v) is int and v >= 1)
         positive = ("step_size", "smallest_rms", "most_log_magnitude", "largest_precondition", "largest_surprise")
-        positive = (*positive, "log_scale")
+        positive = (*positive, "doubt", "log_scale")
         _check(self, positive, "a number above 0", _is_positive)
 
     @classmethod
