@@ -1,7 +1,7 @@
 """Associative recall by refinement: each query keeps its own prediction, and there is no task state (regime implicit).
 
     python examples/refine_recall.py train --base work/recall/base --prediction logits --seed 0
-    python examples/refine_recall.py evaluate --base work/recall/base     # all that were trained: refine.json and .png
+    python examples/refine_recall.py evaluate --base work/recall/base     # all seeds: refine_recall.json, .png
 
 The base is that of `python examples/associative_recall.py base`; tasks are those of examples/recall_tasks.py. Chance is
 1 / 64. Untrained, the prediction is a product of experts (or a mixture, or a mean of latents) of the bare base.
@@ -159,9 +159,9 @@ def evaluate(base: Base, num_tasks: int = 64, work: Path = WORK) -> None:
     command = f"python examples/refine_recall.py evaluate --base {base} --num-tasks {num_tasks}"
     report = {"recipe": {"command": command, **provenance()}, "chance": 1 / NUM_VALUES, "rows": rows}
     work.mkdir(parents=True, exist_ok=True)
-    (work / "refine.json").write_text(json.dumps(report, indent=1) + "\n")
+    (work / "refine_recall.json").write_text(json.dumps(report, indent=1) + "\n")
     print_table(rows)
-    draw(rows, work / "refine.png")
+    draw(rows, work / "refine_recall.png")
 
 
 def over_seeds(rows: list[dict], setting: str, method: str, asked: str = "all") -> dict[int, list[float]]:

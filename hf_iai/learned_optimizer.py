@@ -42,8 +42,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
         FileNotFoundError: when the folder holds no adapter.
         huggingface_hub's own errors.
 
-    `state_dict` holds where the parameters started and the averages, in the type of the parameters, and the network with its settings: a run goes on
-    where it stopped, bitwise, without the adapter.
+    `state_dict` holds where the parameters started and the averages, in the type of the parameters, and the network
+    with its settings: a run goes on where it stopped, bitwise, without the adapter.
 
     Example:
         >>> from tempfile import TemporaryDirectory

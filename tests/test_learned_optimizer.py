@@ -120,7 +120,7 @@ def test_every_setting_has_an_effect(name):
 
 
 def test_harm_is_taken_back():
-    """Untrained. A long first step; then task 0 is told at every chunk to come back, task 1 to go on, task 2 nothing."""
+    """After a long first step task 0 is told by every chunk to come back, task 1 to go on, task 2 nothing."""
     step = LearnedStep({"a": "a"}, 0.1, LearnedStepSettings())
     start = {"a": torch.ones(3, 3, 4)}
     theta, kept = step(start, step.initial(start), {"a": torch.ones(3, 3, 4)}, torch.zeros(3), start)

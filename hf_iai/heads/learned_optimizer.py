@@ -32,8 +32,8 @@ class LearnedStep(nn.Module):
 
     One guard comes before everything: a gradient that is longer than `largest_surprise` times the mean of those before,
     over all tensors together, is scaled down to that. One step too long would put a low-rank update where all gradients
-    are large, and it would stay there. Another comes after it, `heads.trust`: steps that text not yet read speaks against
-    are taken back, and those that follow are smaller.
+    are large, and it would stay there. Another comes after it, `heads.trust`: steps that text not yet read speaks
+    against are taken back, and those that follow are smaller.
 
     Args:
         kinds: name of each tensor -> its kind.
