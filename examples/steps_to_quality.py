@@ -15,6 +15,7 @@ docs/gradients.md has the results.
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -386,6 +387,38 @@ def evaluate(
         path = work / f"{state}.json"
         path.with_suffix(".tmp").write_text(json.dumps(found) + "\n")
         path.with_suffix(".tmp").replace(path)
+
+
+@app.command()
+def guard(
+    state: str = "lora",
+    num: int = 24,
+    chunk_size: int = CHUNK,
+    model: Model = None,
+    data: Data = None,
+    held_out: HeldOut = None,
+    work: Path = WORK,
+    output: Path = WORK.parent,
+) -> None:
+    """The learned optimizer of every trained seed, with and without its guard against harm: one JSON, one table."""
+    tokenizer = AutoTokenizer.from_pretrained(model or embedded_base())
+    per_file = 2 if data is None else None
+    episodes = windows(documents(data, held_out, "test"), tokenizer, CHUNKS, num, 0, per_file, chunk_size)
+    batches = [EpisodeCollator(tokenizer, chunk_size)(list(rows)) for rows in _groups(episodes, 20)]
+    found = {"recipe": provenance(), "model": Path(model).name if model else "embedded", "num": num, "rows": []}
+    for folder in sorted(work.glob(f"{state}-learned_optimizer-*/adapter")):
+        learned = AutoPeftModelForCausalLM.from_pretrained(folder).eval()
+        head, seed = learned.base_model.core.head, int(folder.parent.name.split("-")[-1])
+        for guarded in (True, False):
+            if not guarded:
+                head.settings = replace(head.settings, doubt=1e9)
+            losses = losses_of_reader(learned, batches, (0, *COUNTS, 50, CYCLED))
+            means = {n: round(float(values.mean()), 4) for n, values in losses.items()}
+            print(f"seed {seed}, guard {guarded}:", means)
+            found["rows"].append({"seed": seed, "guard": guarded, "losses": means})
+    path = output / f"guard_{found['model']}_{state}.json"
+    path.with_suffix(".tmp").write_text(json.dumps(found, indent=1) + "\n")
+    path.with_suffix(".tmp").replace(path)
 
 
 @app.command()
