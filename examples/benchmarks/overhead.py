@@ -66,7 +66,8 @@ def head_and_gradient(state_type: str) -> tuple[Callable, Callable]:
     model = gradient_model(state_type)
     core, base, ids = model.core, model._base, texts(1)
     state = state_of(model, 1)
-    theta = {name: state.tensors[name] for name in core.state.start}
+    start = dict(core.state.start.items())
+    theta = {name: state.tensors[name] for name in start}
     kept = {name: t for name, t in state.tensors.items() if name not in theta}
 
     def gradient():
@@ -76,7 +77,7 @@ def head_and_gradient(state_type: str) -> tuple[Callable, Callable]:
 
     @torch.no_grad()
     def update():
-        bounded(core.head(theta, kept, found, state.step)[0], core.state.start)
+        bounded(core.head(theta, kept, found, state.step, start)[0], start)
 
     return update, gradient
 

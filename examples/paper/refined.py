@@ -34,12 +34,13 @@ class Descent(nn.Module):
         kept = self.head.initial(theta)
         for k, (x, y) in enumerate(chunks):
             gradient = {"theta": self.gradient(theta["theta"], x, y).detach()}
-            theta, kept = self.head(theta, kept, gradient, torch.full((batch,), k))
+            theta, kept = self.head(theta, kept, gradient, torch.full((batch,), k), {"theta": self.start})
             yield theta["theta"]
 
 
 def _learned_step(start: dict[str, Tensor], rate: float) -> LearnedStep:
-    return LearnedStep({name: "theta" for name in start}, rate, LearnedStepSettings())
+    # Without the guard against harm: what is compared is the step.
+    return LearnedStep({name: "theta" for name in start}, rate, LearnedStepSettings(doubt=1e9))
 
 
 # All with a learned theta(0): with one rate this is MAML.
