@@ -405,7 +405,10 @@ def guard(
     per_file = 2 if data is None else None
     episodes = windows(documents(data, held_out, "test"), tokenizer, CHUNKS, num, 0, per_file, chunk_size)
     batches = [EpisodeCollator(tokenizer, chunk_size)(list(rows)) for rows in _groups(episodes, 20)]
-    found = {"recipe": provenance(), "model": Path(model).name if model else "embedded", "num": num, "rows": []}
+    command = f"python examples/steps_to_quality.py guard --state {state} --num {num} --chunk-size {chunk_size}"
+    command += f" --model {Path(model).name} --data {data.name} --held-out {held_out}" if model else ""
+    found = {"recipe": {"command": command, **provenance()}, "model": Path(model).name if model else "embedded"}
+    found |= {"rows": []}
     for folder in sorted(work.glob(f"{state}-learned_optimizer-*/adapter")):
         learned = AutoPeftModelForCausalLM.from_pretrained(folder).eval()
         head, seed = learned.base_model.core.head, int(folder.parent.name.split("-")[-1])
