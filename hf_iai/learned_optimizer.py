@@ -163,12 +163,13 @@ class LearnedOptimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict:
         net = {"weights": self.net.state_dict(), "initial_rate": self.net.initial_rate}
         net |= {"learned_optimizer": self.net.settings.to_dict(), "gradient_length": self.gradient_length}
-        net |= {"trust": dict(self.trust)}
+        net |= {"trust": {name: t.item() for name, t in self.trust.items()}}
         return super().state_dict() | {"net": net}
 
     def load_state_dict(self, state_dict: dict) -> None:
         self.net = _net(state_dict["net"]["weights"], state_dict["net"])
-        self.gradient_length, self.trust = state_dict["net"]["gradient_length"], state_dict["net"]["trust"]
+        self.gradient_length = state_dict["net"]["gradient_length"]
+        self.trust = {name: torch.tensor([x], dtype=torch.double) for name, x in state_dict["net"]["trust"].items()}
         super().load_state_dict({name: value for name, value in state_dict.items() if name != "net"})
 
 
