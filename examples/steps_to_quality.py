@@ -353,6 +353,11 @@ def cycled_rows(model, state: str, seed: int, start, batches: list, validation: 
     return rows
 
 
+def command_of(arguments: str, chunk_size: int, model: str | None, data: Path | None, held_out: str | None) -> str:
+    command = f"python examples/steps_to_quality.py {arguments} --chunk-size {chunk_size}"
+    return command + (f" --model {Path(model).name} --data {data.name} --held-out {held_out}" if model else "")
+
+
 @app.command()
 def evaluate(
     state: str = "prompt",
@@ -374,9 +379,8 @@ def evaluate(
     }
     batches = [collate(list(rows)) for rows in _groups(episodes["test"], 20)]
     validation = collate(list(episodes["validation"]))
-    command = f"python examples/steps_to_quality.py evaluate --state {state} --num {num}"
-    command += f" --num-validation {num_validation} --chunk-size {chunk_size}"
-    command += f" --model {Path(model).name} --data {data.name} --held-out {held_out}" if model else ""
+    command = f"evaluate --state {state} --num {num} --num-validation {num_validation}"
+    command = command_of(command, chunk_size, model, data, held_out)
     chosen_on = VALIDATION if data is None else "the first quarter of each held-out book"
     found = {"recipe": {"command": command, "num_validation": num_validation, "validation": chosen_on, **provenance()}}
     found |= {"model": Path(model).name if model else "embedded", "chunk_size": chunk_size, "rates": RATES[state]}
@@ -405,8 +409,7 @@ def guard(
     per_file = 2 if data is None else None
     episodes = windows(documents(data, held_out, "test"), tokenizer, CHUNKS, num, 0, per_file, chunk_size)
     batches = [EpisodeCollator(tokenizer, chunk_size)(list(rows)) for rows in _groups(episodes, 20)]
-    command = f"python examples/steps_to_quality.py guard --state {state} --num {num} --chunk-size {chunk_size}"
-    command += f" --model {Path(model).name} --data {data.name} --held-out {held_out}" if model else ""
+    command = command_of(f"guard --state {state} --num {num}", chunk_size, model, data, held_out)
     found = {"recipe": {"command": command, **provenance()}, "model": Path(model).name if model else "embedded"}
     found |= {"rows": []}
     for folder in sorted(work.glob(f"{state}-learned_optimizer-*/adapter")):
