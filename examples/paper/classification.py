@@ -38,7 +38,7 @@ SETTINGS = {
 }
 WIDTH, WAYS, QUERIES = 64, 10, 5  # of projected images; classes of a task, queries of each
 TRAINED, COUNTS = 10, (1, 2, 3, 5, 7, 10, 20, 50)  # most chunks in training, counts that are measured
-STEPS, BATCH, FIRST_RATE = {"cpu": 150, "gpu": 2000}, 8, 30.0
+STEPS, BATCH, FIRST_RATE = {"cpu": 150, "gpu": 2000}, 4, 30.0
 MNIST, OMNIGLOT = "mnist_12k/mnist_12k_3k.npz", "omniglot_small1/omniglot_small1_28x28.npz"
 REFINED = ("observations, with sums", *(f"gradients, {head}" for head in HEADS))
 VALUE, SCALE = "accuracy, %", "linear"
