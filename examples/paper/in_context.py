@@ -1,0 +1,201 @@
+"""In-context models of linear regression: iterating over chunks, one pass over everything, or a pooled code.
+
+The tasks are those of `linear_regression`: y = w x + 0.1 noise. A small transformer learns to predict y of a query from
+examples, trained on up to `TRAINED` chunks:
+
+    implicit            reads chunk after chunk, and each refines the prediction of the query (regime "implicit")
+    one pass            reads all examples at once, as one chunk: attention over n examples costs n^2
+    last chunk alone    reads one chunk, and has no more to go by at any later step
+    neural process      the mean of a code of each example, and a decoder of code and query
+
+Beside the error: seconds a training step takes at as many examples, and seconds until the last of 10 to 5000 examples
+is answered. One pass and the neural process were trained on as many examples as the implicit model, at once.
+
+Axes: B tasks, N examples, d features, Q queries.
+"""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from hf_iai import IAIConfig
+from hf_iai.objectives import Objective
+
+from .linear_regression import CHUNK, NOISE
+from .refined import train
+
+TRAINED, BATCH, QUERIES = 10, 16, 8  # chunks, tasks and queries of a training step
+EXAMPLES = (10, 20, 50, 100, 200, 500, 1000, 5000)  # that a task is read with
+DIMENSIONS = {"cpu": (2,), "gpu": (2, 16)}
+STEPS, RATE = {"cpu": 1500, "gpu": 20000}, 3e-3
+WIDTH, LAYERS, HEADS = 64, 3, 4
+VALUE, SCALE = "excess squared error", "log"
+Tasks = tuple[Tensor, ...]  # x (B, N, d), y (B, N), queries (B, Q, d), what they are without noise (B, Q)
+
+
+def draw_tasks(rng: np.random.Generator, num: int, num_examples: int, d: int, queries: int = QUERIES) -> Tasks:
+    weight = rng.normal(size=(num, d)) / d**0.5  # targets of variance 1
+    x, asked = rng.normal(size=(num, num_examples, d)), rng.normal(size=(num, queries, d))
+    y = np.einsum("bnd,bd->bn", x, weight) + NOISE * rng.normal(size=x.shape[:2])
+    found = x, y, asked, np.einsum("bqd,bd->bq", asked, weight)
+    return tuple(torch.from_numpy(a).float() for a in found)
+
+
+# ---------------------------------------------------------------- models
+
+
+class InContext(nn.Module):
+    """Regime `implicit` of hf_iai on a small transformer; with `whole` all examples are one chunk."""
+
+    def __init__(self, d: int, whole: bool) -> None:
+        super().__init__()
+        self.chunk = 10**9 if whole else CHUNK[d]
+        sizes = {"hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "num_hidden_layers": LAYERS}
+        sizes |= {"num_attention_heads": HEADS, "max_position_embeddings": 2 * max(EXAMPLES)}
+        base = AutoModelForCausalLM.from_config(
+            LlamaConfig(vocab_size=1, eos_token_id=None, bos_token_id=None, **sizes)
+        )
+        config = IAIConfig(
+            task_type="CAUSAL_LM",
+            regime="implicit",
+            vector_width=d,
+            num_outputs=1,
+            likelihood="gaussian",
+            r=WIDTH,
+            target_modules="all-linear",
+        )
+        self.model: PeftModel = get_peft_model(base, config)
+        self.model.base_model.objective = Objective(scored_states="last")
+
+    def loss(self, tasks: Tasks) -> Tensor:
+        """The mean negative log-likelihood before and after all chunks."""
+        x, y, queries, targets = tasks
+        chunks, values = self.chunks(x), self.chunks(y)
+        if len(chunks) > 1 and len(chunks[-1]) != len(chunks[0]):
+            raise ValueError("training needs whole chunks")
+        episode = {"chunk_inputs_embeds": torch.stack(chunks, 1), "chunk_labels": torch.stack(values, 1).unsqueeze(-1)}
+        return self.model(**episode, inputs_embeds=queries, labels=targets.unsqueeze(-1)).loss
+
+    def forward(self, tasks: Tasks) -> Tensor:  # (B, Q)
+        x, y, queries, _ = tasks
+        chunks = zip(self.chunks(x), self.chunks(y), strict=True)
+        read = ({"inputs_embeds": c, "labels": v.unsqueeze(-1)} for c, v in chunks)
+        *_, means = self.model.refine(read, {"inputs_embeds": queries.flatten(0, 1)})
+        return means.view(queries.shape[:2])
+
+    def chunks(self, examples: Tensor) -> tuple[Tensor, ...]:
+        return examples.split(self.chunk, 1)
+
+
+class LastChunk(InContext):
+    """What reads one chunk: the last of what there is."""
+
+    def __init__(self, d: int) -> None:
+        super().__init__(d, whole=True)
+        self.size = CHUNK[d]
+
+    def chunks(self, examples: Tensor) -> tuple[Tensor, ...]:
+        return (examples[:, -self.size :],)
+
+
+class NeuralProcess(nn.Module):
+    """Mean of codes, then a decoder. Source: Garnelo et al., Conditional Neural Processes, arXiv 1807.01613."""
+
+    def __init__(self, d: int) -> None:
+        super().__init__()
+        wide = 4 * WIDTH
+        self.encode = nn.Sequential(
+            nn.Linear(d + 1, wide), nn.GELU(), nn.Linear(wide, wide), nn.GELU(), nn.Linear(wide, wide)
+        )
+        self.decode = nn.Sequential(
+            nn.Linear(wide + d, wide), nn.GELU(), nn.Linear(wide, wide), nn.GELU(), nn.Linear(wide, 2)
+        )
+
+    def loss(self, tasks: Tasks) -> Tensor:
+        mean, log_variance = self._moments(tasks)
+        return 0.5 * ((mean - tasks[3]).square() * (-log_variance).exp() + log_variance).mean()
+
+    def forward(self, tasks: Tasks) -> Tensor:  # (B, Q)
+        return self._moments(tasks)[0]
+
+    def _moments(self, tasks: Tasks) -> tuple[Tensor, Tensor]:
+        x, y, queries, _ = tasks
+        code = self.encode(torch.cat([x, y.unsqueeze(-1)], -1)).mean(1, keepdim=True)
+        mean, log_variance = self.decode(torch.cat([code.expand(-1, queries.shape[1], -1), queries], -1)).unbind(-1)
+        return mean, log_variance.clamp(-14, 4)
+
+
+MODELS: dict[str, Callable[[int], nn.Module]] = {
+    "implicit": lambda d: InContext(d, whole=False),
+    "one pass": lambda d: InContext(d, whole=True),
+    "in context, the last chunk alone": LastChunk,
+    "neural process": NeuralProcess,
+}
+
+
+def ridge(tasks: Tasks) -> Tensor:  # (B, Q)
+    """With the true noise, for weights of variance 1 / d."""
+    x, y, queries, _ = tasks
+    d = x.shape[-1]
+    moment = x.mT.double() @ x.double() + d * NOISE**2 * torch.eye(d, dtype=torch.float64)
+    weight = torch.linalg.solve(moment, x.mT.double() @ y.double().unsqueeze(-1))
+    return (queries.double() @ weight).squeeze(-1).float()
+
+
+# ---------------------------------------------------------------- training and the table
+
+
+def trained(name: str, d: int, seed: int, steps: int) -> tuple[nn.Module, float]:
+    """And the median seconds of a step on `TRAINED` chunks."""
+    torch.manual_seed(seed)
+    model, rng, seconds = MODELS[name](d).train(), np.random.default_rng([1, seed]), []
+
+    def loss() -> Tensor:
+        # As many chunks for all models; the logarithm is uniform, and the last steps' share is known.
+        chunks = TRAINED if rng.random() < 0.3 else int(np.exp(rng.uniform(0, np.log(TRAINED + 0.99))))
+        return model.loss(draw_tasks(rng, BATCH, chunks * CHUNK[d], d))
+
+    train(model, loss, steps=steps, lr=RATE, title=f"{name}, d = {d}, seed {seed}")
+    tasks = draw_tasks(rng, BATCH, TRAINED * CHUNK[d], d)
+    for _ in range(5):
+        start = time.perf_counter()
+        model.loss(tasks).backward()
+        seconds.append(time.perf_counter() - start)
+    return model.eval(), float(np.median(seconds))
+
+
+@torch.no_grad()
+def answered(model: Callable[[Tasks], Tensor], tasks: Tasks) -> tuple[float, float]:
+    """The mean squared error, and seconds for a task; tasks go in fours, so that 5000 examples at once fit."""
+    start, errors = time.perf_counter(), []
+    for part in zip(*(t.split(4) for t in tasks), strict=True):
+        errors.append((model(part) - part[3]).square().mean(1))
+    return torch.cat(errors).mean().item(), (time.perf_counter() - start) / len(tasks[0])
+
+
+def table(tier: str, seeds: int, data: Path, output: Path, num: int = 64) -> list[dict]:
+    """The error at each number of examples, and its ratio to ridge regression's; neither `data` nor `output` is used.
+
+    `num_chunks` is the number of examples.
+    """
+    rows = []
+    for d in DIMENSIONS[tier]:
+        models = {name: [trained(name, d, seed, STEPS[tier]) for seed in range(seeds)] for name in MODELS}
+        models["ridge, true noise"] = [(ridge, float("nan"))]
+        for count in tqdm(EXAMPLES, f"d = {d}", leave=False):
+            tasks = draw_tasks(np.random.default_rng([2, d, count]), num, count, d, queries=16)
+            reference, _ = answered(ridge, tasks)
+            for name, of_seeds in models.items():
+                for seed, (model, step_seconds) in enumerate(of_seeds):
+                    error, seconds = answered(model, tasks)
+                    row = {"setting": f"d = {d}", "method": name, "seed": seed, "num_chunks": count, "value": error}
+                    row |= {"ratio": error / reference, "seconds": seconds, "step_seconds": step_seconds}
+                    rows.append(row)
+    return rows
