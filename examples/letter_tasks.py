@@ -41,8 +41,9 @@ REAL = {
 }
 ALL = [Letter(*choice) for choice in product((0, 1, 2, -1, -2, -3), (0, 1, -1), (False, True), (False, True))]
 _OTHERS = [function for function in ALL if function not in REAL.values()]
-HELD_OUT = [*REAL.values(), *(_OTHERS[i] for i in np.random.default_rng(0).permutation(len(_OTHERS))[::4])]
-TRAINED = [function for function in ALL if function not in HELD_OUT]
+# Tuples: datasets takes a list that a generator is given for shards, and would read one function after the other.
+HELD_OUT = (*REAL.values(), *(_OTHERS[i] for i in np.random.default_rng(0).permutation(len(_OTHERS))[::4]))
+TRAINED = tuple(function for function in ALL if function not in HELD_OUT)
 
 
 def made_up_words(rng: np.random.Generator, num: int) -> list[str]:
@@ -77,7 +78,7 @@ def episode(pairs: list[tuple[str, str]], num_asked: int, tokenizer: PreTrainedT
 
 
 def made_up_episodes(
-    functions: list[Letter],
+    functions: tuple[Letter, ...],
     num: int,
     num_chunks: int,
     num_asked: int,
