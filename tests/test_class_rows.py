@@ -182,3 +182,19 @@ def test_a_sum_of_states_has_the_mean_of_their_corrections():
     share = (one["count"] / both["count"]).unsqueeze(-1)
     torch.testing.assert_close(mean[2], share * mean[0] + (1 - share) * mean[1])
     assert logits(head, both, features).isfinite().all()
+
+
+def test_in_use_steps_shrink_where_sigma_fell_below_0():
+    features, labels = stream(num_chunks=200)
+    head = disturbed()
+    with torch.no_grad():
+        head.of_task[-1].weight[2].zero_()
+        head.of_task[-1].bias[2] = -1.0  # sigma = -3
+    sizes = {}
+    for training in (True, False):
+        head.train(training)
+        for num in (100, 200):
+            kept = read(head, features[:, : num * CHUNK], labels[:, : num * CHUNK])
+            sizes[training, num] = (kept["correction"] / kept["count"].unsqueeze(-1)).norm()
+    assert sizes[False, 200] < 1.5 * sizes[False, 100]  # by the logarithm of the examples, not by their number
+    assert sizes[False, 200] < 0.1 * sizes[True, 200]

@@ -141,6 +141,7 @@ def trained(name: str, trained_on: list[Source], seed: int, steps: int) -> Calla
         return torch.stack([loss_of(logits, tasks) for logits in find(tasks)]).mean()
 
     train(module, loss, steps=steps, lr=1e-2, title=f"{name}, seed {seed}")
+    module.eval()
     return find
 
 

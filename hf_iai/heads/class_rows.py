@@ -13,6 +13,7 @@ UNSEEN = -1e4  # bias of a class without an example; any half-precision type can
 MOST_LOG_WEIGHT, MOST_MARGIN = 3.0, 20.0
 PUSH = 10.0  # unit of the steps of the correction, which are about 1 where a margin is to move by 1
 LEAST = 1e-6  # of a count that is divided by
+LEAST_SIGMA = 0.2  # in use: below it steps hardly shrink, and long streams throw rows out
 
 
 class ClassRows(nn.Module):
@@ -34,7 +35,8 @@ class ClassRows(nn.Module):
         r_c += 10 v_c |y_c - p_c| (I + sigma T)^-1 (x - g)
 
     which for v of the sign of y - p is a step like online Newton's on the softmax loss, with the scatter in place of
-    its curvature: what is added shrinks where much was read, without a rate that depends on the step.
+    its curvature: what is added shrinks where much was read, without a rate that depends on the step. It does not where
+    sigma is 0, as it may become on streams far longer than those of training: in use (`eval()`) it is 0.2 at least.
 
     All three end in zeros: then k = a = rho = sigma = r = 0, w = 1, and the logits are 50 (m_c' x - |m_c|^2 / 2), the
     streaming nearest class mean (Euclidean). Rows lie in the span of what was read: A^-1 x differs from x by examples
@@ -125,7 +127,8 @@ class ClassRows(nn.Module):
         """(I + sigma T)^-1 (x - g): where each example draws a row."""
         common, number = _common(sums), sums["count"].sum(1).view(-1, 1, 1)
         spread = sums["moment"] - number * common.mT @ common
-        return _solve(spread, GAIN * self.of_task(_of_task(sums))[:, 2], x - common)
+        sigma = GAIN * self.of_task(_of_task(sums))[:, 2]
+        return _solve(spread, sigma if self.training else sigma.clamp_min(LEAST_SIGMA), x - common)
 
     @torch.no_grad()  # what the rows so far say is a measurement: no gradient through the whole stream
     def _judge(self, kept: Kept, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:  # (B, n, C, 9), (B, n, C)
