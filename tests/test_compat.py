@@ -25,7 +25,7 @@ from hf_iai.compat import (
 
 def test_peft_still_has_what_we_override():
     for name in ("inject_adapter", "_remove_adapter_name_from_key", "disable_adapter_layers", "enable_adapter_layers"):
-        assert hasattr(BaseTuner, name), f"PEFT moved BaseTuner.{name}: see hf_iai/model.py"
+        assert hasattr(BaseTuner, name), f"PEFT moved BaseTuner.{name}: see hf_iai/tuner.py"
     layer = next(m for m in make_model().modules() if isinstance(m, LoraLayer))
     assert layer._disable_adapters is False, "PEFT moved LoraLayer._disable_adapters: see compat.lora_enabled"
 
@@ -118,7 +118,7 @@ def test_lora_on_layers_that_mamba_reads_by_weight():
     assert {name.split(".")[-1] for name in names if ".mamba." in name} == {"in_proj"}
     with pytest.raises(ValueError, match="target_modules names 'x_proj'.*'mamba' reads without calling"):
         make_model("mamba", state_type="prompt", target_modules=["in_proj", "x_proj"])
-    assert "_check_target_module_compatiblity" in dir(BaseTuner), "PEFT moved it: see hf_iai/model.py"
+    assert "_check_target_module_compatiblity" in dir(BaseTuner), "PEFT moved it: see hf_iai/tuner.py"
 
 
 def test_longrope_stays_within_the_length_where_keys_do_not_change():
