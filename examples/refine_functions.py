@@ -1,4 +1,4 @@
-"""String functions by refinement: what letter a word is sent to, by functions that no training has seen (implicit).
+"""String functions by refinement: which letter of a word is meant, for functions that no training has seen (implicit).
 
     python examples/refine_functions.py train --prediction logits --seed 0
     python examples/refine_functions.py evaluate --data FOLDER          # all seeds: refine_functions.json and .png
