@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import typer
+from adapt_to_documents import report as write_curve
 from associative_recall import from_state
 from datasets import Dataset, IterableDataset
 from matplotlib.figure import Figure
@@ -27,7 +28,7 @@ from training import train_adapter
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from hf_iai import EpisodeCollator, IAIConfig, embedded_base
-from hf_iai.evaluation import bootstrap_mean
+from hf_iai.evaluation import Curve, bootstrap_mean, evaluate_curve
 from hf_iai.trainer import last_chunks
 
 SIGNALS = ("observations", "gradients", "both")
@@ -137,6 +138,18 @@ def evaluate(task: str = "code", num: int = 128, work: Path = WORK) -> None:
     path.with_suffix(".tmp").replace(path)
 
 
+@app.command()
+def curve(signal: str = "both", num: int = 128, work: Path = WORK) -> None:
+    """Every adapter of code with one signal, next to the bare base with fewer shots and full context: curve.json."""
+    tokenizer, curves = AutoTokenizer.from_pretrained(embedded_base()), []
+    test = windows(documents(None, None, "test"), tokenizer, max(COUNTS["code"]), num, 0, 2)
+    for folder in sorted(work.glob(f"code-{signal}-*/adapter")):
+        model, seed = AutoPeftModelForCausalLM.from_pretrained(folder).eval(), int(folder.parent.name.split("-")[-1])
+        curves.append(evaluate_curve(model, test, COUNTS["code"], tokenizer=tokenizer, chunk_size=CHUNK, seed=seed))
+    command = f"python examples/signals.py curve --signal {signal} --num {num}"
+    write_curve(Curve.concat(curves), work, command=command, windows=len(test), files=len(set(test["group"])))
+
+
 def _batches(episodes: Dataset, collate: EpisodeCollator, size: int = 16) -> list[dict]:
     rows = list(episodes)
     return [collate(rows[first : first + size]) for first in range(0, len(rows), size)]
@@ -148,7 +161,8 @@ def report(work: Path = WORK, output: Path = WORK.parent) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    reports = [json.loads(path.read_text()) for path in sorted(work.glob("*.json"))]
+    paths = (work / f"{task}.json" for task in COUNTS)
+    reports = [json.loads(path.read_text()) for path in paths if path.exists()]
     for found in reports:
         task, groups = found["task"], np.array(found["groups"])
         table = Table("signal", *map(str, COUNTS[task]), title=f"{task}: after so many chunks")
