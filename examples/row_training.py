@@ -59,6 +59,7 @@ def train_head(
         draw: makes a batch of tasks of at most so many chunks.
         rng: draws how many, from 1 to `MOST_CHUNKS`, small numbers as often as large ones.
     """
+    head.train()
     optimizer = torch.optim.Adam(head.parameters(), lr, betas=(0.9, 0.98))
     decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, 2 * (1 - step / steps)))
     for _ in (bar := tqdm(range(steps), "train", mininterval=10)):
@@ -72,3 +73,4 @@ def train_head(
         optimizer.step()
         decay.step()
         bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+    head.eval()

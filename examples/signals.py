@@ -3,6 +3,7 @@
     python examples/signals.py train --task code --signal both --seed 0    # 3 minutes on one core
     python examples/signals.py evaluate --task code                        # all that were trained
     python examples/signals.py report                                      # the tables
+    python examples/signals.py curve                                       # one signal on code, next to baselines
 
 Prefix states, explicit regime, the same number of training steps. Code: the loss of the 128 tokens that follow chunks
 of 64, of packages that neither base nor adapter was trained on. Recall: the exact match of 32 pairs, 8 of them
@@ -146,7 +147,7 @@ def curve(signal: str = "both", num: int = 128, work: Path = WORK) -> None:
     for folder in sorted(work.glob(f"code-{signal}-*/adapter")):
         model, seed = AutoPeftModelForCausalLM.from_pretrained(folder).eval(), int(folder.parent.name.split("-")[-1])
         curves.append(evaluate_curve(model, test, COUNTS["code"], tokenizer=tokenizer, chunk_size=CHUNK, seed=seed))
-    command = f"python examples/signals.py curve --signal {signal} --num {num}"
+    command = f"python examples/signals.py curve --signal {signal} --num {num} --work {work}"
     write_curve(Curve.concat(curves), work, command=command, windows=len(test), files=len(set(test["group"])))
 
 

@@ -33,6 +33,7 @@ def main(
     module = import_module(f"examples.paper.{table}")
     rows = means(module.table(tier, seeds, data, output))
     command = f"python -m examples.paper.run --table {table} --tier {tier} --seeds {seeds}"
+    command += " --data DATA" if table == "classification" else ""
     report = {"recipe": {"command": command, **provenance()}, "value": module.VALUE, "rows": rows}
     path = output / f"{table}.json"
     path.with_suffix(".tmp").write_text(json.dumps(report, indent=1) + "\n")
