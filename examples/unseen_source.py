@@ -52,7 +52,7 @@ def trained_head(name: str, corpus: Corpus, seed: int, work: Path, steps: int = 
         save_file(head.state_dict(), file.with_suffix(".tmp"))
         file.with_suffix(".tmp").replace(file)
     head.load_state_dict(load_file(file))
-    return head
+    return head.eval()
 
 
 def draw_shots(rng: np.random.Generator, corpus: Corpus, shots: int) -> tuple[np.ndarray, ...]:
