@@ -99,6 +99,13 @@ def windows(
     return episodes.shuffle(seed).select(range(min(num, len(episodes))))
 
 
+def held_out_windows(
+    data: Path | None, held_out: str | None, part: str, tokenizer, num: int, chunk_size: int
+) -> Dataset:
+    """Of `part` test or validation, each long enough for 25 updates."""
+    return windows(documents(data, held_out, part), tokenizer, CHUNKS, num, 0, 2 if data is None else None, chunk_size)
+
+
 # ---------------------------------------------------------------- training
 
 
@@ -372,9 +379,8 @@ def evaluate(
     """All methods on held-out documents, for every seed that was trained: one JSON for the state type."""
     tokenizer = AutoTokenizer.from_pretrained(model or embedded_base())
     collate = EpisodeCollator(tokenizer, chunk_size)
-    per_file = 2 if data is None else None
     episodes = {
-        part: windows(documents(data, held_out, part), tokenizer, CHUNKS, most, 0, per_file, chunk_size)
+        part: held_out_windows(data, held_out, part, tokenizer, most, chunk_size)
         for part, most in (("test", num), ("validation", num_validation))
     }
     batches = [collate(list(rows)) for rows in _groups(episodes["test"], 20)]
@@ -406,8 +412,7 @@ def guard(
 ) -> None:
     """The learned optimizer of every trained seed, with and without its guard against harm: one JSON, one table."""
     tokenizer = AutoTokenizer.from_pretrained(model or embedded_base())
-    per_file = 2 if data is None else None
-    episodes = windows(documents(data, held_out, "test"), tokenizer, CHUNKS, num, 0, per_file, chunk_size)
+    episodes = held_out_windows(data, held_out, "test", tokenizer, num, chunk_size)
     batches = [EpisodeCollator(tokenizer, chunk_size)(list(rows)) for rows in _groups(episodes, 20)]
     command = command_of(f"guard --state {state} --num {num}", chunk_size, model, data, held_out)
     found = {"recipe": {"command": command, **provenance()}, "model": Path(model).name if model else "embedded"}
