@@ -39,6 +39,16 @@ class Answers(ABC):
     def log_probs(self, base: Base, queries: Queries, chunk: dict | None, hidden: Tensor) -> Tensor:
         """(N, S, V), what the hidden states (N, S, d) before the slots say of them."""
 
+    def refined(self, logits: Tensor, said: Tensor, prior: Tensor, weight: Tensor, correction: Tensor) -> Tensor:
+        """The logits (N, S, V) after one more chunk: a product of experts, and a correction.
+
+        Args:
+            said, prior: log probabilities (N, S, V) behind the chunk and without one.
+            weight: of the chunk, (N, S, 1).
+            correction: (N, S, V), or 0.
+        """
+        return logits + weight * (said - prior) + correction
+
     def output(self, logits: Tensor) -> Tensor:  # (N, S, V)
         """As a caller sees it: (N, V), since there is one slot."""
         return logits.squeeze(1)

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from hf_iai import IAIConfig, IAITrainer, batch_chunks, chunk_vectors
 from hf_iai.objectives import Objective
+from hf_iai.vector_answers import RealAnswers
 
 WIDTH, CLASSES, TARGETS, WINDOW = 5, 3, 2, 32
 SIZES = {"vocab_size": 1, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
@@ -80,10 +81,18 @@ def test_the_formula(likelihood):
         precision = (8 * torch.tanh(said[..., TARGETS:] / 8)).exp()
         return torch.cat([said[..., :TARGETS] * precision, precision], -1)
 
+    def evidence(hidden, correction):
+        if likelihood == "softmax":
+            return weight * (natural(hidden) - prior) + correction
+        before, said = prior[:, TARGETS:], natural(hidden)
+        more = before / 16 * torch.log1p((16 * (said[:, TARGETS:] / before - 1)).exp())
+        mean = said[:, :TARGETS] / said[:, TARGETS:] + correction[:, :TARGETS]
+        return weight * torch.cat([mean * (before + more) - prior[:, :TARGETS], more], -1)
+
     def slot_of(state):
         if likelihood == "softmax":
             return state.softmax(-1) @ answers.rows
-        precision = state[:, TARGETS:].clamp_min(1e-3)
+        precision = state[:, TARGETS:]
         return answers.value(state[:, :TARGETS] / precision) + answers.certainty(precision.log())
 
     def outlook(chunk, slot):
@@ -101,11 +110,11 @@ def test_the_formula(likelihood):
             hidden, slot = outlook(chunk, slot_of(state))
             norm = slot / slot.square().mean(-1, keepdim=True).sqrt()
             weight = 2 * (norm @ core.weight + core.offset).sigmoid().unsqueeze(1)
-            state = state + weight * (natural(hidden) - prior) + core.gate * answers.readout(slot)
+            state = state + evidence(hidden, core.gate * answers.readout(slot))
             expected.append(state)
     expected = torch.stack(expected)
     if likelihood == "gaussian":
-        expected = expected[..., :TARGETS] / expected[..., TARGETS:].clamp_min(1e-3)
+        expected = expected[..., :TARGETS] / expected[..., TARGETS:]
     found = refined(model, stream(likelihood), queries())
     assert (found - expected).abs().max() < 1e-4
     assert (found[1:] - found[:-1]).abs().amax((1, 2)).min() > 1e-3
@@ -113,14 +122,39 @@ def test_the_formula(likelihood):
 
 @every_likelihood
 def test_untrained_it_knows_nothing(likelihood):
-    """All classes are alike; targets are N(0, 1), and the loss is theirs."""
+    """All classes are alike; targets are N(0, 1), but for the little that a chunk adds; the loss is theirs."""
     model = vector_model(likelihood=likelihood, trained=False)
     found = refined(model, stream(likelihood), queries())
     assert (found.softmax(-1) - 1 / CLASSES).abs().max() < 1e-6 if likelihood == "softmax" else not found.any()
     inputs = episode(likelihood)
     labels = inputs["labels"]
-    expected = -Normal(0, 1).log_prob(labels).mean() if labels.is_floating_point() else torch.tensor(CLASSES).log()
-    assert (model(**inputs).loss - expected).abs() < 1e-5
+    if likelihood == "softmax":
+        assert (model(**inputs).loss - torch.tensor(CLASSES).log()).abs() < 1e-5
+    else:
+        expected = [-Normal(0, p**-0.5).log_prob(labels).mean() for p in (1, 1.2)]
+        assert min(expected) - 1e-5 <= model(**inputs).loss <= max(expected) + 1e-5
+
+
+def test_precision_never_falls_and_means_stay_near_those_of_the_chunks():
+    """Whatever 200 chunks say, at precisions from 1e-3 to 3000 and weights from 0 to 2."""
+    answers, generator = RealAnswers(8, TARGETS), torch.Generator().manual_seed(0)
+
+    def said() -> tuple[torch.Tensor, torch.Tensor]:
+        mean, log_precision = torch.randn(2, 5, 1, TARGETS, generator=generator)
+        precision = (8 * log_precision.tanh()).exp()
+        return mean, torch.cat([mean * precision, precision], -1)
+
+    start, prior = said()
+    state, far, weights = prior, torch.zeros_like(start), torch.zeros(5, 1, 1)
+    for _ in range(200):
+        before = state
+        mean, chunk = said()
+        weight = 2 * torch.rand(5, 1, 1, generator=generator)
+        far, weights = far.maximum((mean - start).abs()), weights + weight
+        state = answers.refined(state, chunk, prior, weight, torch.zeros(5, 1, 2 * TARGETS))
+        assert (state[..., TARGETS:] >= before[..., TARGETS:]).all()
+        moved = (answers.output(state) - start.squeeze(1)).abs().unsqueeze(1)
+        assert (moved <= far * weights.clamp_min(1) + 1e-3).all()
 
 
 @every_likelihood

@@ -26,7 +26,7 @@ TRAINED, COUNTS = 10, (1, 2, 5, 10, 20, 50)  # most chunks in training, counts t
 SIZES, GRAPHS, MECHANISMS = (5, 10), ("ER", "scale-free"), ("linear", "nonlinear")
 NOISES, TESTED_NOISES = ("uniform", "Laplace", "exponential"), ("Laplace", "Gumbel")
 STEPS, BATCH = {"cpu": 400, "gpu": 5000}, 8
-VALUE, SCALE = "edges in order, %", "linear"
+VALUE, SCALE, COUNTED = "edges in order, %", "linear", "chunks"
 Logits = Iterator[Tensor]  # (B, n, n) after each chunk: log-odds that i comes before j
 
 

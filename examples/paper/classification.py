@@ -41,7 +41,7 @@ TRAINED, COUNTS = 10, (1, 2, 3, 5, 7, 10, 20, 50)  # most chunks in training, co
 STEPS, BATCH, FIRST_RATE = {"cpu": 150, "gpu": 2000}, 4, 30.0
 MNIST, OMNIGLOT = "mnist_12k/mnist_12k_3k.npz", "omniglot_small1/omniglot_small1_28x28.npz"
 REFINED = ("observations, with sums", *(f"gradients, {head}" for head in HEADS))
-VALUE, SCALE = "accuracy, %", "linear"
+VALUE, SCALE, COUNTED = "accuracy, %", "linear", "chunks"
 Logits = Iterator[Tensor]  # (B, Q, C) after each chunk
 Source = list[np.ndarray]  # of each class (N, d)
 

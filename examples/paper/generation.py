@@ -32,7 +32,7 @@ COUNTS, TRAINED, FLOW_STEPS = (1, 2, 5, 10, 20, 50), 10, 20
 LETTERS = {"train": "ACEGIKMOQSUWY", "test": "BDFHJLNPRTVXZ"}
 KINDS = ("mixtures of Gaussians", "letters")
 STEPS, BATCH, FIRST_RATE = {"cpu": 1000, "gpu": 10000}, 16, 0.3
-VALUE, SCALE = "energy distance", "log"
+VALUE, SCALE, COUNTED = "energy distance", "log", "chunks"
 Generate = Callable[[Tensor, int, torch.Generator], Tensor]  # (B, K, m, 2), N -> (B, N, 2), after all K chunks
 
 

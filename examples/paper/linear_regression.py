@@ -150,7 +150,7 @@ BASELINES = {
 
 # ---------------------------------------------------------------- the table
 
-VALUE, SCALE = "excess squared error", "log"
+VALUE, SCALE, COUNTED = "excess squared error", "log", "chunks"
 
 
 @torch.no_grad()

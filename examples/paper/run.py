@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 FOLDER = Path(__file__).parent
-TABLES = ("linear_regression", "classification", "causal_order", "generation")
+TABLES = ("linear_regression", "in_context", "classification", "causal_order", "generation")
 
 
 def main(
@@ -34,12 +34,17 @@ def main(
     rows = means(module.table(tier, seeds, data, output))
     command = f"python -m examples.paper.run --table {table} --tier {tier} --seeds {seeds}"
     command += " --data DATA" if table == "classification" else ""
-    report = {"recipe": {"command": command, **provenance()}, "value": module.VALUE, "rows": rows}
+    report = {
+        "recipe": {"command": command, **provenance()},
+        "value": module.VALUE,
+        "counted": module.COUNTED,
+        "rows": rows,
+    }
     path = output / f"{table}.json"
     path.with_suffix(".tmp").write_text(json.dumps(report, indent=1) + "\n")
     path.with_suffix(".tmp").replace(path)
-    show(rows)
-    draw(rows, module.VALUE, module.SCALE, path.with_suffix(".png"))
+    show(rows, module.COUNTED)
+    draw(rows, module.COUNTED, module.VALUE, module.SCALE, path.with_suffix(".png"))
 
 
 def means(rows: list[dict]) -> list[dict]:
@@ -66,11 +71,11 @@ def curves(rows: list[dict], setting: str) -> dict[str, list[dict]]:
     return {method: sorted(of_method, key=lambda row: row["num_chunks"]) for method, of_method in wanted.items()}
 
 
-def show(rows: list[dict]) -> None:
+def show(rows: list[dict], counted: str) -> None:
     for setting in dict.fromkeys(row["setting"] for row in rows):
         found = curves(rows, setting)
         counts = sorted({row["num_chunks"] for of_method in found.values() for row in of_method})
-        table = Table(Column("after chunks", no_wrap=True), *map(str, counts), title=setting)
+        table = Table(Column(f"after {counted}", no_wrap=True), *map(str, counts), title=setting)
         for method, of_method in found.items():
             cells = {row["num_chunks"]: _cell(row) for row in of_method}
             table.add_row(method, *(cells.get(n, "") for n in counts))
@@ -82,7 +87,7 @@ def _cell(row: dict) -> str:
     return f"{row['value']:.3g}{ratio}"
 
 
-def draw(rows: list[dict], value: str, scale: str, path: Path) -> None:
+def draw(rows: list[dict], counted: str, value: str, scale: str, path: Path) -> None:
     """A panel for each setting, four in a row."""
     settings = list(dict.fromkeys(row["setting"] for row in rows))
     across = min(4, len(settings))
@@ -95,7 +100,7 @@ def draw(rows: list[dict], value: str, scale: str, path: Path) -> None:
         for color, (method, of_method) in enumerate(curves(rows, setting).items()):
             at, values = ([row[name] for row in of_method] for name in ("num_chunks", "value"))
             axes.plot(at, values, f"C{color}", marker=".", label=method)
-        axes.set(title=setting, xscale="log", yscale=scale, xlabel="chunks", ylabel=value)
+        axes.set(title=setting, xscale="log", yscale=scale, xlabel=counted, ylabel=value)
         axes.grid(alpha=0.3)
     panels[0].legend(fontsize=6)
     figure.savefig(path.with_suffix(".tmp"), format="png", dpi=90)

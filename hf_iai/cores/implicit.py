@@ -77,7 +77,7 @@ class ImplicitCore(nn.Module):
             score = nn.functional.rms_norm(outlook.slots, self.weight.shape) @ self.weight + self.offset  # (N, S)
             correction = self.gate * self._scores(base, answers, outlook.slots)
             weight = 2 * score.sigmoid().unsqueeze(-1)
-            tensors = self.kind.include(state.tensors, outlook, prior, weight, correction)
+            tensors = self.kind.include(state.tensors, answers, outlook, prior, weight, correction)
         read = evidence["mask"].any(1).repeat_interleave(len(queries) // len(evidence["mask"]), 0).view(-1, 1, 1)
         return replace(state, tensors={name: torch.where(read, t, state.tensors[name]) for name, t in tensors.items()})
 

@@ -45,10 +45,13 @@ class PredictionKind(ABC):
         """yhat(0): what the predictor says without a chunk."""
 
     @abstractmethod
-    def include(self, kept: Tensors, outlook: Outlook, prior: Tensor, weight: Tensor, correction: Tensor) -> Tensors:
+    def include(
+        self, kept: Tensors, answers: Answers, outlook: Outlook, prior: Tensor, weight: Tensor, correction: Tensor
+    ) -> Tensors:
         """yhat(i+1), of what is said behind the chunk.
 
         Args:
+            answers: among which is chosen.
             prior: log probabilities (N, S, V) without a chunk, of the slots as they are now.
             weight: of the chunk, (N, S, 1); 1 before anything is learned.
             correction: (N, S, V), or (N, S, d) of a latent; 0 before anything is learned.
@@ -65,8 +68,10 @@ class Logits(PredictionKind):
     def start(self, outlook: Outlook) -> Tensors:
         return {"logits": outlook.log_probs}
 
-    def include(self, kept: Tensors, outlook: Outlook, prior: Tensor, weight: Tensor, correction: Tensor) -> Tensors:
-        return {"logits": kept["logits"] + weight * (outlook.log_probs - prior) + correction}
+    def include(
+        self, kept: Tensors, answers: Answers, outlook: Outlook, prior: Tensor, weight: Tensor, correction: Tensor
+    ) -> Tensors:
+        return {"logits": answers.refined(kept["logits"], outlook.log_probs, prior, weight, correction)}
 
     def logits(self, base: Base, prediction: Prediction) -> Tensor:
         return prediction.tensors["logits"]
@@ -81,7 +86,9 @@ class Probabilities(PredictionKind):
     def start(self, outlook: Outlook) -> Tensors:
         return {"probabilities": outlook.log_probs.softmax(-1), "weight": torch.ones_like(outlook.hidden[..., :1])}
 
-    def include(self, kept: Tensors, outlook: Outlook, prior: Tensor, weight: Tensor, correction: Tensor) -> Tensors:
+    def include(
+        self, kept: Tensors, answers: Answers, outlook: Outlook, prior: Tensor, weight: Tensor, correction: Tensor
+    ) -> Tensors:
         total = kept["weight"] + weight
         mean = kept["probabilities"].lerp(outlook.log_probs.softmax(-1), (weight / total).expand_as(outlook.log_probs))
         return {"probabilities": (_log(mean) + correction).softmax(-1), "weight": total}
@@ -102,7 +109,9 @@ class Latent(PredictionKind):
     def start(self, outlook: Outlook) -> Tensors:
         return {"latent": outlook.hidden, "weight": torch.ones_like(outlook.hidden[..., :1])}
 
-    def include(self, kept: Tensors, outlook: Outlook, prior: Tensor, weight: Tensor, correction: Tensor) -> Tensors:
+    def include(
+        self, kept: Tensors, answers: Answers, outlook: Outlook, prior: Tensor, weight: Tensor, correction: Tensor
+    ) -> Tensors:
         total = kept["weight"] + weight
         mean = kept["latent"].lerp(outlook.hidden, (weight / total).expand_as(outlook.hidden))
         return {"latent": mean + correction, "weight": total}
