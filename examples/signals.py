@@ -125,7 +125,7 @@ def evaluate(task: str = "code", num: int = 128, work: Path = WORK) -> None:
     else:
         tasks = recall_episodes(num, PAIRS, REWRITE_RATE, seed=77)
         groups = list(range(num))
-    command = f"python examples/signals.py evaluate --task {task} --num {num}"
+    command = f"python examples/signals.py evaluate --task {task} --num {num} --work {work}"
     report = {"recipe": {"command": command, **provenance()}, "task": task, "groups": groups, "rows": []}
     for folder in sorted(work.glob(f"{task}-*/adapter")):
         _, signal, seed = folder.parent.name.split("-")
