@@ -35,7 +35,7 @@ class Base:
     Not a module: it owns no parameters and is made anew for each use.
     """
 
-    state_types = ("prefix", "prompt", "lora")
+    state_types = ("prefix", "prompt", "lora", "mlp")
 
     def __init__(self, model: nn.Module) -> None:
         self.model, self.config = model, model.config
@@ -90,6 +90,9 @@ class Base:
         return lora_enabled([m for m in self.model.modules() if isinstance(m, LoraLayer)], enabled)
 
     def embed(self, ids: Tensor) -> Tensor:  # (B, T) -> (B, T, d)
+        """Embeddings (B, T, d) in place of ids are handed on."""
+        if ids.is_floating_point():
+            return ids
         return self.model.get_input_embeddings()(ids)
 
     def expected_embedding(self, probabilities: Tensor) -> Tensor:  # (..., V) -> (..., d)

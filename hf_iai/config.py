@@ -12,7 +12,7 @@ from .registration import IAIType
 # What exists, and what the design names but this version does not have yet.
 AVAILABLE = {
     "regime": (("parametric", "explicit", "implicit"), ()),
-    "state_type": (("prefix", "prompt", "lora", "linear"), ()),
+    "state_type": (("prefix", "prompt", "lora", "linear", "mlp"), ()),
     "signal": (("observations", "gradients", "both"), ()),
     "accumulation": (("average", "recent"), ()),
     "task_type": (("CAUSAL_LM", "SEQ_CLS"), ("TOKEN_CLS", "FEATURE_EXTRACTION", "SEQ_2_SEQ_LM")),
@@ -26,6 +26,7 @@ HEADS = {
     "gradients": ("learned_optimizer", "sgd", "meta_sgd", "path_aware"),
     "both": ("gated",),
 }
+SIGNALS_OF_VECTORS = {"explicit": ("observations",), "parametric": ("observations", "gradients")}
 # What a linear state, which has neither slots nor a gated head, leaves at their defaults.
 NOT_OF_LINEAR = (
     "num_state_tokens signal head accumulation num_kept_tokens correction delta_rule pin_bos second_order initial_rate "
@@ -33,7 +34,6 @@ NOT_OF_LINEAR = (
 ).split()
 # What has no meaning where there is no task state.
 NOT_OF_IMPLICIT = (*NOT_OF_LINEAR, *"state_type state_r state_target_modules path_window pooling".split())
-OF_IMPLICIT = ("prediction", "vector_width", "num_outputs")
 
 
 @dataclass
@@ -47,16 +47,18 @@ class IAIConfig(LoraConfig):
     Args:
         regime: `"parametric"` (queries are answered by the bare base), `"explicit"` (by base + LoRA), or `"implicit"`:
             there is no task state, each query refines its own prediction by each chunk (`IAIModel.refine`). None:
-            explicit, but for a linear state.
+            explicit, but for a linear state and an mlp.
         prediction: of regime `"implicit"`, what a prediction is kept as: `"logits"` (None: this), `"probabilities"` or
             `"latent"`.
-        vector_width: in regime `"implicit"`, observations are vectors of so many numbers, each with a class or real
-            targets (`likelihood`), and the base, often a small one made from a configuration, reads each as one token.
-            None: text.
+        vector_width: observations are vectors of so many numbers, each with a class or real targets (`likelihood`), and
+            the base, often a small one made from a configuration, reads each as one token. In regime `"explicit"` a
+            state of observations is averaged, and a learned map decodes what base and LoRA make of a query. None: text.
         num_outputs: of vectors, how many classes there are, or how many targets each has.
         state_type: `"prefix"` (keys and values of every layer; all layers must be attention), `"prompt"` (input
-            embeddings), `"lora"` (a low-rank update of the base's weights, one per task), or, with
-            `task_type="SEQ_CLS"` and only there, `"linear"` (the rows of a classifier; see `cores.LinearCore`).
+            embeddings), `"lora"` (a low-rank update of the base's weights, one per task), with `vector_width` also
+            `"mlp"` (the weights of a small network that answers by itself, with `num_state_tokens` hidden units; see
+            `states.MLPState`), or, with `task_type="SEQ_CLS"` and only there, `"linear"` (the rows of a classifier; see
+            `cores.LinearCore`).
         signal: `"observations"`: what the base holds about the chunk's tokens; `"gradients"`: how the loss of the
             chunk's labels changes with the state; or `"both"`.
         head: how the state is refined. Of observations and of both: `"gated"`, an average with a learned
@@ -68,7 +70,7 @@ class IAIConfig(LoraConfig):
             without: keys of `heads.LearnedStepSettings`. What is not given is completed with the defaults.
         path_window: w of `"path_aware"`, which mixes in the state of w chunks before after every w-th.
         num_state_tokens: m, the number of slots; at least 1. None: 16. Of a lora state the read-out slots; gradients
-            alone need none. A linear state has none.
+            alone need none. A linear state has none; of an mlp state they are the hidden units.
         state_r: r, the rank of a lora state.
         state_target_modules: which modules a lora state updates: the last parts of their names, a regular expression
             for whole paths, or `"all-linear"`. None: PEFT's choice for the base's family, such as the query and value
@@ -106,7 +108,7 @@ class IAIConfig(LoraConfig):
         default=None, metadata={"help": "regime implicit keeps it as: logits (None: this), probabilities or latent"}
     )
     state_type: str = field(
-        default="prefix", metadata={"help": "what the task state is: prefix, prompt, lora or linear"}
+        default="prefix", metadata={"help": "what the task state is: prefix, prompt, lora, linear or mlp"}
     )
     signal: str = field(default="observations", metadata={"help": "learned from: observations, gradients or both"})
     head: str | None = field(default=None, metadata={"help": "how the state is refined; None: the signal's default"})
@@ -121,7 +123,7 @@ class IAIConfig(LoraConfig):
         default=None, metadata={"help": "what a lora state updates; None: PEFT's choice for the family"}
     )
     vector_width: int | None = field(
-        default=None, metadata={"help": "regime implicit reads vectors of this width; None: text"}
+        default=None, metadata={"help": "observations are vectors of this width; None: text"}
     )
     num_outputs: int | None = field(default=None, metadata={"help": "of vectors: number of classes, or of targets"})
     num_state_tokens: int | None = field(
@@ -139,7 +141,7 @@ class IAIConfig(LoraConfig):
 
     def __post_init__(self) -> None:
         if self.regime is None:
-            self.regime = "parametric" if self.state_type == "linear" else "explicit"
+            self.regime = "parametric" if self.state_type in ("linear", "mlp") else "explicit"
         if self.uses_reader:
             super().__post_init__()
         else:  # nothing reads with LoRA, so none is created: data-parallel training finds no unused parameter
@@ -153,9 +155,11 @@ class IAIConfig(LoraConfig):
                 f"state_type='linear' and task_type='SEQ_CLS' need each other, got state_type={self.state_type!r} and "
                 f"task_type={getattr(self.task_type, 'value', self.task_type)!r}: set both, or neither"
             )
-        for name in OF_IMPLICIT:
-            if self.regime != "implicit" and (given := getattr(self, name)) is not None:
-                raise ValueError(f"{name}={given!r} needs regime='implicit', got regime={self.regime!r}: leave it out")
+        if self.regime != "implicit" and self.prediction is not None:
+            raise ValueError(
+                f"prediction={self.prediction!r} needs regime='implicit', got regime={self.regime!r}: leave it out"
+            )
+        self._check_vectors()
         if self.regime == "implicit":
             self._check_implicit()
         elif self.state_type == "linear":
@@ -181,24 +185,52 @@ class IAIConfig(LoraConfig):
     def _check_implicit(self) -> None:
         self._check_unused(NOT_OF_IMPLICIT, "regime='implicit'")
         self.prediction = self.prediction or "logits"
-        width, num = self.vector_width, self.num_outputs
-        if (width is None) != (num is None) or (width is not None and (width < 1 or num < 1)):
-            raise ValueError(
-                f"vector_width and num_outputs must both be at least 1, or both None for text, got {width} and {num}"
-            )
-        if width is None:
+        if self.vector_width is None:
             self._check_unused(("likelihood",), "text")
         if self.likelihood == "gaussian" and self.prediction != "logits":
             raise ValueError(
                 f"likelihood='gaussian' keeps natural parameters, got prediction={self.prediction!r}: leave it out"
             )
 
+    def _check_vectors(self) -> None:
+        width, num = self.vector_width, self.num_outputs
+        if (width is None) != (num is None) or (width is not None and (width < 1 or num < 1)):
+            raise ValueError(
+                f"vector_width and num_outputs must both be at least 1, or both None for text, got {width} and {num}"
+            )
+        if width is None:
+            if self.state_type == "mlp":
+                raise ValueError("state_type='mlp' answers about vectors: pass vector_width and num_outputs")
+            return
+        if self.state_type == "linear":
+            raise ValueError(
+                f"vector_width={width} has no meaning for state_type='linear', which takes any vectors of its base's "
+                "width: leave it out, with vector_base(width) as the base"
+            )
+        if self.regime != "implicit" and (self.regime == "parametric") != (self.state_type == "mlp"):
+            raise ValueError(
+                f"vector_width={width} with regime={self.regime!r} and state_type={self.state_type!r}: the bare base "
+                "says nothing of vectors. Use regime='explicit' with 'prefix', 'prompt' or 'lora', 'parametric' with "
+                "'mlp', or 'implicit'"
+            )
+        if self.regime != "implicit" and self.signal not in (signals := SIGNALS_OF_VECTORS[self.regime]):
+            raise ValueError(f"vectors in regime={self.regime!r} have the signals {signals}, got {self.signal!r}")
+        for name, default in (("accumulation", "average"), ("num_kept_tokens", 0), ("delta_rule", False)):
+            if (given := getattr(self, name)) != default:
+                raise ValueError(f"{name}={given!r} is for text, got vector_width={width}: leave it {default!r}")
+
     def _check_slots(self) -> None:
         """Of a state that is read in slots, or behind them."""
         self.num_state_tokens = 16 if self.num_state_tokens is None else self.num_state_tokens
-        for name, default in (("pooling", "mean"), ("likelihood", "softmax")):
-            if (given := getattr(self, name)) != default:
-                raise ValueError(f"{name}={given!r} needs state_type='linear', got {self.state_type!r}: leave it out")
+        if self.pooling != "mean":
+            raise ValueError(
+                f"pooling={self.pooling!r} needs state_type='linear', got {self.state_type!r}: leave it out"
+            )
+        if self.likelihood != "softmax" and self.vector_width is None:
+            raise ValueError(
+                f"likelihood={self.likelihood!r} needs state_type='linear' or vector_width, got {self.state_type!r}: "
+                "leave it out"
+            )
         self._check_gradients()
         if self.state_r < 1:
             raise ValueError(f"state_r must be at least 1, got {self.state_r}")

@@ -77,6 +77,11 @@ def export_to_peft(
     config, path = model.active_peft_config, Path(os.path.abspath(path))
     if config.state_type == "linear":
         raise ValueError("a linear state is a classifier, not an adapter: use export_classifier")
+    if config.vector_width is not None:
+        raise ValueError(
+            f"vector_width={config.vector_width}: answers about vectors are read out by a learned map, or by the state "
+            "itself, and PEFT has neither: keep the adapter, and the state with state.save_pretrained"
+        )
     peft_type = _checked_type(peft_type, config.state_type, tuner.model.config)
     _check_free(path)
     if peft_type == "LORA":

@@ -198,7 +198,7 @@ def model_card(config: IAIConfig, facts: CardFacts) -> ModelCard:
         rendered=RENDERED,
         linear=linear,
         implicit=config.regime == "implicit",
-        refines_vectors=config.vector_width,
+        reads_vectors=config.vector_width,
         num_outputs=config.num_outputs,
         regression=regression,
         vector_width=vector_width(config.base_model_name_or_path),
@@ -237,15 +237,17 @@ def is_edited(path: Path) -> bool:
 
 def describe(config: IAIConfig) -> str:
     """The adapter's configuration as a markdown list."""
+    read = []
+    if config.vector_width is not None:
+        targets = {"softmax": "classes", "gaussian": "real targets"}[config.likelihood]
+        read = [f"Reads vectors of {config.vector_width} numbers; answers: {config.num_outputs} {targets}"]
     if config.regime == "implicit":
         lines = [
             f"Base: {base_in_words(config)}",
             "Regime: implicit (base and LoRA refine each query's own prediction; there is no task state)",
             f"Prediction: kept as {config.prediction}",
+            *read,
         ]
-        if config.vector_width is not None:
-            answers = {"softmax": "classes", "gaussian": "real targets"}[config.likelihood]
-            lines.append(f"Reads vectors of {config.vector_width} numbers; answers: {config.num_outputs} {answers}")
         return "\n".join(f"- {line}" for line in lines)
     if config.state_type == "linear":
         rows = {"softmax": "classifier", "gaussian": "regression"}
@@ -256,12 +258,20 @@ def describe(config: IAIConfig) -> str:
             f"State: linear, the rows of a {rows[config.likelihood]}; pooling: {config.pooling}",
         ]
         return "\n".join(f"- {line}" for line in lines)
-    answers = {"explicit": "base and LoRA answer a query", "parametric": "the bare base answers a query"}
+    answers = {
+        "explicit": "base and LoRA answer a query under the state",
+        "parametric": "the bare base answers a query under the state",
+    }
     kept = f", {config.num_kept_tokens} of which keep single tokens" if config.num_kept_tokens else ""
     rule = ", delta rule" if config.delta_rule else ""
     state = f"{config.state_type} with {config.num_state_tokens} slots{kept}"
     if config.state_type == "lora":
         state = f"lora of rank {config.state_r}"
+    if config.state_type == "mlp":
+        state, answers["parametric"] = (
+            f"mlp of {config.num_state_tokens} hidden units",
+            "a query is answered by the state",
+        )
     if config.signal == "gradients":
         order = "second order" if config.second_order else "first order"
         learned = f"head: {config.head}, {order} in training"
@@ -269,9 +279,10 @@ def describe(config: IAIConfig) -> str:
         learned = f"accumulation: {config.accumulation}{rule}"
     lines = [
         f"Base: {base_in_words(config)}",
-        f"Regime: {config.regime} ({answers[config.regime]} under the state)",
+        f"Regime: {config.regime} ({answers[config.regime]})",
         f"State: {state}; {learned}",
         f"Signal: {config.signal}",
+        *read,
     ]
     return "\n".join(f"- {line}" for line in lines)
 

@@ -29,7 +29,8 @@ def fingerprint(base: Base, config: IAIConfig, adapter: Iterable[tuple[str, Tens
     digest = hashlib.sha256()
     fields = list(CONFIG_FIELDS)
     fields += ("pooling",) if config.state_type == "linear" else ()
-    fields += ("prediction", "vector_width", "num_outputs") if config.regime == "implicit" else ()
+    fields += ("prediction",) if config.regime == "implicit" else ()
+    fields += ("vector_width", "num_outputs") if config.regime == "implicit" or config.vector_width else ()
     fields += ("likelihood",) if config.likelihood != "softmax" else ()  # fingerprints from before there was another
     fields += LORA_FIELDS if config.state_type == "lora" else ()
     fields += GRADIENT_FIELDS if config.signal != "observations" else ()

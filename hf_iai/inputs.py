@@ -86,6 +86,10 @@ class Inputs:
         self._check_ids(labels.masked_fill((labels == -100) | (mask == 0), 0))
         return labels
 
+    def query_labels(self, labels: Tensor | None, ids: Tensor, mask: Tensor) -> Tensor | None:
+        """Of queries in a row, as the core's answer takes them."""
+        return labels
+
     def check_query(self, ids: Tensor, num_tasks: int) -> None:  # (B, T)
         """Of a state of `num_tasks`."""
         self._check_ids(ids)

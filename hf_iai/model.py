@@ -250,6 +250,7 @@ class IAIModel(IAITuner):
                 return self.model(input_ids=input_ids, inputs_embeds=inputs_embeds, **kwargs)
         ids, mask = self._inputs.tokens(input_ids, inputs_embeds, attention_mask)
         self._inputs.check_query(ids, state.batch_size)
+        labels = self._inputs.query_labels(labels, ids, mask)
         kwargs = {name: value for name, value in kwargs.items() if name not in OWN_ARGUMENTS}
         return self._answer(state, ids, mask, labels, **kwargs)
 
@@ -262,7 +263,7 @@ class IAIModel(IAITuner):
         queries = ids.shape
         ids, mask = ids.flatten(0, 1), mask.flatten(0, 1)  # (B * Q, T)
         self._inputs.check_episode(ids, chunk_ids)
-        labels = None if labels is None else labels.flatten(0, 1)
+        labels = None if labels is None else self._inputs.query_labels(labels.flatten(0, 1), ids, mask)
         chunks = (chunk_ids, chunk_mask, self._inputs.labels(chunk_labels, chunk_ids, chunk_mask))
         outputs = episode_loss(self, self.objective, ids, mask, labels, *chunks)
         outputs.logits = outputs.logits.unflatten(0, queries[:2])

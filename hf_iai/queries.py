@@ -42,7 +42,7 @@ class Queries:
         num = embeddings.shape[1]
         mask = torch.cat([self.mask, self.mask.new_ones(len(self), num) if real is None else real], 1)
         order = (mask == 0).long().argsort(dim=1, stable=True).unsqueeze(-1)  # padding last
-        prompts = self.ids if self.ids.is_floating_point() else base.embed(self.ids)
+        prompts = base.embed(self.ids)
         text = torch.cat([prompts, embeddings.to(prompts.dtype)], 1).take_along_dim(order, 1)
         mask = mask.gather(1, order.squeeze(-1))
         if chunk is None:

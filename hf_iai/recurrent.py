@@ -27,7 +27,7 @@ class RecurrentBase(Base):
     the recurrence: every pass is laid out as [padding][prefix][text], and what it gives is put back where it was.
     """
 
-    state_types = ("prompt", "lora")
+    state_types = ("prompt", "lora", "mlp")
 
     def check_state_type(self, state_type: str) -> None:
         if state_type == "prefix":

@@ -73,6 +73,8 @@ class IAITrainer(Trainer):
             raise ValueError("processing_class is missing: pass the base model's tokenizer")
         if args.state_learning_rate is not None and kwargs.get("optimizers", (None, None))[0] is not None:
             raise ValueError("state_learning_rate was given, but optimizers= brings its own rates: pass one of the two")
+        if config.vector_width is not None and args.kl_weight:
+            raise ValueError(f"a base of vectors is no teacher, got kl_weight={args.kl_weight}: leave it out")
         if (linear or implicit) and (args.kl_weight or args.state_learning_rate):
             kind = "a linear state" if linear else "regime='implicit'"
             raise ValueError(
@@ -99,7 +101,9 @@ class IAITrainer(Trainer):
     def _unit(self) -> str:
         """Of the loss."""
         config = self.accelerator.unwrap_model(self.model).active_peft_config
-        if config.regime == "implicit":
+        if config.state_type == "mlp" and config.likelihood == "gaussian":
+            return "half the squared error per target"
+        if config.regime == "implicit" or config.vector_width is not None:
             return "nats per prediction"
         if config.state_type != "linear":
             return "nats per token"

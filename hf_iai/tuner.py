@@ -19,7 +19,7 @@ from .labelled_inputs import LabelledInputs
 from .objectives import Objective
 from .recurrent import base_of
 from .state import Identity
-from .vector_inputs import VectorInputs
+from .vector_inputs import RefinedVectorInputs, VectorInputs
 
 
 class IAITuner(LoraModel):
@@ -125,8 +125,10 @@ class IAITuner(LoraModel):
     @property
     def _inputs(self) -> Inputs:
         if self._config.regime == "implicit":
-            kind = ImplicitInputs if self._config.vector_width is None else VectorInputs
+            kind = ImplicitInputs if self._config.vector_width is None else RefinedVectorInputs
             return kind(self._base, self._config, slots_in_front=0)
+        if self._config.vector_width is not None:
+            return VectorInputs(self._base, self._config, self.core.state.num_slots_in_front)
         labelled = {"softmax": LabelledInputs, "gaussian": GaussianInputs}[self._config.likelihood]
         kind = labelled if self._config.state_type == "linear" else Inputs
         return kind(self._base, self._config, self.core.state.num_slots_in_front)

@@ -3,17 +3,16 @@
 Axes: N queries, S = 1 slot, B tasks of n examples, d hidden width, C classes, o outputs.
 """
 
-import math
-
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from .answers import Answers
 from .base import Base
-from .queries import NO_TARGET, Queries
+from .likelihoods import Gaussian, zero_linear
+from .queries import Queries
 
-MAX_LOG_PRECISION, SHARPNESS = 8.0, 16.0
+SHARPNESS = 16.0
 
 
 class ClassAnswers(nn.Module, Answers):
@@ -27,7 +26,7 @@ class ClassAnswers(nn.Module, Answers):
     def __init__(self, width: int, num_outputs: int) -> None:
         super().__init__()
         self.rows = nn.Parameter(torch.randn(num_outputs, width))
-        self.readout = _zero_linear(width, num_outputs)
+        self.readout = zero_linear(width, num_outputs)
 
     def of_targets(self, labels: Tensor) -> Tensor:  # (B, n) -> (B, n, d)
         return self.rows[labels.clamp_min(0)]
@@ -59,15 +58,16 @@ class RealAnswers(nn.Module, Answers):
 
     def __init__(self, width: int, num_outputs: int) -> None:
         super().__init__()
+        self.likelihood = Gaussian(num_outputs)
         self.value = nn.Linear(num_outputs, width)
         self.certainty = nn.Linear(num_outputs, width, bias=False)
-        self.readout = _zero_linear(width, 2 * num_outputs)
+        self.readout = zero_linear(width, 2 * num_outputs)
 
     def of_targets(self, targets: Tensor) -> Tensor:  # (B, n, o) -> (B, n, d)
         return self.value(targets)
 
     def embedded(self, base: Base, natural: Tensor) -> Tensor:  # (N, 1, 2 o) -> (N, 1, d)
-        mean, precision = _moments(natural)
+        mean, precision = self.likelihood.moments(natural)
         return self.value(mean) + self.certainty(precision.log())
 
     def scores(self, base: Base, hidden: Tensor) -> Tensor:  # (N, 1, d) -> (N, 1, 2 o)
@@ -75,9 +75,7 @@ class RealAnswers(nn.Module, Answers):
 
     def log_probs(self, base: Base, queries: Queries, chunk: dict | None, hidden: Tensor) -> Tensor:
         """The natural parameters (N, 1, 2 o), which take their place."""
-        mean, log_precision = self.scores(base, hidden).chunk(2, -1)
-        precision = (MAX_LOG_PRECISION * torch.tanh(log_precision / MAX_LOG_PRECISION)).exp()
-        return torch.cat([mean * precision, precision], -1)
+        return self.likelihood.natural(self.scores(base, hidden))
 
     def refined(self, natural: Tensor, said: Tensor, prior: Tensor, weight: Tensor, correction: Tensor) -> Tensor:
         """All (N, 1, 2 o), the weight (N, 1, 1); the correction moves the mean that the chunk says."""
@@ -89,32 +87,7 @@ class RealAnswers(nn.Module, Answers):
         return natural + weight * torch.cat([shift, more], -1)
 
     def output(self, natural: Tensor) -> Tensor:  # (N, 1, 2 o) -> (N, o)
-        return _moments(natural)[0].squeeze(1)
+        return self.likelihood.output(natural).squeeze(1)
 
     def loss(self, natural: Tensor, targets: Tensor) -> Tensor:  # (N, 1, 2 o), (N, 1, o)
-        """The mean negative log-likelihood of the targets, nats per number; NaN marks padding."""
-        mean, precision = _moments(natural)
-        real = ~targets.isnan()
-        error = (targets.where(real, 0) - mean).square()
-        nats = 0.5 * (precision * error - precision.log() + math.log(2 * math.pi))
-        return nats.where(real, 0).sum() / real.sum().clamp_min(1)
-
-
-def vector_targets(labels: Tensor, mask: Tensor) -> Tensor:  # (B, Q) or (B, Q, o), (B, Q) -> (B * Q, 1[, o])
-    """Of queries, with padding marked as the losses want it."""
-    labels = labels.flatten(0, 1).unsqueeze(1)
-    hidden = (mask == 0).flatten().view(-1, *[1] * (labels.dim() - 1))
-    return labels.masked_fill(hidden, math.nan if labels.is_floating_point() else NO_TARGET)
-
-
-def _zero_linear(width: int, num_outputs: int) -> nn.Linear:
-    layer = nn.Linear(width, num_outputs)
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
-    return layer
-
-
-def _moments(natural: Tensor) -> tuple[Tensor, Tensor]:  # (..., 2 o) -> (..., o) twice
-    """Mean and precision."""
-    shift, precision = natural.chunk(2, -1)
-    return shift / precision, precision
+        return self.likelihood.loss(natural, targets)

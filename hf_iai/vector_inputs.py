@@ -1,22 +1,17 @@
-"""VectorInputs: chunks of (x, y) and queries x of regime `implicit`. Axes: B tasks, n examples, N queries, w width."""
+"""Chunks of (x, y) and queries x, with `vector_width`. Axes: B tasks, n examples, N queries, w width, o outputs."""
 
 import torch
 from torch import Tensor
 
 from .implicit_inputs import ImplicitInputs, Labels
-from .inputs import Chunk
+from .inputs import Chunk, Inputs
 from .labelled_inputs import CHUNK_SIZE
+from .likelihoods import vector_targets
 from .queries import NO_TARGET, Queries
-from .vector_answers import vector_targets
 
 
-class VectorInputs(ImplicitInputs):
-    """Checks what a model with `vector_width` is given."""
-
-    @property
-    def max_chunk_size(self) -> int:
-        """The usual number of examples, if as many fit the window with a query."""
-        return min(CHUNK_SIZE, self.base.window - 2)
+class _Vectors(Inputs):
+    """What an observation is."""
 
     def tokens(self, ids: Tensor | None, vectors: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         width = self.config.vector_width
@@ -34,6 +29,7 @@ class VectorInputs(ImplicitInputs):
         vectors, mask = self._on_device(chunk)
         if vectors.dim() != 3:
             raise ValueError(f"a chunk's inputs_embeds must be (tasks, examples, width), got {tuple(vectors.shape)}")
+        self._check_chunk_length(vectors.shape[1])
         return vectors, mask, self.labels(chunk.get("labels"), vectors, mask)
 
     def labels(self, labels: Tensor | None, ids: Tensor, mask: Tensor) -> Tensor:
@@ -55,6 +51,51 @@ class VectorInputs(ImplicitInputs):
             raise ValueError(f"labels must be from 0 to num_outputs - 1 = {most - 1}, got {found}")
         return labels
 
+    def _targets(self, labels: Tensor, vectors: Tensor, mask: Tensor) -> Tensor:  # (..., Q), (..., Q, w), (..., Q)
+        """Labels of queries, -100 for none of a class, as the losses want them."""
+        asked = mask if labels.is_floating_point() else mask * (labels != NO_TARGET)
+        return vector_targets(self.labels(labels, vectors, asked), asked)
+
+    def _check_ids(self, ids: Tensor) -> None:
+        """Vectors are not of a vocabulary."""
+
+
+class VectorInputs(_Vectors):
+    """Checks what a model with a state of vectors is given."""
+
+    @property
+    def max_chunk_size(self) -> int:
+        """The usual number of examples, if as many fit the window."""
+        return min(CHUNK_SIZE, super().max_chunk_size)
+
+    def check_query(self, ids: Tensor, num_tasks: int) -> None:  # (N, w)
+        """Each of B tasks answers N / B queries, one after the other."""
+        if ids.dim() != 2 or not len(ids) or len(ids) % num_tasks:
+            raise ValueError(
+                f"queries must be inputs_embeds (queries, width), as many for each of the {num_tasks} tasks of the "
+                f"state, got shape {tuple(ids.shape)}"
+            )
+
+    def check_episode(self, ids: Tensor, chunk_ids: Tensor) -> None:  # (B * Q, w), (B, K, n, w)
+        if ids.dim() != 2 or chunk_ids.dim() != 4:
+            raise ValueError(
+                "an episode has chunk_inputs_embeds (batch, chunks, examples, width) and inputs_embeds (batch, "
+                f"queries, width), got chunks {tuple(chunk_ids.shape)}, and queries in a row as {tuple(ids.shape)}"
+            )
+        self._check_chunk_length(chunk_ids.shape[2])
+
+    def query_labels(self, labels: Tensor | None, ids: Tensor, mask: Tensor) -> Tensor | None:  # (N,) or (N, o)
+        return None if labels is None else self._targets(labels, ids, mask).unsqueeze(1)
+
+
+class RefinedVectorInputs(_Vectors, ImplicitInputs):
+    """Checks what a model of regime `implicit` with vectors is given."""
+
+    @property
+    def max_chunk_size(self) -> int:
+        """The usual number of examples, if as many fit the window with a query."""
+        return min(CHUNK_SIZE, self.base.window - 2)
+
     def asked(self, query: Chunk, labels: Labels | None, num_answer_tokens: int | None) -> tuple[Queries, None]:
         if labels is not None or num_answer_tokens is not None:
             raise ValueError("labels and num_answer_tokens are for texts: num_outputs says what a vector's answers are")
@@ -70,8 +111,4 @@ class VectorInputs(ImplicitInputs):
         if labels is None:
             raise ValueError("an episode of regime='implicit' needs labels (B, Q) of the queries")
         queries, _ = self.asked({"inputs_embeds": ids.flatten(0, 1)}, None, None)
-        asked = mask if labels.is_floating_point() else mask * (labels != NO_TARGET)
-        return queries, None, vector_targets(self.labels(labels, ids, asked), asked)
-
-    def _check_ids(self, ids: Tensor) -> None:
-        """Vectors are not of a vocabulary."""
+        return queries, None, self._targets(labels, ids, mask).flatten(0, 1).unsqueeze(1)

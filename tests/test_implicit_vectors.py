@@ -262,7 +262,6 @@ def test_the_error_falls_with_chunks(tmp_path):
         ({"num_outputs": None}, "both be at least 1, or both None for text, got 5 and None"),
         ({"vector_width": 0}, "both be at least 1.* got 0 and 3"),
         ({"likelihood": "gaussian", "prediction": "latent"}, "natural parameters, got prediction='latent'"),
-        ({"regime": "explicit"}, "vector_width=5 needs regime='implicit', got regime='explicit'"),
         ({"vector_width": None, "num_outputs": None, "likelihood": "gaussian"}, "likelihood='gaussian' has no meaning"),
     ],
 )

@@ -24,7 +24,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from hf_iai import IAIConfig
 from hf_iai.objectives import Objective
@@ -38,6 +38,7 @@ DIMENSIONS = {"cpu": (2,), "gpu": (2, 16)}
 STEPS, RATE = {"cpu": 2000, "gpu": 20000}, 3e-3
 WIDTH, LAYERS, HEADS = 64, 2, 4
 VALUE, SCALE, COUNTED = "excess squared error", "log", "examples"
+Models = dict[str, Callable[[int], nn.Module]]  # name -> what makes one for d features
 Tasks = tuple[Tensor, ...]  # x (B, N, d), y (B, N), queries (B, Q, d), what they are without noise (B, Q)
 
 
@@ -52,17 +53,20 @@ def draw_tasks(rng: np.random.Generator, num: int, num_examples: int, d: int, qu
 # ---------------------------------------------------------------- models
 
 
+def small_base() -> PreTrainedModel:
+    sizes = {"hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "num_hidden_layers": LAYERS}
+    sizes |= {"num_attention_heads": HEADS, "max_position_embeddings": 2 * max(EXAMPLES)}
+    # With initial weights of 0.02, as usual, hardly anything of an example gets through.
+    sizes |= {"vocab_size": 1, "eos_token_id": None, "bos_token_id": None, "initializer_range": WIDTH**-0.5}
+    return AutoModelForCausalLM.from_config(LlamaConfig(**sizes))
+
+
 class InContext(nn.Module):
     """Regime `implicit` of hf_iai on a small transformer; with `whole` all examples are one chunk."""
 
     def __init__(self, d: int, whole: bool) -> None:
         super().__init__()
         self.whole = whole
-        sizes = {"hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "num_hidden_layers": LAYERS}
-        sizes |= {"num_attention_heads": HEADS, "max_position_embeddings": 2 * max(EXAMPLES)}
-        # With initial weights of 0.02, as usual, hardly anything of an example gets through.
-        sizes |= {"vocab_size": 1, "eos_token_id": None, "bos_token_id": None, "initializer_range": WIDTH**-0.5}
-        base = AutoModelForCausalLM.from_config(LlamaConfig(**sizes))
         config = IAIConfig(
             task_type="CAUSAL_LM",
             regime="implicit",
@@ -73,7 +77,7 @@ class InContext(nn.Module):
             lora_alpha=WIDTH,
             target_modules="all-linear",
         )
-        self.model: PeftModel = get_peft_model(base, config)
+        self.model: PeftModel = get_peft_model(small_base(), config)
         self.model.base_model.objective = Objective(scored_states="last")
 
     def loss(self, tasks: Tasks, size: int) -> Tensor:
@@ -128,7 +132,7 @@ class NeuralProcess(nn.Module):
         return mean, log_variance.clamp(-14, 4)
 
 
-MODELS: dict[str, Callable[[int], nn.Module]] = {
+MODELS: Models = {
     "implicit": lambda d: InContext(d, whole=False),
     "one pass": lambda d: InContext(d, whole=True),
     "in context, the last chunk alone": lambda d: LastChunk(d, whole=False),
@@ -148,10 +152,10 @@ def ridge(tasks: Tasks, size: int) -> Tensor:  # (B, Q)
 # ---------------------------------------------------------------- training and the table
 
 
-def trained(name: str, d: int, seed: int, steps: int) -> tuple[nn.Module, dict[str, float]]:
+def trained(models: Models, name: str, d: int, seed: int, steps: int) -> tuple[nn.Module, dict[str, float]]:
     """A model, seconds that its training took, and the median seconds of a step on the most examples."""
     torch.manual_seed(seed)
-    model, rng, taken = MODELS[name](d).train(), np.random.default_rng([1, seed]), iter(range(steps))
+    model, rng, taken = models[name](d).train(), np.random.default_rng([1, seed]), iter(range(steps))
 
     def loss() -> Tensor:
         chunks = 1 if next(taken) < steps // 2 else int(np.exp(rng.uniform(0, np.log(TRAINED + 0.99))))
@@ -178,19 +182,19 @@ def answered(model: Callable[[Tasks, int], Tensor], tasks: Tasks, size: int) -> 
     return torch.cat(errors).mean().item(), (time.perf_counter() - start) / len(tasks[0])
 
 
-def table(tier: str, seeds: int, data: Path, output: Path, num: int = 64) -> list[dict]:
+def table(tier: str, seeds: int, data: Path, output: Path, num: int = 64, models: Models = MODELS) -> list[dict]:
     """The error at each number of examples, and its ratio to ridge regression's; neither `data` nor `output` is used.
 
     `num_chunks` is the number of examples.
     """
     rows = []
     for d in DIMENSIONS[tier]:
-        models = {name: [trained(name, d, seed, STEPS[tier]) for seed in range(seeds)] for name in MODELS}
-        models["ridge, true noise"] = [(ridge, {})]
+        found = {name: [trained(models, name, d, seed, STEPS[tier]) for seed in range(seeds)] for name in models}
+        found["ridge, true noise"] = [(ridge, {})]
         for count in tqdm(EXAMPLES, f"d = {d}", leave=False):
             tasks = draw_tasks(np.random.default_rng([2, d, count]), num, count, d, queries=16)
             reference, _ = answered(ridge, tasks, CHUNK[d])
-            for name, of_seeds in models.items():
+            for name, of_seeds in found.items():
                 for seed, (model, times) in enumerate(of_seeds):
                     error, seconds = answered(model, tasks, CHUNK[d])
                     row = {"setting": f"d = {d}", "method": name, "seed": seed, "num_chunks": count, "value": error}

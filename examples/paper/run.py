@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 FOLDER = Path(__file__).parent
-TABLES = ("linear_regression", "in_context", "classification", "causal_order", "generation")
+TABLES = ("linear_regression", "in_context", "regimes", "classification", "causal_order", "generation")
 
 
 def main(

@@ -11,16 +11,20 @@ from .implicit import ImplicitCore
 from .implicit_vectors import ImplicitVectorCore
 from .linear import LinearCore
 from .recent import RecentCore
+from .vectors import ExplicitVectorCore, MLPCore, MLPGradientCore
 
 __all__ = [
     "AverageCore",
     "BothCore",
     "Core",
+    "ExplicitVectorCore",
     "GaussianCore",
     "GradientCore",
     "ImplicitCore",
     "ImplicitVectorCore",
     "LinearCore",
+    "MLPCore",
+    "MLPGradientCore",
     "RecentCore",
     "make_core",
 ]
@@ -32,6 +36,10 @@ def make_core(base: Base, config: IAIConfig) -> Core | ImplicitCore:
         core = ImplicitCore if config.vector_width is None else ImplicitVectorCore
     elif config.state_type == "linear":
         core = {"softmax": LinearCore, "gaussian": GaussianCore}[config.likelihood]
+    elif config.state_type == "mlp":
+        core = {"observations": MLPCore, "gradients": MLPGradientCore}[config.signal]
+    elif config.vector_width is not None:
+        core = ExplicitVectorCore
     elif config.signal == "observations":
         core = {"average": AverageCore, "recent": RecentCore}[config.accumulation]
     else:

@@ -34,7 +34,9 @@ class AverageCore(Core):
 
     def read(self, base: Base, ids: Tensor, mask: Tensor, labels: Tensor) -> dict[str, Tensor]:  # (B, C) each
         """A state of one chunk."""
-        ids = super().read(base, ids, mask, labels)["ids"]
+        return self._read_out(base, super().read(base, ids, mask, labels)["ids"], mask)
+
+    def _read_out(self, base: Base, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:  # (B, C), or (B, C, d), and (B, C)
         with base.lora(True):
             surprisal = self.config.num_kept_tokens > 0
             reading = read_observations(base, self.state, ids, mask, surprisal=surprisal)

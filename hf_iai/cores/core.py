@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from ..base import Base, Prefix
 from ..config import IAIConfig
 from ..label_names import Names
+from ..likelihoods import likelihood_of
 from ..state import Identity, TaskState
-from ..states import HypernetworkState, LinearState, LoraState, PrefixState, PromptState
+from ..states import HypernetworkState, LinearState, LoraState, MLPState, PrefixState, PromptState
 
 
 class Core(nn.Module, ABC):
@@ -96,8 +97,16 @@ class Core(nn.Module, ABC):
 def _state_type(base: Base, config: IAIConfig, *, reads: bool) -> nn.Module:
     if config.state_type == "linear":
         return LinearState(base.width)
-    token_ids = torch.randint(base.vocab_size, (config.num_state_tokens,))
-    token_ids = token_ids.to(base.model.get_input_embeddings().weight.device)
+    embeddings = base.model.get_input_embeddings().weight
+    if config.state_type == "mlp":
+        scores = likelihood_of(config).num_scores
+        widths = (embeddings.shape[1], base.config.hidden_size) if reads else None
+        return MLPState(config.vector_width, config.num_state_tokens, scores, widths)
+    if config.vector_width is None:
+        token_ids = torch.randint(base.vocab_size, (config.num_state_tokens,)).to(embeddings.device)
+    else:  # a base of vectors has no tokens to start from: as long as its embeddings, and no two alike
+        length = embeddings.detach().float().square().mean().sqrt()
+        token_ids = length * torch.randn(config.num_state_tokens, embeddings.shape[1], device=embeddings.device)
     if config.state_type == "prompt":
         return PromptState(base, token_ids, reads=reads)
     if config.state_type == "prefix":

@@ -67,8 +67,9 @@ def evaluate_curve(
         show_progress: show a progress bar, one step per batch.
 
     Raises:
-        ValueError: for unknown baselines, a baseline that reads while `num_chunks` is only 0, no episode, an episode
-            with too few chunks or with several queries, or text without a tokenizer.
+        ValueError: for a model with `vector_width` or of regime implicit, unknown baselines, a baseline that reads
+            while `num_chunks` is only 0, no episode, an episode with too few chunks or with several queries, or text
+            without a tokenizer.
 
     Example:
         >>> from datasets import Dataset
@@ -91,6 +92,11 @@ def evaluate_curve(
         names = {"seed": seed, "method": method, "show_progress": show_progress}
         size = chunk_size or model.max_chunk_size
         return accuracy_curve(model, episodes, num_chunks, baselines, tokenizer=tokenizer, chunk_size=size, **names)
+    if model.active_peft_config.vector_width is not None or model.active_peft_config.regime == "implicit":
+        raise ValueError(
+            "evaluate_curve scores texts under a task state, and linear states: for vectors and regime='implicit' see "
+            "the losses that IAITrainer.evaluate logs, eval_loss_at_chunks_{n}"
+        )
     num_chunks = (0, 1, 2, 4, 8, 16) if num_chunks is None else num_chunks
     baselines = BASELINES if baselines is None else baselines
     counts = _checked_counts(num_chunks, baselines, static_model, method)

@@ -1,5 +1,8 @@
 """The signal `gradients`: how the loss of a chunk changes with the state."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor, nn
 
@@ -29,14 +32,32 @@ def read_gradients(
     twice = second_order and torch.is_grad_enabled()
     if twice:
         check_double_backward(base.model)
-    with torch.inference_mode(False), torch.enable_grad(), math_attention(twice):
-        ids, mask, labels = (_usable(t) for t in (ids, mask, labels))
+
+    def losses(tensors: dict[str, Tensor], ids: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
+        with state.under(base, tensors) as prefix:
+            return _losses(base, prefix, ids, mask, labels)
+
+    with math_attention(twice):
+        chunk, backward = (ids, mask, labels), inner_backward(base.model)
+        return gradients_of(losses, tensors, chunk, second_order=second_order, around_backward=backward)
+
+
+def gradients_of(
+    losses: Callable[..., Tensor],  # (tensors, *chunk) -> (B,)
+    tensors: dict[str, Tensor],  # (B, ...) each
+    chunk: tuple[Tensor, ...],
+    *,
+    second_order: bool,
+    around_backward: AbstractContextManager = nullcontext(),  # noqa: B008
+) -> dict[str, Tensor]:
+    """d sum(losses) / d tensors, also where no gradient is being recorded; see `read_gradients`."""
+    twice = second_order and torch.is_grad_enabled()
+    with torch.inference_mode(False), torch.enable_grad():
         tensors = {
             n: t if twice and t.requires_grad else _usable(t).detach().requires_grad_() for n, t in tensors.items()
         }
-        with state.under(base, tensors) as prefix:
-            loss = _losses(base, prefix, ids, mask, labels).sum()
-        with inner_backward(base.model):
+        loss = losses(tensors, *map(_usable, chunk)).sum()
+        with around_backward:
             gradients = torch.autograd.grad(loss, list(tensors.values()), create_graph=twice)
     return dict(zip(tensors, gradients, strict=True))
 

@@ -3,7 +3,8 @@
 from .hypernetwork import HypernetworkState
 from .linear import LinearState
 from .lora import LoraState
+from .mlp import MLPState
 from .prefix import PrefixState
 from .prompt import PromptState
 
-__all__ = ["HypernetworkState", "LinearState", "LoraState", "PrefixState", "PromptState"]
+__all__ = ["HypernetworkState", "LinearState", "LoraState", "MLPState", "PrefixState", "PromptState"]

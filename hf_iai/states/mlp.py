@@ -1,0 +1,84 @@
+"""A small network whose weights are the state, and which answers queries by itself.
+
+Axes: B tasks, h hidden units, n width of a vector, V scores of an answer, d hidden width of the base.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import gelu, rms_norm
+
+from ..base import Base, Prefix
+from ..likelihoods import zero_linear
+from ..signals import Reading
+
+
+class MLPState(nn.Module):
+    """State tensor `rows` (B, 1, 1, h, n + 1 + V): of each hidden unit its weights a, its bias b, and what it adds, c.
+
+        scores(x) = sum_j c_j gelu(<a_j, x> + b_j)
+
+    c starts at 0: nothing is known of any query. To the base a row is one token: the rows of theta(0), through a linear
+    map, are the read-out slots behind a chunk, and a read-out is theta(0) plus what a linear map, 0 at first, makes of
+    a slot's last hidden state.
+
+    Args:
+        width: n.
+        num_units: h.
+        num_scores: V.
+        base_widths: of the base's embeddings and of its hidden states, d; None where no base reads.
+
+    Source: weights as tokens, Mittal et al., arXiv 2510.11471, section 3.
+    """
+
+    num_slots_in_front = 0
+
+    def __init__(self, width: int, num_units: int, num_scores: int, base_widths: tuple[int, int] | None) -> None:
+        super().__init__()
+        self.sizes = [width, 1, num_scores]
+        hidden = torch.cat([torch.randn(num_units, width) / width**0.5, torch.randn(num_units, 1)], 1)
+        rows = torch.cat([hidden, torch.zeros(num_units, num_scores)], 1)
+        self.start = nn.ParameterDict({"rows": nn.Parameter(rows[None, None])})
+        if base_widths is not None:
+            self.token = nn.Linear(sum(self.sizes), base_widths[0])
+            self.project = zero_linear(base_widths[1], sum(self.sizes))
+
+    @property
+    def read_slots(self) -> Tensor:  # (h, e)
+        return self.token(self.start["rows"][0, 0])
+
+    def initial(self, batch_size: int) -> dict[str, Tensor]:
+        return {name: t.expand(batch_size, *t.shape) for name, t in self.start.items()}
+
+    def visible(self, base: Base, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"rows": tensors["rows"]}
+
+    def kind(self, name: str) -> str:
+        return name
+
+    @contextmanager
+    def under(self, base: Base, tensors: dict[str, Tensor]) -> Iterator[Prefix]:
+        """The base reads chunks behind nothing, and answers nothing."""
+        yield base.no_prefix(len(tensors["rows"]))
+
+    def read_out(self, base: Base, reading: Reading, rate: Tensor, *, writes: bool) -> tuple[dict[str, Tensor], Tensor]:
+        """The rows that a chunk asks for, and the number of examples, (B, 1, 1, 1)."""
+        hidden = rms_norm(reading.hidden, reading.hidden.shape[-1:])  # (B, h, d)
+        mass = reading.mask.sum(1).clamp_min(1).float().view(-1, 1, 1, 1)
+        return {"rows": self.start["rows"] + self.project(hidden)[:, None, None]}, mass
+
+    def scores(self, tensors: dict[str, Tensor], vectors: Tensor) -> Tensor:  # (B, Q, n) -> (B, Q, V)
+        """Of the queries of each task."""
+        weight, bias, added = tensors["rows"][:, 0, 0].split(self.sizes, -1)  # (B, h, ...)
+        return gelu(vectors @ weight.mT + bias.mT) @ added
+
+    @staticmethod
+    def pack(tensors: dict[str, Tensor]) -> Tensor:
+        """(B, 1, 1, h, n + 1 + V) -> (B, h, 1, 1, n + 1 + V)."""
+        return tensors["rows"].permute(0, 3, 1, 2, 4)
+
+    @staticmethod
+    def unpack(packed: Tensor) -> dict[str, Tensor]:
+        return {"rows": packed.permute(0, 2, 3, 1, 4)}

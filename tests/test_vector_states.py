@@ -1,0 +1,326 @@
+"""States of vectors: (x, y) in chunks, x in queries; read by a base in regime explicit, or the weights of an mlp."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import AutoPeftModelForCausalLM, get_peft_model
+from test_implicit_vectors import CLASSES, CONFIGS, SIZES, TARGETS, WIDTH, make_vector_base, queries, stream
+from test_training import arguments
+from tiny import disturb
+from torch.distributions import Normal
+from torch.nn.functional import cross_entropy, gelu
+from transformers import AutoModelForCausalLM, MambaConfig
+
+from hf_iai import IAIConfig, IAITrainer, TaskState, batch_chunks, chunk_vectors, export_to_peft
+from hf_iai.evaluation import evaluate_curve
+from hf_iai.objectives import Objective
+
+STATES = {
+    "prefix": {"regime": "explicit", "state_type": "prefix"},
+    "prompt": {"regime": "explicit", "state_type": "prompt"},
+    "lora": {"regime": "explicit", "state_type": "lora"},
+    "mlp": {"state_type": "mlp"},
+    "mlp by gradients": {"state_type": "mlp", "signal": "gradients"},
+}
+LIKELIHOODS = {"softmax": CLASSES, "gaussian": TARGETS}
+every_state = pytest.mark.parametrize("kind", STATES)
+every_likelihood = pytest.mark.parametrize("likelihood", LIKELIHOODS)
+
+
+def vector_model(kind, likelihood="softmax", base="llama", *, trained=True, **config):
+    base = make_vector_base(base) if isinstance(base, str) else base
+    torch.manual_seed(1)
+    values = {"vector_width": WIDTH, "num_outputs": LIKELIHOODS[likelihood], "likelihood": likelihood}
+    values |= {"task_type": "CAUSAL_LM", "num_state_tokens": 4, "r": 8} | STATES[kind] | config
+    if values.get("signal") != "gradients":
+        values["target_modules"] = "all-linear"
+    model = get_peft_model(base, IAIConfig(**values)).eval()
+    if trained:
+        disturb(model, 0.1)
+    return model
+
+
+def logits_of(model, state, query=None) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**(query or queries()), task_state=state).logits
+
+
+def episode(likelihood, num_chunks=2):
+    """Two tasks of two chunks and three queries each."""
+    streams = [stream(likelihood, seed, num=12) for seed in (0, 3)]
+    chunks = [
+        torch.cat([torch.stack([c[name] for c in s], 1) for s in streams]) for name in ("inputs_embeds", "labels")
+    ]
+    asked = [next(chunk_vectors(*_examples(3, likelihood, seed), chunk_size=3)) for seed in (7, 8)]
+    inputs = {"inputs_embeds": torch.cat([a["inputs_embeds"] for a in asked])}
+    return inputs | {
+        "chunk_inputs_embeds": chunks[0],
+        "chunk_labels": chunks[1],
+        "labels": torch.cat([a["labels"] for a in asked]),
+    }
+
+
+def _examples(num, likelihood, seed):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(num, WIDTH, generator=generator)
+    return x, torch.arange(num) % CLASSES if likelihood == "softmax" else torch.randn(num, TARGETS, generator=generator)
+
+
+@every_likelihood
+def test_an_mlp_state_is_the_weights_of_a_network(likelihood):
+    model, query = vector_model("mlp", likelihood), queries()
+    state = model.adapt(stream(likelihood))
+    core = model.base_model.core
+    rows = core.corrected(model.base_model._base, state)["rows"][0, 0, 0].detach()  # (h, n + 1 + V)
+    expected = torch.zeros(4, LIKELIHOODS[likelihood])
+    for row in rows:
+        unit = gelu(query["inputs_embeds"] @ row[:WIDTH] + row[WIDTH])
+        expected += unit[:, None] * row[WIDTH + 1 :]
+    expected = expected.log_softmax(-1) if likelihood == "softmax" else expected
+    assert torch.allclose(logits_of(model, state), expected, rtol=1e-4, atol=1e-5)
+
+
+@every_likelihood
+def test_an_explicit_answer_is_read_out_behind_the_state(likelihood):
+    """One token, of transformers' own hidden states; a soft prompt is a text in front of it."""
+    model, query = vector_model("prompt", likelihood), queries()
+    state = model.adapt(stream(likelihood))
+    core, base = model.base_model.core, model.base_model._base
+    with torch.no_grad():
+        prompt = core.corrected(base, state)["prompt"][0, 0, 0]
+        text = torch.cat([prompt.expand(4, -1, -1), core.vector(query["inputs_embeds"]).unsqueeze(1)], 1)
+        said = core.readout(model.base_model.model.base_model(inputs_embeds=text).last_hidden_state[:, -1])
+    expected = said.log_softmax(-1) if likelihood == "softmax" else said[:, :TARGETS]
+    assert (logits_of(model, state) - expected).abs().max() < 1e-4
+
+
+@every_state
+@every_likelihood
+def test_untrained_it_knows_nothing(kind, likelihood):
+    model, inputs = vector_model(kind, likelihood, trained=False), episode(likelihood)
+    if kind == "mlp by gradients":  # which learns before it is trained
+        inputs = {name: t[:, :0] if name.startswith("chunk") else t for name, t in inputs.items()}
+    with torch.no_grad():
+        found = model(**inputs)
+    targets = inputs["labels"]
+    if likelihood == "softmax":
+        assert (found.logits.softmax(-1) - 1 / CLASSES).abs().max() < 1e-6
+        expected = torch.tensor(CLASSES).log()
+    else:
+        assert not found.logits.any()
+        unit = 0.5 * targets.square()
+        expected = (unit if "mlp" in kind else -Normal(0, 1).log_prob(targets)).mean()
+    assert (found.loss - expected).abs() < 1e-5
+
+
+@every_state
+@every_likelihood
+def test_an_episode_is_reading_and_then_answering(kind, likelihood):
+    model, inputs = vector_model(kind, likelihood), episode(likelihood)
+    with torch.no_grad():
+        found = model(**inputs)
+    chunks = [
+        {"inputs_embeds": x, "labels": y}
+        for x, y in zip(inputs["chunk_inputs_embeds"].unbind(1), inputs["chunk_labels"].unbind(1), strict=True)
+    ]
+    state = model.adapt(chunks)
+    with torch.no_grad():
+        answered = model(
+            inputs_embeds=inputs["inputs_embeds"].flatten(0, 1), labels=inputs["labels"].flatten(0, 1), task_state=state
+        )
+    assert (found.logits.flatten(0, 1) - answered.logits).abs().max() < 1e-5
+    assert (found.loss - answered.loss).abs() < 1e-5
+    assert (found.logits - model(**inputs | {"chunk_labels": inputs["chunk_labels"].flip(2)}).logits).abs().max() > 1e-5
+
+
+@every_state
+@pytest.mark.parametrize("family", CONFIGS)
+def test_tasks_side_by_side_equal_one_by_one(kind, family):
+    """Chunks of different length, read in one batch or after one another; the shorter stream ends first."""
+    model, streams = vector_model(kind, base=family), [stream("softmax"), stream("softmax", 3, num=9)]
+    alone = [logits_of(model, model.adapt(s)) for s in streams]
+    together = list(batch_chunks(streams))
+    both = {"inputs_embeds": queries()["inputs_embeds"].repeat(2, 1)}
+    for parallel in (1, 3):
+        state = model.adapt(together, parallel=parallel)
+        assert (logits_of(model, state, both) - torch.cat(alone)).abs().max() < 1e-4
+    assert (alone[0] - alone[1]).abs().max() > 1e-3
+
+
+@every_state
+def test_padding_moves_nothing(kind):
+    model, chunk = vector_model(kind), stream("softmax")[0]
+    alone = model.adapt([chunk])
+    x, y = torch.randn(1, 3, WIDTH), torch.zeros(1, 3, dtype=torch.long)
+    for first in (True, False):
+        parts = [(x, chunk["inputs_embeds"]), (y, chunk["labels"]), (y, chunk["attention_mask"])]
+        parts = [torch.cat(pair if first else pair[::-1], 1) for pair in parts]
+        padded = model.adapt([dict(zip(("inputs_embeds", "labels", "attention_mask"), parts, strict=True))])
+        assert (logits_of(model, padded) - logits_of(model, alone)).abs().max() < 1e-5
+    empty = chunk | {"attention_mask": torch.zeros_like(chunk["attention_mask"])}
+    assert torch.equal(logits_of(model, model.adapt([empty], state=alone)), logits_of(model, alone))
+
+
+@every_likelihood
+@pytest.mark.parametrize("second_order", [False, True])
+def test_the_gradient_of_an_mlp_state(likelihood, second_order):
+    """One step of SGD on the mean loss of the chunk; second order differentiates through it."""
+    values = {"head": "sgd", "initial_rate": 0.2, "second_order": second_order}
+    model, inputs = vector_model("mlp by gradients", likelihood, trained=False, **values), episode(likelihood)
+    core = model.base_model.core
+    disturb(model, 0.3)
+    with torch.no_grad():
+        core.head.log_rate["rows"].zero_()
+    start = core.state.start["rows"].detach().requires_grad_()  # (1, 1, h, n + 1 + V)
+
+    def scores(rows, x):
+        weight, bias, added = rows[..., :WIDTH], rows[..., WIDTH], rows[..., WIDTH + 1 :]
+        return gelu(x @ weight.mT + bias) @ added
+
+    def loss(rows, x, y):
+        found = scores(rows[0, 0], x)
+        return cross_entropy(found, y) if likelihood == "softmax" else 0.5 * (found - y).square().mean()
+
+    losses = []
+    for task in range(2):
+        x, y = inputs["chunk_inputs_embeds"][task, 0], inputs["chunk_labels"][task, 0]
+        (gradient,) = torch.autograd.grad(loss(start, x, y), start, create_graph=second_order)
+        losses.append(loss(start - 0.2 * gradient, inputs["inputs_embeds"][task], inputs["labels"][task]))
+    (expected,) = torch.autograd.grad(torch.stack(losses).mean(), start)
+
+    model.eval()  # the loss under the last state alone
+    inputs = {name: t[:, :1] if name.startswith("chunk") else t for name, t in inputs.items()}
+    found = model(**inputs)
+    assert (found.loss - torch.stack(losses).mean()).abs() < 1e-6
+    found.loss.backward()
+    assert (core.state.start["rows"].grad - expected).abs().max() < 1e-5
+
+
+@every_state
+def test_every_parameter_learns(kind):
+    """So that data-parallel training finds none unused."""
+    for likelihood in LIKELIHOODS:
+        model = vector_model(kind, likelihood).train()
+        model.base_model.objective = Objective(scored_states="last")
+        model(**episode(likelihood)).loss.backward()
+        without = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+        assert not without
+
+
+@every_state
+def test_saved_and_loaded(kind, tmp_path):
+    base = make_vector_base()
+    base.save_pretrained(tmp_path / "base")
+    model = vector_model(kind, "gaussian", AutoModelForCausalLM.from_pretrained(tmp_path / "base"))
+    state = model.adapt(stream("gaussian"))
+    model.save_pretrained(tmp_path / "adapter")
+    state.save_pretrained(tmp_path / "state")
+    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
+    again = TaskState.from_pretrained(tmp_path / "state")
+    assert torch.equal(logits_of(loaded, again), logits_of(model, state))
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    assert f"Reads vectors of {WIDTH} numbers; answers: {TARGETS} real targets" in card
+    assert "model.adapt(chunk_vectors(vectors, targets))" in card
+
+
+def test_averages_merge():
+    model, chunks = vector_model("mlp", correction=False), stream("softmax", num=24)
+    whole = model.adapt(chunks)
+    merged = TaskState.merge([model.adapt(chunks[:2]), model.adapt(chunks[2:])])
+    assert (logits_of(model, merged) - logits_of(model, whole)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["prompt", "lora", "mlp"])
+def test_a_recurrent_base_reads_vectors(kind):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "state_size": 4, "num_hidden_layers": 2, "initializer_range": 0.2}
+    base = AutoModelForCausalLM.from_config(MambaConfig(**SIZES | sizes))
+    model = vector_model(kind, base=base)
+    first, second = (logits_of(model, state) for state in list(model.adapt_steps(stream("softmax")))[:2])
+    assert (first - second).abs().max() > 1e-4
+
+
+def noisy_lines(num: int, seed: int) -> Dataset:
+    """y = <w, x> + noise in the plane, w drawn for each task; 16 examples and 4 queries."""
+    generator, rows = torch.Generator().manual_seed(seed), []
+    for _ in range(num):
+        weight, x = torch.randn(2, generator=generator), torch.randn(20, 2, generator=generator)
+        y = (x @ weight + 0.3 * torch.randn(20, generator=generator)).tolist()
+        points = [{"vector": v, "label": t} for v, t in zip(x.tolist(), y, strict=True)]
+        rows.append({"support": points[:16], "query": points[16:]})
+    return Dataset.from_list(rows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["prefix", "mlp", "mlp by gradients"])
+def test_the_error_falls_with_chunks(kind, tmp_path):
+    """On lines that training has not seen, four points a chunk. Read-outs that were trained on two go on to four."""
+    model = vector_model(kind, "gaussian", trained=False, vector_width=2, num_outputs=1, r=32, num_state_tokens=8)
+    trained = 4 if kind == "mlp by gradients" else 2
+    args = arguments(
+        tmp_path, chunk_size=4, max_chunks=trained, max_steps=250, learning_rate=5e-3, per_device_train_batch_size=32,
+        halve_chunks=0.0, curriculum=0.0, eval_chunks=(0, 1, 2, 4), save_steps=1000,
+    )  # fmt: skip
+    trainer = IAITrainer(model, args, train_dataset=noisy_lines(8000, seed=1), eval_dataset=noisy_lines(128, seed=2))
+    trainer.train()
+    after = trainer.evaluate()
+    losses = [after[f"eval_loss_at_chunks_{n}"] for n in (0, 1, 2, 4)]
+    assert all(more < fewer - 0.02 for fewer, more in pairwise(losses))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"state_type": "mlp", "vector_width": None, "num_outputs": None}, "answers about vectors: pass vector_width"),
+        ({"state_type": "mlp", "regime": "explicit"}, "the bare base says nothing of vectors"),
+        ({"state_type": "prefix", "regime": "parametric"}, "the bare base says nothing of vectors"),
+        ({"state_type": "mlp", "signal": "both"}, "regime='parametric' have the signals .*, got 'both'"),
+        ({"signal": "gradients"}, "regime='explicit' have the signals .*, got 'gradients'"),
+        ({"accumulation": "recent"}, "accumulation='recent' is for text, got vector_width=5"),
+        ({"num_kept_tokens": 2}, "num_kept_tokens=2 is for text"),
+        ({"num_outputs": None}, "both be at least 1, or both None for text, got 5 and None"),
+        ({"prediction": "logits"}, "prediction='logits' needs regime='implicit'"),
+        ({"state_type": "linear", "task_type": "SEQ_CLS"}, "vector_width=5 has no meaning for state_type='linear'"),
+    ],
+)
+def test_configurations_that_cannot_be(values, message):
+    with pytest.raises(ValueError, match=message):
+        IAIConfig(**{"task_type": "CAUSAL_LM", "vector_width": WIDTH, "num_outputs": CLASSES} | values)
+
+
+def test_bad_input():
+    model = vector_model("mlp")
+    chunk, state = stream("softmax")[0], model.adapt(stream("softmax"))
+    for wrong, message in (
+        ({"input_ids": torch.zeros(1, 2, dtype=torch.long)}, r"vector_width=5 reads inputs_embeds \(..., 5\)"),
+        (chunk | {"inputs_embeds": torch.zeros(1, 6, 3)}, "inputs_embeds must be finite floating vectors"),
+        (chunk | {"labels": chunk["labels"] + 1}, "labels must be from 0 to num_outputs - 1 = 2, got 1..3"),
+        (chunk | {"labels": chunk["labels"].float()}, "must be whole numbers below 3 under likelihood='softmax'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.adapt([wrong])
+    with pytest.raises(ValueError, match="pass task_state=model.adapt"):
+        model(**queries())
+    with pytest.raises(ValueError, match="as many for each of the 2 tasks of the state"):
+        model(**queries(3), task_state=model.initial_state(2))
+    with pytest.raises(ValueError, match="labels must be from 0 to num_outputs - 1 = 2, got 0..7"):
+        model(**queries(), labels=torch.tensor([0, 7, 1, 2]), task_state=state)
+    with pytest.raises(ValueError, match="logits and a loss only, got .*output_attentions"):
+        model(**queries(), task_state=state, output_attentions=True)
+    with pytest.raises(ValueError, match="a chunk of 30 tokens does not fit"):
+        model.adapt(stream("softmax", num=30, chunk_size=30))
+    with pytest.raises(ValueError, match="PEFT has neither"):
+        export_to_peft(model, state, "nowhere")
+    with pytest.raises(ValueError, match="eval_loss_at_chunks"):
+        evaluate_curve(model, [])
+
+
+def test_unasked_queries_have_no_loss():
+    model = vector_model("mlp")
+    state, labels = model.adapt(stream("softmax")), torch.tensor([0, 1, -100, -100])
+    with torch.no_grad():
+        found = model(**queries(), labels=labels, task_state=state).loss
+        first = model(inputs_embeds=queries()["inputs_embeds"][:2], labels=labels[:2], task_state=state).loss
+    assert torch.allclose(found, first)
