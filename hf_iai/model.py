@@ -66,7 +66,8 @@ class IAIModel(IAITuner):
                 (B, C). Gradients are of the labels' loss, -100 for none; default: all tokens where the mask is 1.
                 Of a linear state ids and mask (B, n, T) of n examples, or `inputs_embeds` (B, n, d) and mask (B, n),
                 `labels` (B, n), -100 for padding, and optionally `label_names`, what the labels' numbers mean: matched
-                by name to the state's classes. Of a regression floating `labels` (B, n) or (B, n, o).
+                by name to the state's classes. Of a regression floating `labels` (B, n) or (B, n, o). With
+                `vector_width` as of vectors under a linear state, but classes are the numbers below `num_outputs`.
             state: where to go on; theta(0) by default.
             show_progress: a progress bar, one tick per chunk.
             on_step: called with the state after every chunk.
@@ -218,7 +219,7 @@ class IAIModel(IAITuner):
             chunk_input_ids, chunk_attention_mask, chunk_labels: the episode's chunks (B, K, C); the objective decides,
                 in training, which states the loss is taken under. Gradients are of the chunks' labels; see `adapt`.
             inputs_embeds, chunk_inputs_embeds: vectors (Q, d), in an episode (B, Q, d) and (B, K, n, d), in place of
-                ids under a linear state or, in regime implicit, with `vector_width`.
+                ids under a linear state or with `vector_width`.
             label_input_ids, label_attention_mask: in an episode of regime implicit, the labels (B, C, L) that each
                 task's answers are of; without them answers are free.
 
@@ -226,7 +227,8 @@ class IAIModel(IAITuner):
             transformers' output, `logits` (B, T, V) (episode: (B, Q, T, V)), `loss` over `labels[:, 1:]`. Of a linear
             state `logits` (Q, C) (episode: (B, Q, C)), `loss` over `labels` (Q,) (episode: (B, Q)); chunks are
             (B, K, n, T), `chunk_labels` (B, K, n), and without a state only `disable_adapter()` lets the base answer.
-            Of a regression `logits` (Q, o) are means, `labels` (Q,) or (Q, o), `loss` half the mean squared error.
+            Of a regression `logits` (Q, o) are means, `labels` (Q,) or (Q, o), `loss` half the mean squared error. With
+            `vector_width` the same, but that in regime explicit the `loss` of means is their negative log-likelihood.
             Of an episode in regime implicit `logits` (B, Q, A, V) of the answers' tokens after the last chunk, or
             (B, Q, C) of the labels or classes, and `loss` their mean cross-entropy; of real targets means (B, Q, o),
             and `loss` the mean negative log-likelihood.

@@ -137,7 +137,8 @@ class IAITuner(LoraModel):
     def max_chunk_size(self) -> int:
         """window - 2m: a chunk is read between theta(0), which takes no place of a lora state, and m read-out slots.
 
-        Of a linear state, which any number of examples fits, the usual number: 20. In regime implicit half the window.
+        Of a linear state, which any number of examples fits, the usual number: 20; of vectors the same, if it fits. In
+        regime implicit half the window.
 
         Raises:
             ValueError: for a base without positions, such as Mamba, which has no window.
