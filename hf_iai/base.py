@@ -95,6 +95,11 @@ class Base:
             return ids
         return self.model.get_input_embeddings()(ids)
 
+    @property
+    def embedding_length(self) -> float:
+        """Root mean square of a token's embedding; where all are 0, as of a vocabulary that is padding alone, 1."""
+        return self.model.get_input_embeddings().weight.detach().float().square().mean().sqrt().item() or 1.0
+
     def expected_embedding(self, probabilities: Tensor) -> Tensor:  # (..., V) -> (..., d)
         """The mean of the tokens' embeddings."""
         weight = self.model.get_input_embeddings().weight

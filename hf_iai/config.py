@@ -85,10 +85,10 @@ class IAIConfig(LoraConfig):
         pin_bos: keep a begin-of-sequence token in slot 0, for bases that need an attention sink (`"recent"` only).
         pooling: how the last hidden states of a text become one vector, of a linear state: `"mean"` over its tokens, or
             its first token's, `"cls"`.
-        likelihood: of a linear state, and of vectors in regime `"implicit"`. `"softmax"`: targets are classes; a linear
-            state's features are centred and of unit length. `"gaussian"`: targets are real vectors, and a linear state
-            is a linear regression (`cores.GaussianCore`); features are the pooled vector as it is, since a regression
-            needs its scale.
+        likelihood: of a linear state, and of vectors. `"softmax"`: targets are classes; a linear state's features are
+            centred and of unit length. `"gaussian"`: targets are real vectors; a linear state is a linear regression
+            (`cores.GaussianCore`) on the pooled vector as it is, since it needs its scale; a linear and an mlp state
+            say nothing of the variance, which is 1.
 
     Raises:
         ValueError: for an unknown value, one that is not available yet, or a combination that cannot work.

@@ -67,7 +67,7 @@ class IAIModel(IAITuner):
                 Of a linear state ids and mask (B, n, T) of n examples, or `inputs_embeds` (B, n, d) and mask (B, n),
                 `labels` (B, n), -100 for padding, and optionally `label_names`, what the labels' numbers mean: matched
                 by name to the state's classes. Of a regression floating `labels` (B, n) or (B, n, o). With
-                `vector_width` as of vectors under a linear state, but classes are the numbers below `num_outputs`.
+                `vector_width` as of vectors under a linear state, but classes are numbers below `num_outputs`.
             state: where to go on; theta(0) by default.
             show_progress: a progress bar, one tick per chunk.
             on_step: called with the state after every chunk.
@@ -245,7 +245,7 @@ class IAIModel(IAITuner):
             return self._episode(*queries, labels, *chunks, chunk_labels)
         state = self._state_for(task_state)
         if state is None:
-            if not self._disabled:
+            if not self._disabled or self._config.vector_width is not None:
                 self.core.check_answers_without_state()
             with self._predictor_lora():
                 kwargs |= {"attention_mask": attention_mask, "labels": labels}
@@ -283,6 +283,7 @@ class IAIModel(IAITuner):
 
     def generate(self, input_ids: Tensor | None = None, task_state: TaskState | None = None, **kwargs) -> Tensor:
         """`generate` of transformers, under a state; returns prompt and new ids, (B, T + new)."""
+        self._refuse_of_vectors("generate")
         state = self._state_for(task_state)
         if state is None:
             with self._predictor_lora():
@@ -321,6 +322,7 @@ class IAIModel(IAITuner):
             `kl`: mean over predicted tokens of KL(with state || without), nats; `loss_with`, `loss_without` and
             their difference `loss_difference` (negative: the state helps), nats per token.
         """
+        self._refuse_of_vectors("state_effect")
         ids = query["input_ids"]
         mask = query.get("attention_mask", torch.ones_like(ids))
         labels = query.get("labels", ids.masked_fill(mask == 0, -100))

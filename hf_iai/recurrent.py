@@ -106,6 +106,7 @@ class RecurrentBase(Base):
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Inputs of m + T places, padding first, and where each of them was, (B, m + T)."""
         prepare_checkpointing(self.model)
+        embeddings = embeddings.to(self.model.get_input_embeddings().weight.dtype)
         rows, num_slots = len(mask), prefix.shape[1]
         prefix = prefix.repeat_interleave(rows // len(prefix), 0).to(embeddings.dtype)
         places = torch.arange(num_slots, device=mask.device).expand(rows, -1)

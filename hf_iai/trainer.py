@@ -53,7 +53,8 @@ class IAITrainer(Trainer):
         **kwargs,
     ) -> None:
         if isinstance(model, str):
-            processing_class = processing_class or AutoTokenizer.from_pretrained(model)
+            if getattr(peft_config, "vector_width", None) is None:
+                processing_class = processing_class or AutoTokenizer.from_pretrained(model)
             classifies = getattr(peft_config, "state_type", None) == "linear"
             auto = AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
             model = auto.from_pretrained(model)
@@ -69,6 +70,8 @@ class IAITrainer(Trainer):
             )
         config = model.active_peft_config
         linear, implicit = config.state_type == "linear", config.regime == "implicit"
+        if config.vector_width is not None and processing_class is not None:
+            raise ValueError(f"vector_width={config.vector_width} is trained on vectors: leave processing_class out")
         if processing_class is None and not linear and config.vector_width is None:
             raise ValueError("processing_class is missing: pass the base model's tokenizer")
         if args.state_learning_rate is not None and kwargs.get("optimizers", (None, None))[0] is not None:
@@ -83,7 +86,8 @@ class IAITrainer(Trainer):
             )
         chunk_size = args.chunk_size or model.max_chunk_size
         if processing_class is None:
-            collator = VectorEpisodeCollator(chunk_size)
+            num_classes = config.num_outputs if config.likelihood == "softmax" else None
+            collator = VectorEpisodeCollator(chunk_size, num_classes=num_classes)
         else:
             collator = (LabelledEpisodeCollator if linear else EpisodeCollator)(processing_class, chunk_size)
         kwargs.setdefault("data_collator", collator)

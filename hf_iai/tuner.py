@@ -178,6 +178,12 @@ class IAITuner(LoraModel):
         if self._disabled:
             raise ValueError(f"{what} needs the adapter, but it is disabled: leave disable_adapter() first")
 
+    def _refuse_of_vectors(self, what: str) -> None:
+        if (width := self._config.vector_width) is not None:
+            raise ValueError(
+                f"{what} is for text, but vector_width={width}: ask with model(inputs_embeds=..., task_state=...)"
+            )
+
     def _refuse_when_implicit(self, what: str) -> None:
         if self._config.regime == "implicit":
             raise ValueError(

@@ -35,7 +35,8 @@ class ClassAnswers(nn.Module, Answers):
         return logits.softmax(-1) @ self.rows
 
     def scores(self, base: Base, hidden: Tensor) -> Tensor:  # (N, 1, d) -> (N, 1, C)
-        return self.readout(hidden.float())
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.readout(hidden.float())
 
     def log_probs(self, base: Base, queries: Queries, chunk: dict | None, hidden: Tensor) -> Tensor:
         return self.scores(base, hidden).log_softmax(-1)
@@ -71,7 +72,8 @@ class RealAnswers(nn.Module, Answers):
         return self.value(mean) + self.certainty(precision.log())
 
     def scores(self, base: Base, hidden: Tensor) -> Tensor:  # (N, 1, d) -> (N, 1, 2 o)
-        return self.readout(hidden.float())
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.readout(hidden.float())
 
     def log_probs(self, base: Base, queries: Queries, chunk: dict | None, hidden: Tensor) -> Tensor:
         """The natural parameters (N, 1, 2 o), which take their place."""

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from .implicit_inputs import ImplicitInputs, Labels
 from .inputs import Chunk, Inputs
+from .label_names import Names, names_of_tasks
 from .labelled_inputs import CHUNK_SIZE
 from .likelihoods import vector_targets
 from .queries import NO_TARGET, Queries
@@ -17,20 +18,35 @@ class _Vectors(Inputs):
         width = self.config.vector_width
         if ids is not None or vectors is None:
             raise ValueError(f"vector_width={width} reads inputs_embeds (..., {width}), not input_ids")
+        mask = torch.ones(vectors.shape[:-1], device=vectors.device).long() if mask is None else mask
+        if mask.shape != vectors.shape[:-1]:
+            raise ValueError(
+                f"the attention_mask of vectors {tuple(vectors.shape)} must be {tuple(vectors.shape[:-1])}, one number "
+                f"for each, got {tuple(mask.shape)}"
+            )
+        vectors = vectors.masked_fill((mask == 0).unsqueeze(-1), 0)
         if not vectors.is_floating_point() or vectors.shape[-1] != width or not vectors.isfinite().all():
             raise ValueError(
                 f"inputs_embeds must be finite floating vectors (..., {width}), got shape {tuple(vectors.shape)} of "
                 f"{vectors.dtype}: vector_width says how wide they are"
             )
-        return vectors.float(), torch.ones(vectors.shape[:-1], device=vectors.device).long() if mask is None else mask
+        return vectors.float(), mask
 
     def chunk(self, chunk: Chunk) -> tuple[Tensor, Tensor, Tensor]:
-        """Vectors (B, n, w), mask (B, n) and labels (B, n), or (B, n, o) of real targets."""
+        """Vectors (B, n, w), mask (B, n) and labels (B, n), or (B, n, o) of real targets.
+
+        Classes of `label_names` that are whole numbers are those numbers; others are numbered as they are.
+        """
         vectors, mask = self._on_device(chunk)
         if vectors.dim() != 3:
             raise ValueError(f"a chunk's inputs_embeds must be (tasks, examples, width), got {tuple(vectors.shape)}")
         self._check_chunk_length(vectors.shape[1])
-        return vectors, mask, self.labels(chunk.get("labels"), vectors, mask)
+        labels = chunk.get("labels")
+        if labels is not None and not labels.is_floating_point() and labels.shape == mask.shape:
+            if chunk.get("label_names") is not None:
+                labels = _as_named(labels, names_of_tasks(chunk["label_names"], (), labels))
+            mask = mask * (labels.to(mask.device) != NO_TARGET)
+        return vectors, mask, self.labels(labels, vectors, mask)
 
     def labels(self, labels: Tensor | None, ids: Tensor, mask: Tensor) -> Tensor:
         """Class numbers, or floating targets of `num_outputs`; 0 for padding."""
@@ -45,7 +61,9 @@ class _Vectors(Inputs):
                 f"labels of vectors {tuple(mask.shape)} must be {expected} under likelihood="
                 f"{self.config.likelihood!r}, got {tuple(labels.shape)} of {labels.dtype}"
             )
-        labels = labels.masked_fill((mask == 0).view(*mask.shape, *[1] * real), 0)
+        labels = (labels.float() if real else labels.long()).masked_fill((mask == 0).view(*mask.shape, *[1] * real), 0)
+        if real and not labels.isfinite().all():
+            raise ValueError("labels hold values that are not finite: leave those examples out, with attention_mask 0")
         if not real and labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < most:
             found = f"{int(labels.min())}..{int(labels.max())}"
             raise ValueError(f"labels must be from 0 to num_outputs - 1 = {most - 1}, got {found}")
@@ -53,7 +71,8 @@ class _Vectors(Inputs):
 
     def _targets(self, labels: Tensor, vectors: Tensor, mask: Tensor) -> Tensor:  # (..., Q), (..., Q, w), (..., Q)
         """Labels of queries, -100 for none of a class, as the losses want them."""
-        asked = mask if labels.is_floating_point() else mask * (labels != NO_TARGET)
+        classes = not labels.is_floating_point() and labels.shape == mask.shape
+        asked = mask * (labels != NO_TARGET) if classes else mask
         return vector_targets(self.labels(labels, vectors, asked), asked)
 
     def _check_ids(self, ids: Tensor) -> None:
@@ -66,7 +85,14 @@ class VectorInputs(_Vectors):
     @property
     def max_chunk_size(self) -> int:
         """The usual number of examples, if as many fit the window."""
-        return min(CHUNK_SIZE, super().max_chunk_size)
+        most = self.base.window - self.slots_around
+        if most < 1 and self.config.signal != "gradients":
+            raise ValueError(f"no example fits a window of {self.base.window} beside {self.slots_around} slots")
+        return CHUNK_SIZE if self.config.signal == "gradients" else min(CHUNK_SIZE, most)
+
+    def _check_chunk_length(self, length: int) -> None:
+        if self.config.signal != "gradients":  # for which no base reads
+            super()._check_chunk_length(length)
 
     def check_query(self, ids: Tensor, num_tasks: int) -> None:  # (N, w)
         """Each of B tasks answers N / B queries, one after the other."""
@@ -112,3 +138,13 @@ class RefinedVectorInputs(_Vectors, ImplicitInputs):
             raise ValueError("an episode of regime='implicit' needs labels (B, Q) of the queries")
         queries, _ = self.asked({"inputs_embeds": ids.flatten(0, 1)}, None, None)
         return queries, None, self._targets(labels, ids, mask).flatten(0, 1).unsqueeze(1)
+
+
+def _as_named(labels: Tensor, names: tuple[Names, ...]) -> Tensor:  # (B, n)
+    """The numbers that names are, where all of a task are whole numbers."""
+    rows = []
+    for row, own in zip(labels, names, strict=True):
+        if own and all(name.isdecimal() for name in own):
+            row = torch.tensor([*map(int, own)], device=row.device)[row.clamp_min(0).long()].where(row >= 0, NO_TARGET)
+        rows.append(row)
+    return torch.stack(rows)

@@ -8,7 +8,7 @@ from datasets import Dataset
 from peft import AutoPeftModelForCausalLM, get_peft_model
 from test_implicit_vectors import CLASSES, CONFIGS, SIZES, TARGETS, WIDTH, make_vector_base, queries, stream
 from test_training import arguments
-from tiny import disturb
+from tiny import disturb, make_base
 from torch.distributions import Normal
 from torch.nn.functional import cross_entropy, gelu
 from transformers import AutoModelForCausalLM, MambaConfig
@@ -296,7 +296,8 @@ def test_bad_input():
     for wrong, message in (
         ({"input_ids": torch.zeros(1, 2, dtype=torch.long)}, r"vector_width=5 reads inputs_embeds \(..., 5\)"),
         (chunk | {"inputs_embeds": torch.zeros(1, 6, 3)}, "inputs_embeds must be finite floating vectors"),
-        (chunk | {"labels": chunk["labels"] + 1}, "labels must be from 0 to num_outputs - 1 = 2, got 1..3"),
+        (chunk | {"labels": chunk["labels"] + 1}, "labels must be -100 or from 0 to 2, one for each of label_names"),
+        (chunk | {"attention_mask": torch.ones(1, 4)}, r"attention_mask of vectors \(1, 6, 5\) must be \(1, 6\)"),
         (chunk | {"labels": chunk["labels"].float()}, "must be whole numbers below 3 under likelihood='softmax'"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -315,6 +316,88 @@ def test_bad_input():
         export_to_peft(model, state, "nowhere")
     with pytest.raises(ValueError, match="eval_loss_at_chunks"):
         evaluate_curve(model, [])
+
+
+def test_whole_numbers_stay_as_they_are(tmp_path):
+    """In whatever order classes come; names are numbered as they come."""
+    model = vector_model("mlp by gradients")
+    x, labels = torch.randn(6, WIDTH), torch.tensor([2, 0, 1, 1, 0, 2])
+    (chunk,) = chunk_vectors(x, labels, chunk_size=6)
+    own = {"inputs_embeds": x[None], "labels": labels[None]}
+    assert torch.equal(logits_of(model, model.adapt([chunk])), logits_of(model, model.adapt([own])))
+    (named,) = chunk_vectors(x, [f"class {c}" for c in labels], chunk_size=6)
+    assert named["labels"].tolist() == [[0, 1, 2, 2, 1, 0]]
+    assert (logits_of(model, model.adapt([named])) - logits_of(model, model.adapt([own]))).abs().max() > 1e-4
+
+    rows = [{"vector": v.tolist(), "label": int(c)} for v, c in zip(x, labels, strict=True)]
+    episodes = Dataset.from_list([{"support": rows[:4], "query": rows[4:]}])
+    trainer = IAITrainer(model, arguments(tmp_path, chunk_size=4), train_dataset=episodes)
+    batch = trainer.data_collator(list(episodes))
+    assert batch["chunk_labels"].tolist() == [[[2, 0, 1, 1]]]
+    assert batch["labels"].tolist() == [[0, 2]]
+
+
+def test_padding_by_label_or_mask():
+    model, chunk = vector_model("mlp by gradients"), stream("softmax")[0]
+    fewer = {name: chunk[name][:, :4] for name in ("inputs_embeds", "labels")}
+    labels = chunk["labels"].clone()
+    labels[:, 4:] = -100
+    unlabelled = {"inputs_embeds": chunk["inputs_embeds"], "labels": labels}
+    assert torch.allclose(
+        logits_of(model, model.adapt([unlabelled])), logits_of(model, model.adapt([fewer])), atol=1e-6
+    )
+
+
+@every_state
+def test_other_types_of_labels(kind):
+    x, y = torch.randn(1, 6, WIDTH), torch.randn(1, 6, TARGETS)
+    model = vector_model(kind, "gaussian")
+    found = [logits_of(model, model.adapt([{"inputs_embeds": x, "labels": t}])) for t in (y, y.double())]
+    assert torch.equal(*found)
+    y[0, 2, 0] = torch.nan
+    with pytest.raises(ValueError, match="labels hold values that are not finite"):
+        model.adapt([{"inputs_embeds": x, "labels": y}])
+    model, labels = vector_model(kind), torch.tensor([[0, 1, 2, 0, 1, 2]])
+    found = [logits_of(model, model.adapt([{"inputs_embeds": x, "labels": t}])) for t in (labels, labels.int())]
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("kind", ["prefix", "prompt"])
+def test_a_base_whose_only_token_is_padding(kind):
+    """Its embeddings are 0, so that slots cannot start as tokens do."""
+    config = CONFIGS["llama"]()
+    config.pad_token_id = 0
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_config(config)
+    assert not base.get_input_embeddings().weight.any()
+    model = vector_model(kind, base=base)
+    first, second = (logits_of(model, model.adapt(stream("softmax", seed))) for seed in (0, 3))
+    assert (first - second).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("kind", ["prompt", "mlp"])
+def test_a_hybrid_base_in_half_precision(kind):
+    model = vector_model(kind, base=make_base("lfm2").to(torch.bfloat16))
+    assert logits_of(model, model.adapt(stream("softmax"))).isfinite().all()
+
+
+def test_what_is_for_text():
+    model = vector_model("mlp")
+    state, ids = model.adapt(stream("softmax")), torch.zeros(1, 3, dtype=torch.long)
+    for ask in (lambda: model.generate(ids, task_state=state), lambda: model.base_model.state_effect(state, queries())):
+        with pytest.raises(ValueError, match="is for text, but vector_width=5"):
+            ask()
+    with model.disable_adapter(), pytest.raises(ValueError, match="a base says nothing of vectors by itself"):
+        model(**queries())
+    assert model(**queries(), task_state=state, output_hidden_states=False).logits.shape == (4, CLASSES)
+
+
+def test_chunks_are_as_long_as_a_base_that_reads_them_can():
+    assert vector_model("mlp by gradients").max_chunk_size == 20
+    vector_model("mlp by gradients").adapt(stream("softmax", num=100, chunk_size=60))
+    assert vector_model("prefix").max_chunk_size == 20
+    with pytest.raises(ValueError, match="no example fits a window of 32 beside 40 slots"):
+        _ = vector_model("prefix", num_state_tokens=20).max_chunk_size
 
 
 def test_unasked_queries_have_no_loss():

@@ -105,8 +105,9 @@ def _state_type(base: Base, config: IAIConfig, *, reads: bool) -> nn.Module:
     if config.vector_width is None:
         token_ids = torch.randint(base.vocab_size, (config.num_state_tokens,)).to(embeddings.device)
     else:  # a base of vectors has no tokens to start from: as long as its embeddings, and no two alike
-        length = embeddings.detach().float().square().mean().sqrt()
-        token_ids = length * torch.randn(config.num_state_tokens, embeddings.shape[1], device=embeddings.device)
+        token_ids = base.embedding_length * torch.randn(
+            config.num_state_tokens, embeddings.shape[1], device=embeddings.device
+        )
     if config.state_type == "prompt":
         return PromptState(base, token_ids, reads=reads)
     if config.state_type == "prefix":

@@ -41,7 +41,8 @@ class VectorCore(Core):
         **kwargs,
     ) -> SequenceClassifierOutput:
         """`logits` (N, C), or means (N, o), of N / B queries of each task; `loss` is the mean of -log p(label)."""
-        if asked := sorted(name for name, value in kwargs.items() if value is not None and name != "return_dict"):
+        asked = sorted(n for n, v in kwargs.items() if v is not None and v is not False and n != "return_dict")
+        if asked:
             raise ValueError(f"answers about vectors have logits and a loss only, got {asked}: leave them out")
         scores = self._scores(base, state, ids.unflatten(0, (state.batch_size, -1)))
         with full_precision(ids):
@@ -84,7 +85,8 @@ class ExplicitVectorCore(ReadVectorCore):
         mask = torch.ones(asked.shape[:2], dtype=torch.long, device=asked.device)
         with self.under(base, state) as prefix:
             hidden, _ = base.read(prefix, asked, mask, base.num_slots(prefix) + mask - 1, 1)
-        return self.readout(hidden.squeeze(1).float()).unflatten(0, vectors.shape[:2])
+        with full_precision(vectors):
+            return self.readout(hidden.squeeze(1).float()).unflatten(0, vectors.shape[:2])
 
 
 class MLPCore(ReadVectorCore):

@@ -21,10 +21,10 @@ def chunk_vectors(
     labels: Tensor | Sequence,  # (S,) or (S, o)
     chunk_size: int = 20,
 ) -> Iterator[Mapping[str, Any]]:
-    """Read S given vectors (features, pixels) as chunks of `chunk_size` labelled examples, for a linear state.
+    """Read S given vectors (features, pixels) as chunks of `chunk_size` labelled examples.
 
     Args:
-        vectors: an array or a tensor, as wide as the base's embeddings.
+        vectors: an array or a tensor, as wide as the base's embeddings, or of `vector_width`.
         labels: names or whole numbers of classes, or floating targets of a regression, one or o for each vector.
         chunk_size: n, examples per chunk; the last chunk may be smaller.
 
@@ -63,13 +63,15 @@ def _chunks(vectors: Tensor, targets: Tensor, names: tuple[str, ...], chunk_size
 
 @dataclass
 class VectorEpisodeCollator:
-    """Turn episodes of given vectors into what the `forward` of a model with a linear state takes.
+    """Turn episodes of given vectors into what the `forward` of a model with a linear state or `vector_width` takes.
 
     As `LabelledEpisodeCollator`, with vectors in place of texts. Vectors may occur more than once, so that it is up to
     the episodes not to ask in the query for an example of the support.
 
     Args:
         chunk_size: n, examples per chunk.
+        num_classes: C, with which whole numbers below it are classes as they are, as `num_outputs` counts them. None:
+            the classes of an episode are numbered as they come, as names always are.
 
     Returns:
         When called with episodes `{"support": [{"vector", "label"}...], "query": [...]}`: `chunk_inputs_embeds`
@@ -91,6 +93,7 @@ class VectorEpisodeCollator:
     """
 
     chunk_size: int
+    num_classes: int | None = None
 
     def __post_init__(self):
         if self.chunk_size < 1:
@@ -99,7 +102,7 @@ class VectorEpisodeCollator:
     def __call__(self, episodes: Sequence[Mapping[str, list[Row]]]) -> dict[str, Tensor]:
         if not episodes:
             raise ValueError("a batch needs at least one episode, got none")
-        support, queries = zip(*map(_parts, episodes), strict=True)
+        support, queries = zip(*(_parts(e, self.num_classes) for e in episodes), strict=True)
         kinds = {(x.shape[1:], y.shape[1:], y.dtype) for x, y in queries}
         if len(kinds) > 1:
             raise ValueError(f"episodes of one batch must have the same vectors and kind of labels, got {kinds}")
@@ -109,7 +112,7 @@ class VectorEpisodeCollator:
         return read | _padded(queries, max(len(y) for _, y in queries))
 
 
-def _parts(episode: Mapping[str, list[Row]]) -> list[tuple[Tensor, Tensor]]:
+def _parts(episode: Mapping[str, list[Row]], num_classes: int | None) -> list[tuple[Tensor, Tensor]]:
     """Vectors (S, d) and labels (S,) or (S, o) of the support, and of the query."""
     rows = [row for part in PARTS for row in episode[part]]
     for row in rows:
@@ -120,11 +123,11 @@ def _parts(episode: Mapping[str, list[Row]]) -> list[tuple[Tensor, Tensor]]:
     if len(widths := {len(row["vector"]) for row in rows}) > 1:
         raise ValueError(f"vectors of one episode must be of one width, got {sorted(widths)}")
     vectors = torch.tensor(np.asarray([row["vector"] for row in rows]), dtype=torch.float32)
-    labels, first = _targets([row["label"] for row in rows])[0], len(episode["support"])
+    labels, first = _targets([row["label"] for row in rows], num_classes)[0], len(episode["support"])
     return [(vectors[:first], labels[:first]), (vectors[first:], labels[first:])]
 
 
-def _targets(labels: Sequence) -> tuple[Tensor, tuple[str, ...]]:
+def _targets(labels: Sequence, num_classes: int | None = None) -> tuple[Tensor, tuple[str, ...]]:
     """Numbers (S,) of classes and their names, or floating targets (S, o) and no names."""
     classes = [isinstance(label, str | Integral) for label in labels]
     if any(classes) and not all(classes):
@@ -135,6 +138,10 @@ def _targets(labels: Sequence) -> tuple[Tensor, tuple[str, ...]]:
     if not any(classes):
         targets = torch.tensor(np.asarray(labels), dtype=torch.float32)
         return targets.unsqueeze(-1) if targets.dim() == 1 else targets, ()
+    if num_classes is not None and all(isinstance(label, Integral) for label in labels):
+        if not 0 <= min(labels) <= max(labels) < num_classes:
+            raise ValueError(f"labels must be below num_classes={num_classes}, got {min(labels)}..{max(labels)}")
+        return torch.tensor([*map(int, labels)]), tuple(map(str, range(num_classes)))
     numbers: dict[str, int] = {}
     return torch.tensor([numbers.setdefault(str(label), len(numbers)) for label in labels]), tuple(numbers)
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 
 from ..base import Base, Prefix
@@ -25,7 +26,7 @@ class PromptState(nn.Module):
             self.read_slots = nn.Parameter(embeddings.clone())
             self.project = nn.Linear(embeddings.shape[1], embeddings.shape[1], bias=False)
             nn.init.eye_(self.project.weight)
-            length = base.model.get_input_embeddings().weight.detach().float().square().mean().sqrt()
+            length = torch.tensor(base.embedding_length, device=embeddings.device)
             self.register_buffer("length", length, persistent=False)
 
     def initial(self, batch_size: int) -> dict[str, Tensor]:
