@@ -120,6 +120,10 @@ def adapt(
     from . import chunk_examples, chunk_text
 
     model = AutoPeftModelForCausalLM.from_pretrained(adapter)
+    if model.active_peft_config.vector_width is not None:
+        raise typer.BadParameter(
+            "the adapter reads vectors, which DATA cannot hold: use model.adapt(chunk_vectors(...))"
+        )
     tokenizer = AutoTokenizer.from_pretrained(model.active_peft_config.base_model_name_or_path)
     cut, source = (
         (chunk_examples, _json_lines(data)) if data.suffix == ".jsonl" else (chunk_text, data.read_text("utf-8"))
@@ -182,6 +186,9 @@ def _config(num_state_tokens: int, num_kept_tokens: int | None, **values) -> "IA
     """What the options ask for; a combination that cannot work is a wrong option, not a crash."""
     from .config import IAIConfig
 
+    if values["state_type"] in ("linear", "mlp"):
+        kind = values["state_type"]
+        raise typer.BadParameter(f"a state of type {kind!r} is not read from texts: train it with IAITrainer")
     if num_kept_tokens is None:
         keeps = (values["state_type"], values["signal"]) == ("prefix", "observations")
         num_kept_tokens = num_state_tokens * 7 // 8 if keeps else 0

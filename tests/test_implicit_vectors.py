@@ -278,7 +278,10 @@ def test_what_cannot_be_read():
         ({"input_ids": torch.ones(1, 4).long()}, "vector_width=5 reads inputs_embeds"),
         (support[0] | {"inputs_embeds": torch.randn(1, 6, 4)}, r"vectors \(..., 5\), got shape \(1, 6, 4\)"),
         (support[0] | {"inputs_embeds": torch.full((1, 6, 5), float("nan"))}, "must be finite"),
-        (support[0] | {"labels": torch.full((1, 6), 3)}, "labels must be -100 or from 0 to 2, one for each of label_names"),
+        (
+            support[0] | {"labels": torch.full((1, 6), 3)},
+            "labels must be -100 or from 0 to 2, one for each of label_names",
+        ),
         (support[0] | {"labels": torch.zeros(1, 6)}, "must be whole numbers below 3 under likelihood='softmax', got"),
         (support[0] | {"labels": None}, "need labels, one for each"),
         (

@@ -146,6 +146,7 @@ def test_options_of_train_make_a_configuration(options, kept):
         ("--signal magic", "signal must be one of"),
         ("--head sgd", "signal='observations' has the heads ['gated'], got head='sgd'"),
         ("--state-type prompt --num-kept-tokens 2", "num_kept_tokens=2 needs state_type='prefix'"),
+        ("--state-type mlp", "a state of type 'mlp' is not read from texts"),
         ("--state-r 0", "Invalid value for '--state-r'"),
     ],
 )
