@@ -142,7 +142,7 @@ def test_options_of_train_make_a_configuration(options, kept):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--state-type linear", "state_type='linear' and task_type='SEQ_CLS' need each other"),
+        ("--state-type linear", "a state of type 'linear' is not read from texts"),
         ("--signal magic", "signal must be one of"),
         ("--head sgd", "signal='observations' has the heads ['gated'], got head='sgd'"),
         ("--state-type prompt --num-kept-tokens 2", "num_kept_tokens=2 needs state_type='prefix'"),
