@@ -226,7 +226,10 @@ def test_saved_and_loaded(kind, tmp_path):
 
 
 def test_averages_merge():
-    model, chunks = vector_model("mlp", correction=False), stream("softmax", num=24)
+    """Forgetting, which depends on the order, is left out."""
+    model, chunks = vector_model("mlp"), stream("softmax", num=24)
+    with torch.no_grad():
+        model.base_model.core.average.forgetting.zero_()
     whole = model.adapt(chunks)
     merged = TaskState.merge([model.adapt(chunks[:2]), model.adapt(chunks[2:])])
     assert (logits_of(model, merged) - logits_of(model, whole)).abs().max() < 1e-5
