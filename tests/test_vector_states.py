@@ -7,6 +7,7 @@ import torch
 from datasets import Dataset
 from peft import AutoPeftModelForCausalLM, get_peft_model
 from test_implicit_vectors import CLASSES, CONFIGS, SIZES, TARGETS, WIDTH, make_vector_base, queries, stream
+from test_implicit_vectors import vector_model as implicit_model
 from test_training import arguments
 from tiny import disturb, make_base
 from torch.distributions import Normal
@@ -318,7 +319,7 @@ def test_bad_input():
     with pytest.raises(ValueError, match="PEFT has neither"):
         export_to_peft(model, state, "nowhere")
     with pytest.raises(ValueError, match="eval_loss_at_chunks"):
-        evaluate_curve(model, [])
+        evaluate_curve(vector_model("mlp", "gaussian"), [])
 
 
 def test_whole_numbers_stay_as_they_are(tmp_path):
@@ -338,6 +339,30 @@ def test_whole_numbers_stay_as_they_are(tmp_path):
     batch = trainer.data_collator(list(episodes))
     assert batch["chunk_labels"].tolist() == [[[2, 0, 1, 1]]]
     assert batch["labels"].tolist() == [[0, 2]]
+
+
+@pytest.mark.parametrize("kind", ["prefix", "mlp", "implicit"])
+@pytest.mark.parametrize("named", [False, True])
+def test_a_curve_of_accuracy(kind, named):
+    """Of what is answered after one and two chunks, in the episode's own names, next to classifiers of the vectors."""
+    model = implicit_model() if kind == "implicit" else vector_model(kind)
+    x, labels = (
+        torch.randn(13, WIDTH, generator=torch.Generator().manual_seed(1)),
+        [2, 0, 1, 1, 0, 2, *range(3), 0, 1, 2, 0],
+    )
+    labels = [f"class {c}" for c in labels] if named else labels
+    rows = [{"vector": v.tolist(), "label": c} for v, c in zip(x, labels, strict=True)]
+    curve = evaluate_curve(model, [{"support": rows[:8], "query": rows[8:]}], (1, 2), chunk_size=4, show_progress=False)
+    chunks, query = list(chunk_vectors(x[:8], labels[:8], chunk_size=4)), {"inputs_embeds": x[8:]}
+    if kind == "implicit":
+        answers = list(model.refine(chunks, query))
+    else:
+        answers = [logits_of(model, state, query) for state in model.adapt_steps(chunks)]
+    names = ["class 2", "class 0", "class 1"] if named else [0, 1, 2]
+    for n, logits in enumerate(answers, 1):
+        right = [names[best] == label for best, label in zip(logits.argmax(-1), labels[8:], strict=True)]
+        assert curve.losses["iai", n, 0][0].tolist() == right
+    assert curve.losses["nearest_class_mean", 2, 0].shape == (1, 5)
 
 
 def test_padding_by_label_or_mask():

@@ -1,4 +1,4 @@
-"""Right answers under a linear state against the number of chunks read, next to classifiers that keep all examples.
+"""Right answers of a classifier against the number of chunks read, next to classifiers that keep all examples.
 
 Axes: S examples read, Q queries, d features.
 """
@@ -31,12 +31,14 @@ def accuracy_curve(
     method: str = "iai",
     show_progress: bool = True,
 ) -> Curve:
-    """`evaluate_curve` for a model with a linear state: which queries of each episode it answers right.
+    """`evaluate_curve` for a model with a linear state or of vectors: which queries of each episode it answers right.
 
-    At n is the state that read the first n chunks. The baselines (`nearest_class_mean`, `nearest_neighbours`,
-    `logistic_regression`, `sgd_rows`, `adam_rows`; see `hf_iai.evaluation.classifiers`) are fitted to the features of
-    all examples in these chunks; `lora_fine_tuning` trains the encoder on their texts, anew for every count, for about
-    a minute. A query whose class was not met yet is answered wrong, by all.
+    At n is the state, or in regime implicit the prediction, that read the first n chunks. The baselines
+    (`nearest_class_mean`, `nearest_neighbours`, `logistic_regression`, `sgd_rows`, `adam_rows`; see
+    `hf_iai.evaluation.classifiers`) are fitted to the features of all examples in these chunks, with `vector_width` the
+    vectors themselves; `lora_fine_tuning` trains the encoder on their texts, anew for every count, for about a minute.
+    A query whose class was not met yet is answered wrong, but by luck where classes are the numbers below
+    `num_outputs`.
 
     Args:
         episodes: rows `{"support": [{"text", "label"}...], "query": [...], optional "group": str}`; or of given vectors
@@ -77,12 +79,11 @@ def _of_episode(
     fitted = [name for name in baselines if name in CLASSIFIERS]
     seen = features_of(model, _inputs(rows, tokenizer)) if fitted else None
     asked = features_of(model, query) if fitted else None
-    for n, state in enumerate(model.adapt_steps(_chunks(rows, tokenizer, chunk_size)), 1):
+    chunks = list(_chunks(rows, tokenizer, chunk_size))
+    for n, answered in enumerate(_answers(model, chunks, query), 1):
         if n not in counts:
             continue
-        with torch.no_grad():
-            best = model(**query, task_state=state).logits.argmax(-1)
-        yield (None, n), np.array(state.label_names)[best.cpu()] == wanted
+        yield (None, n), answered == wanted
         read = n * chunk_size
         names, y = np.unique(labels[:read], return_inverse=True)
         for name in fitted:
@@ -92,12 +93,33 @@ def _of_episode(
             yield (FINE_TUNED, n), names[answers] == wanted
 
 
+@torch.no_grad()
+def _answers(model, chunks: list[dict], query: dict[str, torch.Tensor]) -> Iterator[np.ndarray]:  # (Q,)
+    """What each query's label is called, after each chunk."""
+    config = model.active_peft_config
+    if config.vector_width is None:
+        for state in model.adapt_steps(chunks):
+            yield np.array(state.label_names)[model(**query, task_state=state).logits.argmax(-1).cpu()]
+        return
+    if config.regime == "implicit":
+        steps = model.refine(chunks, query)
+    else:
+        steps = (model(**query, task_state=state).logits for state in model.adapt_steps(chunks))
+    for chunk, logits in zip(chunks, steps, strict=True):
+        names = chunk["label_names"]
+        if all(name.isdecimal() for name in names):  # which the model counts as they are
+            names = [*map(str, range(logits.shape[-1]))]
+        yield np.array(names)[logits[:, : len(names)].argmax(-1).cpu()]
+
+
 def features_of(model, inputs: dict[str, torch.Tensor]) -> np.ndarray:  # (N, d)
-    """What a model with a linear state sees of texts or vectors.
+    """What a model with a linear state sees of texts or vectors; with `vector_width` the vectors.
 
     Args:
         inputs: `input_ids` and `attention_mask` (N, T), or `inputs_embeds` (N, d).
     """
+    if model.active_peft_config.vector_width is not None:
+        return inputs["inputs_embeds"].cpu().numpy()
     tuner = model.base_model
     ids, mask = tuner._inputs._on_device(inputs)
     with torch.no_grad(), tuner._eval_mode():

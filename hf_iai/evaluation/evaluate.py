@@ -48,8 +48,9 @@ def evaluate_curve(
       reported under the number of chunks that it really sees;
     - `static_state`, with `static_model`: a trained initial state of the same size that reads nothing.
 
-    For a model with a linear state the curve is of accuracy, after the first n chunks of `chunk_size` labelled examples
-    (20 by default), texts or given vectors, next to classifiers of the same features; see `hf_iai.evaluation.accuracy`.
+    For a model with a linear state, or of vectors with classes in any regime, the curve is of accuracy, after the first
+    n chunks of `chunk_size` labelled examples (20 by default), texts or given vectors, next to classifiers of the same
+    features; see `hf_iai.evaluation.accuracy`.
 
     Args:
         model: an adapted model (a PeftModel of IAI).
@@ -67,9 +68,9 @@ def evaluate_curve(
         show_progress: show a progress bar, one step per batch.
 
     Raises:
-        ValueError: for a model with `vector_width` or of regime implicit, unknown baselines, a baseline that reads
-            while `num_chunks` is only 0, no episode, an episode with too few chunks or with several queries, or text
-            without a tokenizer.
+        ValueError: for a model of vectors with real targets, or of texts in regime implicit, unknown baselines, a
+            baseline that reads while `num_chunks` is only 0, no episode, an episode with too few chunks or with several
+            queries, or text without a tokenizer.
 
     Example:
         >>> from datasets import Dataset
@@ -86,16 +87,17 @@ def evaluate_curve(
         >>> sorted(curve.losses)[0], curve.losses["iai", 2, 0].shape
         (('fewer_shots', 1, 0), (1, 7))
     """
-    if model.active_peft_config.state_type == "linear":
+    config = model.active_peft_config
+    if config.state_type == "linear" or (config.vector_width is not None and config.likelihood == "softmax"):
         num_chunks = (1, 2, 5, 10, 20) if num_chunks is None else num_chunks
         baselines = ("nearest_class_mean", "logistic_regression") if baselines is None else baselines
         names = {"seed": seed, "method": method, "show_progress": show_progress}
         size = chunk_size or model.max_chunk_size
         return accuracy_curve(model, episodes, num_chunks, baselines, tokenizer=tokenizer, chunk_size=size, **names)
-    if model.active_peft_config.vector_width is not None or model.active_peft_config.regime == "implicit":
+    if config.vector_width is not None or config.regime == "implicit":
         raise ValueError(
-            "evaluate_curve scores texts under a task state, and linear states: for vectors and regime='implicit' see "
-            "the losses that IAITrainer.evaluate logs, eval_loss_at_chunks_{n}"
+            "evaluate_curve scores texts under a task state, and classes: for real targets of vectors, and texts in "
+            "regime='implicit', see the losses that IAITrainer.evaluate logs, eval_loss_at_chunks_{n}"
         )
     num_chunks = (0, 1, 2, 4, 8, 16) if num_chunks is None else num_chunks
     baselines = BASELINES if baselines is None else baselines
