@@ -178,7 +178,10 @@ def export(
     from . import TaskState, export_to_peft
 
     model = AutoPeftModelForCausalLM.from_pretrained(adapter)
-    export_to_peft(model, TaskState.from_pretrained(state), output, peft_type=type)
+    try:
+        export_to_peft(model, TaskState.from_pretrained(state), output, peft_type=type)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
     typer.echo(f"export written to {output}; its README.md says how to load it")
 
 

@@ -268,10 +268,8 @@ def describe(config: IAIConfig) -> str:
     if config.state_type == "lora":
         state = f"lora of rank {config.state_r}"
     if config.state_type == "mlp":
-        state, answers["parametric"] = (
-            f"mlp of {config.num_state_tokens} hidden units",
-            "a query is answered by the state",
-        )
+        state = f"mlp of {config.num_state_tokens} hidden units"
+        answers["parametric"] = "a query is answered by the state"
     if config.signal == "gradients":
         order = "second order" if config.second_order else "first order"
         learned = f"head: {config.head}, {order} in training"

@@ -3,7 +3,7 @@
 Axes: B tasks, n examples of a chunk, C classes. Class c of a task is `names[c]`; a task may have fewer than C names.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -85,3 +85,8 @@ def in_order(tensors: dict[str, Tensor], numbers: list[list[int]], num_classes: 
             tensor = moved
         ordered[name] = tensor
     return ordered
+
+
+def are_numbers(names: Iterable[str]) -> bool:
+    """Whether all classes are called by whole numbers, which models of vectors keep as they are."""
+    return all(name.isdecimal() for name in names)

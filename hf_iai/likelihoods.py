@@ -1,6 +1,6 @@
 """What is predicted of a vector: one of C classes, or o real numbers.
 
-Axes: ... of queries, C classes, o outputs; V numbers say it: C log probabilities, or 2 o natural parameters.
+Axes: ... of queries, C classes, o outputs; V numbers say it: C log probabilities, 2 o natural parameters, or o means.
 """
 
 import math

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .implicit_inputs import ImplicitInputs, Labels
 from .inputs import Chunk, Inputs
-from .label_names import Names, names_of_tasks
+from .label_names import Names, are_numbers, names_of_tasks
 from .labelled_inputs import CHUNK_SIZE
 from .likelihoods import vector_targets
 from .queries import NO_TARGET, Queries
@@ -144,7 +144,7 @@ def _as_named(labels: Tensor, names: tuple[Names, ...]) -> Tensor:  # (B, n)
     """The numbers that names are, where all of a task are whole numbers."""
     rows = []
     for row, own in zip(labels, names, strict=True):
-        if own and all(name.isdecimal() for name in own):
+        if own and are_numbers(own):
             row = torch.tensor([*map(int, own)], device=row.device)[row.clamp_min(0).long()].where(row >= 0, NO_TARGET)
         rows.append(row)
     return torch.stack(rows)

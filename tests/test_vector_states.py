@@ -339,6 +339,8 @@ def test_whole_numbers_stay_as_they_are(tmp_path):
     batch = trainer.data_collator(list(episodes))
     assert batch["chunk_labels"].tolist() == [[[2, 0, 1, 1]]]
     assert batch["labels"].tolist() == [[0, 2]]
+    written = Dataset.from_list([{n: [r | {"label": str(r["label"])} for r in rows] for n in ("support", "query")}])
+    assert trainer.data_collator(list(written))["labels"].tolist() == [labels.tolist()]
 
 
 @pytest.mark.parametrize("kind", ["prefix", "mlp", "implicit"])

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..label_names import are_numbers
 from .examples import NO_LOSS
 from .labelled import PARTS
 
@@ -138,10 +139,11 @@ def _targets(labels: Sequence, num_classes: int | None = None) -> tuple[Tensor, 
     if not any(classes):
         targets = torch.tensor(np.asarray(labels), dtype=torch.float32)
         return targets.unsqueeze(-1) if targets.dim() == 1 else targets, ()
-    if num_classes is not None and all(isinstance(label, Integral) for label in labels):
-        if not 0 <= min(labels) <= max(labels) < num_classes:
-            raise ValueError(f"labels must be below num_classes={num_classes}, got {min(labels)}..{max(labels)}")
-        return torch.tensor([*map(int, labels)]), tuple(map(str, range(num_classes)))
+    if num_classes is not None and are_numbers(map(str, labels)):
+        numbered = torch.tensor([*map(int, labels)])
+        if (most := int(numbered.max())) >= num_classes:
+            raise ValueError(f"labels must be below num_classes={num_classes}, got {most}")
+        return numbered, tuple(map(str, range(num_classes)))
     numbers: dict[str, int] = {}
     return torch.tensor([numbers.setdefault(str(label), len(numbers)) for label in labels]), tuple(numbers)
 

@@ -10,6 +10,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..data import chunk_examples, chunk_vectors, text_tokens
+from ..label_names import are_numbers
 from .bootstrap import groups_of
 from .classifiers import CLASSIFIERS
 from .curve import Curve, Key
@@ -107,7 +108,7 @@ def _answers(model, chunks: list[dict], query: dict[str, torch.Tensor]) -> Itera
         steps = (model(**query, task_state=state).logits for state in model.adapt_steps(chunks))
     for chunk, logits in zip(chunks, steps, strict=True):
         names = chunk["label_names"]
-        if all(name.isdecimal() for name in names):  # which the model counts as they are
+        if are_numbers(names):
             names = [*map(str, range(logits.shape[-1]))]
         yield np.array(names)[logits[:, : len(names)].argmax(-1).cpu()]
 

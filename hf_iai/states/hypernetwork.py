@@ -9,11 +9,12 @@ from torch import Tensor, nn
 from ..base import Base, Prefix
 from ..low_rank import linear_modules, low_rank_updates
 from ..signals import Reading
+from .slots import SlotState
 
 CODE_WIDTH = 64
 
 
-class HypernetworkState(nn.Module):
+class HypernetworkState(SlotState):
     """State tensor `code` (B, 1, 1, P, k), what a lora state is where a chunk is read by the base; each module gives
 
         W x + B(code) A x,        B(code) = U (M code)^T / k,        A (r, I), M (r, P), U (O, k) learned
@@ -30,8 +31,6 @@ class HypernetworkState(nn.Module):
     Source: hypernetworks, Ha et al., arXiv 1609.09106; refining a code, Rusu et al., arXiv 1807.05960.
     """
 
-    num_slots_in_front = 0
-
     def __init__(self, base: Base, token_ids: Tensor, rank: int, target_modules: str | list[str]) -> None:
         super().__init__()
         num_slots, embeddings = len(token_ids), base.embed(token_ids).detach().float()
@@ -46,12 +45,6 @@ class HypernetworkState(nn.Module):
             self.down[name] = nn.Parameter(nn.init.kaiming_uniform_(torch.empty(rank, width_in), a=5**0.5))
             self.mix[name] = nn.Parameter(torch.randn(rank, num_slots) / num_slots**0.5)
             self.up[name] = nn.Parameter(torch.zeros(width_out, CODE_WIDTH))
-
-    def initial(self, batch_size: int) -> dict[str, Tensor]:
-        return {name: t.expand(batch_size, *t.shape) for name, t in self.start.items()}
-
-    def visible(self, base: Base, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {"code": tensors["code"]}
 
     def update(self, tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
         """path -> A (B, r, I), B (B, O, r)."""

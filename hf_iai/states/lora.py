@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from ..base import Base, Prefix
 from ..low_rank import linear_modules, low_rank_updates
+from .slots import SlotState
 
 
-class LoraState(nn.Module):
+class LoraState(SlotState):
     """State tensors `{module}_A` (B, r, I) and `{module}_B` (B, O, r) for each module `W x` of the base, in float32:
 
         W x + B A x
@@ -23,8 +24,6 @@ class LoraState(nn.Module):
         rank: r.
         target_modules: see `low_rank.linear_modules`.
     """
-
-    num_slots_in_front = 0
 
     def __init__(self, base: Base, rank: int, target_modules: str | list[str]) -> None:
         super().__init__()
@@ -39,12 +38,6 @@ class LoraState(nn.Module):
     def kind(self, name: str) -> str:
         """What tensors of the same kind have in common: `"A"` or `"B"`."""
         return name[-1]
-
-    def initial(self, batch_size: int) -> dict[str, Tensor]:
-        return {name: t.expand(batch_size, *t.shape) for name, t in self.start.items()}
-
-    def visible(self, base: Base, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: tensors[name] for name in self.start}
 
     def update(self, tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
         """path -> A, B."""

@@ -13,9 +13,10 @@ from torch.nn.functional import gelu, rms_norm
 from ..base import Base, Prefix
 from ..likelihoods import zero_linear
 from ..signals import Reading
+from .slots import SlotState
 
 
-class MLPState(nn.Module):
+class MLPState(SlotState):
     """State tensor `rows` (B, 1, 1, h, n + 1 + V): of each hidden unit its weights a, its bias b, and what it adds, c.
 
         scores(x) = sum_j c_j gelu(<a_j, x> + b_j)
@@ -33,8 +34,6 @@ class MLPState(nn.Module):
     Source: weights as tokens, Mittal et al., arXiv 2510.11471, section 3.
     """
 
-    num_slots_in_front = 0
-
     def __init__(self, width: int, num_units: int, num_scores: int, base_widths: tuple[int, int] | None) -> None:
         super().__init__()
         self.sizes = [width, 1, num_scores]
@@ -48,15 +47,6 @@ class MLPState(nn.Module):
     @property
     def read_slots(self) -> Tensor:  # (h, e)
         return self.token(self.start["rows"][0, 0])
-
-    def initial(self, batch_size: int) -> dict[str, Tensor]:
-        return {name: t.expand(batch_size, *t.shape) for name, t in self.start.items()}
-
-    def visible(self, base: Base, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {"rows": tensors["rows"]}
-
-    def kind(self, name: str) -> str:
-        return name
 
     @contextmanager
     def under(self, base: Base, tensors: dict[str, Tensor]) -> Iterator[Prefix]:

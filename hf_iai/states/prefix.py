@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from ..base import Base, KeysValues, ages_of, positions_of
 from ..heads import KEPT, NEVER, WRITES, keep_tokens, trace
 from ..signals import Reading, TokenPooling
+from .slots import SlotState
 
 
-class PrefixState(nn.Module):
+class PrefixState(SlotState):
     """State tensors `key` and `value`, (B, L, H, P, D) each, keys as the base stores them at positions 0..P-1.
 
     The K = m - P slots after them keep single tokens, `kept_key` and `kept_value`, (B, L, H, K, D), keys at position
@@ -65,9 +66,6 @@ class PrefixState(nn.Module):
         empty = tensors["kept_age"] == NEVER
         kept = {name: torch.where(empty, self.start[name][:, :, num_pooled:], t) for name, t in kept.items()}
         return {name: torch.cat([tensors[name], t], -2) for name, t in kept.items()}
-
-    def kind(self, name: str) -> str:
-        return name
 
     @contextmanager
     def under(self, base: Base, tensors: dict[str, Tensor]) -> Iterator[KeysValues]:

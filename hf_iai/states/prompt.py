@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from ..base import Base, Prefix
 from ..signals import Reading
+from .slots import SlotState
 
 
-class PromptState(nn.Module):
+class PromptState(SlotState):
     """State tensor `prompt` (B, 1, 1, m, d): the axes of a prefix with one layer and one head.
 
     A read-out is the last hidden state of its slot, brought to the length of a token embedding and through a linear
@@ -28,15 +29,6 @@ class PromptState(nn.Module):
             nn.init.eye_(self.project.weight)
             length = torch.tensor(base.embedding_length, device=embeddings.device)
             self.register_buffer("length", length, persistent=False)
-
-    def initial(self, batch_size: int) -> dict[str, Tensor]:
-        return {name: t.expand(batch_size, *t.shape) for name, t in self.start.items()}
-
-    def visible(self, base: Base, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {"prompt": tensors["prompt"]}
-
-    def kind(self, name: str) -> str:
-        return name
 
     @contextmanager
     def under(self, base: Base, tensors: dict[str, Tensor]) -> Iterator[Prefix]:
