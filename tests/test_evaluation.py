@@ -379,6 +379,35 @@ def test_static_state_reads_nothing(model):
     assert not np.allclose(curve.losses["static_state", 0, 0], curve.losses["iai", 0, 0], atol=1e-3)
 
 
+def test_refined_predictions_equal_a_direct_loop():
+    """Regime implicit: answers of one and of two tokens, prompts of several lengths, next to the untouched base."""
+    config = IAIConfig(task_type="CAUSAL_LM", regime="implicit", target_modules="all-linear")
+    model, base = perturbed(get_peft_model(tiny_base(), config)).eval(), tiny_base()
+    episodes, lengths = random_episodes(5), ((4, 2), (3, 1), (5, 2), (2, 1), (4, 2))
+    for episode, (prompt, answer) in zip(episodes, lengths, strict=True):
+        ids = episode["query"][0]["input_ids"][: prompt + answer]
+        episode["query"] = [{"input_ids": ids, "labels": [-100] * prompt + ids[prompt:]}]
+    curve = evaluate_curve(model, episodes, (0, 1, 3), chunk_size=CHUNK, batch_size=2, show_progress=False)
+    assert curve.methods == ["iai", "no_context", "last_chunk", "full_context"]
+    for i, (episode, (prompt, answer)) in enumerate(zip(episodes, lengths, strict=True)):
+        support, ids = [e["input_ids"] for e in episode["support"]], episode["query"][0]["input_ids"]
+        for n in (0, 1, 3):
+            chunks = [{"input_ids": torch.tensor([c])} for c in support[len(support) - n :]]
+            asked = {"input_ids": torch.tensor([ids[:prompt]])}
+            *_, logits = model.refine(chunks, asked, num_answer_tokens=answer, with_start=True)
+            losses = -logits[0].log_softmax(-1)[range(answer), ids[prompt:]]
+            found = curve.losses["iai", n, 0][i]
+            np.testing.assert_allclose(found[~np.isnan(found)], losses, atol=1e-4)
+            assert np.flatnonzero(~np.isnan(found)).tolist() == [*range(prompt - 1, prompt + answer - 1)]
+        tokens = [t for chunk in support[-3:] for t in chunk]
+        expected = reference_losses(base, tokens, ids)[prompt - 1 :]
+        np.testing.assert_allclose(curve.losses["full_context", 3, 0][i, prompt - 1 :][:answer], expected, atol=1e-4)
+    with pytest.raises(ValueError, match="leave out baseline 'fewer_shots'"):
+        evaluate_curve(model, episodes, (0, 1), ["fewer_shots"], chunk_size=CHUNK)
+    with pytest.raises(ValueError, match="leave out baseline 'fewer_shots' and static_model="):
+        evaluate_curve(model, episodes, (0, 1), static_model=model, chunk_size=CHUNK)
+
+
 def test_modes_and_gradients_are_left_as_they_were(model):
     model.train()
     model.base_model.eval()

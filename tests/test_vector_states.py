@@ -6,6 +6,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import AutoPeftModelForCausalLM, get_peft_model
+from sklearn.linear_model import RidgeCV
 from test_implicit_vectors import CLASSES, CONFIGS, SIZES, TARGETS, WIDTH, make_vector_base, queries, stream
 from test_implicit_vectors import vector_model as implicit_model
 from test_training import arguments
@@ -14,7 +15,7 @@ from torch.distributions import Normal
 from torch.nn.functional import cross_entropy, gelu
 from transformers import AutoModelForCausalLM, MambaConfig
 
-from hf_iai import IAIConfig, IAITrainer, TaskState, batch_chunks, chunk_vectors, export_to_peft
+from hf_iai import IAIConfig, IAITrainer, TaskState, batch_chunks, chunk_vectors, export_to_peft, vector_base
 from hf_iai.evaluation import evaluate_curve
 from hf_iai.objectives import Objective
 
@@ -318,8 +319,9 @@ def test_bad_input():
         model.adapt(stream("softmax", num=30, chunk_size=30))
     with pytest.raises(ValueError, match="PEFT has neither"):
         export_to_peft(model, state, "nowhere")
-    with pytest.raises(ValueError, match="eval_loss_at_chunks"):
-        evaluate_curve(vector_model("mlp", "gaussian"), [])
+    with pytest.raises(ValueError, match="a vector and floating targets, got .*'label': 1"):
+        rows = [{"vector": [0.0] * WIDTH, "label": 1}]
+        evaluate_curve(vector_model("mlp", "gaussian"), [{"support": rows, "query": rows}], (1,), chunk_size=1)
 
 
 def test_whole_numbers_stay_as_they_are(tmp_path):
@@ -365,6 +367,43 @@ def test_a_curve_of_accuracy(kind, named):
         right = [names[best] == label for best, label in zip(logits.argmax(-1), labels[8:], strict=True)]
         assert curve.losses["iai", n, 0][0].tolist() == right
     assert curve.losses["nearest_class_mean", 2, 0].shape == (1, 5)
+
+
+@pytest.mark.parametrize("kind", ["prefix", "mlp", "implicit", "linear"])
+def test_a_curve_of_squared_error(kind):
+    """Of what is answered after one and two chunks, next to regressions of all examples so far."""
+    if kind == "linear":
+        config = IAIConfig(task_type="SEQ_CLS", state_type="linear", likelihood="gaussian")
+        model = get_peft_model(vector_base(WIDTH), config)
+    else:
+        model = implicit_model(likelihood="gaussian") if kind == "implicit" else vector_model(kind, "gaussian")
+    draw = torch.Generator().manual_seed(1)
+    x, y = torch.randn(25, WIDTH, generator=draw), torch.randn(25, TARGETS, generator=draw)
+    rows = [{"vector": v.tolist(), "label": t.tolist()} for v, t in zip(x, y, strict=True)]
+    curve = evaluate_curve(
+        model,
+        [{"support": rows[:20], "query": rows[20:]}, {"support": rows[5:], "query": rows[:3]}],
+        (1, 2),
+        ("ridge", "nearest_neighbours"),
+        chunk_size=10,
+        show_progress=False,
+    )
+    chunks, query = list(chunk_vectors(x[:20], y[:20], chunk_size=10)), {"inputs_embeds": x[20:]}
+    if kind == "implicit":
+        answers = list(model.refine(chunks, query))
+    else:
+        answers = [logits_of(model, state, query) for state in model.adapt_steps(chunks)]
+    for n, means in enumerate(answers, 1):
+        expected = (means - y[20:]).square().mean(1)
+        torch.testing.assert_close(torch.from_numpy(curve.losses["iai", n, 0][0]).float(), expected)
+        fitted = RidgeCV([10.0**k for k in range(-4, 4)]).fit(x[: 10 * n], y[: 10 * n]).predict(x[20:])
+        torch.testing.assert_close(
+            torch.from_numpy(curve.losses["ridge", n, 0][0]).float(),
+            (torch.from_numpy(fitted).float() - y[20:]).square().mean(1),
+        )
+    assert curve.metric == "squared_error"
+    assert [row["method"] for row in curve.rows()] == 2 * ["iai"] + 2 * ["ridge"] + 2 * ["nearest_neighbours"]
+    assert torch.from_numpy(curve.losses["nearest_neighbours", 2, 0][1]).isnan().tolist() == [False] * 3 + [True] * 2
 
 
 def test_padding_by_label_or_mask():

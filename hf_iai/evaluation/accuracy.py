@@ -4,17 +4,17 @@ Axes: S examples read, Q queries, d features.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
 from ..data import chunk_examples, chunk_vectors, text_tokens
 from ..label_names import are_numbers
-from .bootstrap import groups_of
 from .classifiers import CLASSIFIERS
-from .curve import Curve, Key
+from .curve import Curve
 from .fine_tuning import lora_fine_tuning
+from .labelled_curve import Value, checked_counts, labelled_curve
 
 FINE_TUNED = "lora_fine_tuning"
 KNOWN = (*CLASSIFIERS, FINE_TUNED)
@@ -50,29 +50,18 @@ def accuracy_curve(
         ValueError: for a count below 1, unknown baselines, no episode, a support that fills too few chunks, or
             `lora_fine_tuning` on vectors.
     """
-    counts, episodes = _checked(num_chunks, baselines, method), list(episodes)
-    if not episodes:
-        raise ValueError("there is no episode to evaluate on")
-    rows: dict[Key, list[np.ndarray]] = {(name, n, seed): [] for name in (method, *baselines) for n in counts}
-    for index, episode in enumerate(tqdm(episodes, "evaluating", disable=not show_progress)):
-        needed = counts[-1] * chunk_size
-        if len(episode["support"]) < needed:
-            raise ValueError(
-                f"the support of episode {index} has {len(episode['support'])} examples, but {counts[-1]} chunks of "
-                f"{chunk_size} take {needed}: use longer episodes, a smaller chunk_size or fewer num_chunks"
-            )
-        if FINE_TUNED in baselines and _are_vectors(episode["query"]):
-            raise ValueError(f"{FINE_TUNED} trains the encoder on texts, episode {index} holds vectors: leave it out")
-        found = _of_episode(model, episode, counts, baselines, tokenizer, chunk_size)
-        for (name, n), right in found:
-            rows[method if name is None else name, n, seed].append(right)
-    return Curve({key: _join(right) for key, right in rows.items()}, groups_of(episodes), "accuracy")
+    counts = checked_counts(num_chunks, baselines, method, KNOWN)
+    found = partial(_of_episode, model, method=method, baselines=baselines, tokenizer=tokenizer, chunk_size=chunk_size)
+    options = {"chunk_size": chunk_size, "seed": seed, "metric": "accuracy", "show_progress": show_progress}
+    return labelled_curve(episodes, counts, (method, *baselines), found, **options)
 
 
 def _of_episode(
-    model, episode: dict, counts: list[int], baselines: Sequence[str], tokenizer, chunk_size: int
-) -> Iterator[tuple[tuple[str | None, int], np.ndarray]]:
-    """(method, count) -> whether each query was answered right; None names the model."""
+    model, episode: dict, counts: list[int], *, method: str, baselines: Sequence[str], tokenizer, chunk_size: int
+) -> Iterator[Value]:
+    """Whether each query was answered right."""
+    if FINE_TUNED in baselines and _are_vectors(episode["query"]):
+        raise ValueError(f"{FINE_TUNED} trains the encoder on texts, but an episode holds vectors: leave it out")
     wanted = np.array([str(row["label"]) for row in episode["query"]])
     query = _inputs(episode["query"], tokenizer)
     rows = episode["support"][: counts[-1] * chunk_size]
@@ -84,7 +73,7 @@ def _of_episode(
     for n, answered in enumerate(_answers(model, chunks, query), 1):
         if n not in counts:
             continue
-        yield (None, n), answered == wanted
+        yield (method, n), answered == wanted
         read = n * chunk_size
         names, y = np.unique(labels[:read], return_inverse=True)
         for name in fitted:
@@ -146,20 +135,3 @@ def _inputs(rows: Sequence[dict], tokenizer) -> dict[str, torch.Tensor]:
     if _are_vectors(rows):
         return {"inputs_embeds": _vectors(rows)}
     return text_tokens([row["text"] for row in rows], tokenizer)
-
-
-def _checked(num_chunks: Sequence[int], baselines: Sequence[str], method: str) -> list[int]:
-    counts = sorted(set(num_chunks))
-    if not counts or counts[0] < 1:
-        raise ValueError(f"num_chunks of a linear state must be one or more counts of at least 1, got {counts}")
-    unknown = [name for name in baselines if name not in KNOWN]
-    if unknown:
-        raise ValueError(f"unknown baselines {unknown} of a linear state; use any of {list(KNOWN)}")
-    if method in KNOWN:
-        raise ValueError(f"method={method!r} is the name of a baseline: choose another")
-    return counts
-
-
-def _join(rows: list[np.ndarray]) -> np.ndarray:  # (E, Q), NaN after the end of episodes with fewer queries
-    longest = max(map(len, rows))
-    return np.stack([np.pad(right.astype(float), (0, longest - len(right)), constant_values=np.nan) for right in rows])

@@ -25,9 +25,10 @@ class Curve:
 
     Args:
         losses: (method, n, seed) -> (E, T - 1) losses in nats of query tokens 1..T-1; NaN where a token has none. With
-            metric `"accuracy"` (E, Q): 1 for a query that was answered right, 0 for one that was not.
+            metric `"accuracy"` (E, Q): 1 for a query that was answered right, 0 for one that was not; with
+            `"squared_error"` (E, Q).
         groups: (E,), the document or task of each episode.
-        metric: `"loss"` or `"accuracy"`; of the latter more is better.
+        metric: `"loss"`, `"squared_error"` or `"accuracy"`; of the last more is better.
 
     Raises:
         ValueError: when the arrays differ in shape, in which tokens have a loss, or from the number of groups.
@@ -92,7 +93,7 @@ class Curve:
         return counts
 
     def rows(self, from_token: int = 0) -> list[dict]:
-        """One row per method, count and seed: method, num_chunks, seed, loss or accuracy, low, high, num_tokens."""
+        """One row per method, count and seed: method, num_chunks, seed, the metric, low, high, num_tokens."""
         columns = self._columns(from_token)
         rows = []
         for (method, n, seed), losses in self.losses.items():

@@ -13,9 +13,11 @@ from ..data import EpisodeCollator
 from .accuracy import accuracy_curve
 from .bootstrap import groups_of
 from .curve import Curve, NumChunks
-from .losses import Batch, bare_base_losses, state_losses
+from .losses import Batch, bare_base_losses, refined_losses, state_losses
+from .squared_error import squared_error_curve
 
 BASELINES = ("no_context", "fewer_shots", "last_chunk", "full_context")
+OF_STATES = "fewer_shots"  # as many tokens as the state has slots
 _NEED_CHUNKS = ("fewer_shots", "last_chunk", "full_context")
 
 # (method, number of chunks) -> what turns a batch into its (B, T - 1) losses
@@ -48,17 +50,21 @@ def evaluate_curve(
       reported under the number of chunks that it really sees;
     - `static_state`, with `static_model`: a trained initial state of the same size that reads nothing.
 
-    For a model with a linear state, or of vectors with classes in any regime, the curve is of accuracy, after the first
-    n chunks of `chunk_size` labelled examples (20 by default), texts or given vectors, next to classifiers of the same
-    features; see `hf_iai.evaluation.accuracy`.
+    In regime implicit it is the loss of the query's answer, its labelled tokens, as the n chunks have refined it; token
+    a of several is predicted behind the prediction of those before it, where the bare base sees the tokens themselves.
+    There are no slots, and no `fewer_shots`.
+
+    For a model with a linear state, or of vectors in any regime, the curve is of accuracy or, of real targets, of the
+    squared error, after the first n chunks of `chunk_size` labelled examples (20 by default), texts or given vectors,
+    next to classifiers and regressions of the same features; see `hf_iai.evaluation.accuracy` and `squared_error`.
 
     Args:
         model: an adapted model (a PeftModel of IAI).
         episodes: rows `{"support": [...], "query": [one example], optional "group": str}`; the support fills at least
             `max(num_chunks)` chunks. Intervals are clustered by `group`, each episode its own where there is none.
         num_chunks: counts of chunks to evaluate at, in any order; None: 0, 1, 2, 4, 8, 16, or 1, 2, 5, 10, 20.
-        baselines: names out of the list above (`static_state` follows from `static_model`); None: all four, or nearest
-            class mean and logistic regression.
+        baselines: names out of the list above (`static_state` follows from `static_model`); None: all four; nearest
+            class mean and logistic regression; or ridge.
         tokenizer: needed unless the examples are tokenised (`{"input_ids"}`).
         chunk_size: C, tokens per chunk; `model.max_chunk_size` by default.
         batch_size: episodes read at once; changes speed and memory only.
@@ -68,9 +74,8 @@ def evaluate_curve(
         show_progress: show a progress bar, one step per batch.
 
     Raises:
-        ValueError: for a model of vectors with real targets, or of texts in regime implicit, unknown baselines, a
-            baseline that reads while `num_chunks` is only 0, no episode, an episode with too few chunks or with several
-            queries, or text without a tokenizer.
+        ValueError: for unknown baselines, one that reads while `num_chunks` is only 0, or one of slots in regime
+            implicit, no episode, an episode with too few chunks or with several queries, or text without a tokenizer.
 
     Example:
         >>> from datasets import Dataset
@@ -88,19 +93,17 @@ def evaluate_curve(
         (('fewer_shots', 1, 0), (1, 7))
     """
     config = model.active_peft_config
-    if config.state_type == "linear" or (config.vector_width is not None and config.likelihood == "softmax"):
-        num_chunks = (1, 2, 5, 10, 20) if num_chunks is None else num_chunks
-        baselines = ("nearest_class_mean", "logistic_regression") if baselines is None else baselines
+    if config.state_type == "linear" or config.vector_width is not None:
         names = {"seed": seed, "method": method, "show_progress": show_progress}
-        size = chunk_size or model.max_chunk_size
-        return accuracy_curve(model, episodes, num_chunks, baselines, tokenizer=tokenizer, chunk_size=size, **names)
-    if config.vector_width is not None or config.regime == "implicit":
-        raise ValueError(
-            "evaluate_curve scores texts under a task state, and classes: for real targets of vectors, and texts in "
-            "regime='implicit', see the losses that IAITrainer.evaluate logs, eval_loss_at_chunks_{n}"
-        )
+        return _curve_of_examples(model, episodes, num_chunks, baselines, tokenizer, chunk_size, **names)
+    implicit = config.regime == "implicit"
     num_chunks = (0, 1, 2, 4, 8, 16) if num_chunks is None else num_chunks
-    baselines = BASELINES if baselines is None else baselines
+    if baselines is None:
+        baselines = [name for name in BASELINES if not (implicit and name == OF_STATES)]
+    if implicit and (OF_STATES in baselines or static_model is not None):
+        raise ValueError(
+            f"a prediction of regime='implicit' has no slots: leave out baseline {OF_STATES!r} and static_model="
+        )
     counts = _checked_counts(num_chunks, baselines, static_model, method)
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -118,8 +121,9 @@ def evaluate_curve(
         batches.append(batch)
     room = model.window - max(batch["input_ids"].shape[-1] for batch in batches)
 
-    scorers: Scorers = {(method, n): partial(state_losses, model, num_chunks=n) for n in counts}
-    scorers |= _baseline_scorers(model, baselines, counts, chunk_size, room)
+    losses = refined_losses if implicit else state_losses
+    scorers: Scorers = {(method, n): partial(losses, model, num_chunks=n) for n in counts}
+    scorers |= _baseline_scorers(model, losses, baselines, counts, chunk_size, room)
     if static_model is not None:
         scorers["static_state", 0] = partial(state_losses, static_model, num_chunks=0)
     models = [model] if static_model is None else [model, static_model]
@@ -132,14 +136,28 @@ def evaluate_curve(
     return Curve({(*key, seed): _join(rows) for key, rows in found.items()}, groups_of(episodes))
 
 
-def _baseline_scorers(model, baselines: Sequence[str], counts: list[int], chunk_size: int, room: int) -> Scorers:
+def _curve_of_examples(
+    model, episodes, num_chunks: Sequence[int] | None, baselines: Sequence[str] | None, tokenizer, chunk_size, **names
+) -> Curve:
+    num_chunks = (1, 2, 5, 10, 20) if num_chunks is None else num_chunks
+    names["chunk_size"] = model.max_chunk_size if chunk_size is None else chunk_size
+    if model.active_peft_config.likelihood == "gaussian":
+        return squared_error_curve(model, episodes, num_chunks, ("ridge",) if baselines is None else baselines, **names)
+    baselines = ("nearest_class_mean", "logistic_regression") if baselines is None else baselines
+    return accuracy_curve(model, episodes, num_chunks, baselines, tokenizer=tokenizer, **names)
+
+
+def _baseline_scorers(
+    model, losses: Callable, baselines: Sequence[str], counts: list[int], chunk_size: int, room: int
+) -> Scorers:
+    """`losses(model, batch, num_chunks)` are those after reading."""
     scorers: Scorers = {}
     if "no_context" in baselines:
         scorers["no_context", 0] = partial(bare_base_losses, model, num_tokens=0)
     if "fewer_shots" in baselines:
         scorers["fewer_shots", 1] = partial(bare_base_losses, model, num_tokens=model.num_slots)
     if "last_chunk" in baselines:
-        scorers["last_chunk", 1] = partial(state_losses, model, num_chunks=1)
+        scorers["last_chunk", 1] = partial(losses, model, num_chunks=1)
     if "full_context" in baselines:
         for n in _full_context_counts(counts, chunk_size, room):
             scorers["full_context", n] = partial(bare_base_losses, model, num_tokens=round(n * chunk_size))

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from ..data.examples import NO_LOSS
+
 Batch = dict[str, Tensor]
 
 
@@ -24,8 +26,8 @@ def token_losses(
         tensor([[1.3863,    nan]])
     """
     targets = labels[:, 1:]
-    losses = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), targets, reduction="none", ignore_index=-100)
-    return losses.masked_fill(targets == -100, float("nan"))
+    losses = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), targets, reduction="none", ignore_index=NO_LOSS)
+    return losses.masked_fill(targets == NO_LOSS, float("nan"))
 
 
 def state_losses(model, batch: Batch, num_chunks: int) -> Tensor:  # (B, T - 1)
@@ -37,6 +39,23 @@ def state_losses(model, batch: Batch, num_chunks: int) -> Tensor:  # (B, T - 1)
     else:
         state = model.initial_state(len(labels))
     return token_losses(model(**query, task_state=state).logits, labels)
+
+
+def refined_losses(model, batch: Batch, num_chunks: int) -> Tensor:  # (B, T - 1)
+    """Losses of the answer, in regime implicit, under the prediction that the last `num_chunks` chunks have refined.
+
+    A query's answer are its labelled tokens. Token a of several is predicted behind the prediction of those before it,
+    not behind the tokens themselves.
+    """
+    query, labels = _query(batch)
+    first = batch["chunk_input_ids"].shape[1] - num_chunks
+    chunks = (_chunk(batch, k) for k in range(first, first + num_chunks))
+    *_, logits = model.refine(chunks, query | {"labels": labels}, with_start=True)  # (B, A, V)
+    answered = labels[:, 1:] != NO_LOSS  # (B, T - 1)
+    slots = (answered.cumsum(1) - 1).clamp_min(0)  # of each token, the one that predicts it
+    targets = labels[:, 1:].masked_fill(~answered, 0)
+    found = logits.log_softmax(-1)[torch.arange(len(labels), device=labels.device).unsqueeze(1), slots, targets]
+    return (-found).masked_fill(~answered, float("nan"))
 
 
 def bare_base_losses(model, batch: Batch, num_tokens: int) -> Tensor:  # (B, T - 1)

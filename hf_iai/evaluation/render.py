@@ -28,7 +28,8 @@ def require_extra(module: str, extra: str = "plots"):
 def print_curve(curve: "Curve", from_token: int) -> None:
     counts = sorted({n for method in curve.methods for n in curve.counts(method)})
     tokens = "all query tokens" if from_token == 0 else f"query tokens {from_token}+"
-    title = f"Loss in nats after n chunks, {tokens}" if curve.metric == "loss" else "Accuracy after n chunks"
+    what = f"Loss in nats, {tokens}" if curve.metric == "loss" else curve.metric.replace("_", " ").capitalize()
+    title = f"{what}, after n chunks"
     table = Table(box=SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
     table.add_column("n", no_wrap=True)
     for n in counts:
@@ -52,7 +53,7 @@ def draw_curve(curve: "Curve", path: str | os.PathLike, from_token: int) -> None
     ticks = sorted({n for method in curve.methods for n in curve.counts(method)})
     axes.set_xticks(ticks, [f"{n:g}" for n in ticks])
     axes.set_xlabel("chunks read")
-    unit = "loss (nats per token)" if curve.metric == "loss" else curve.metric
+    unit = "loss (nats per token)" if curve.metric == "loss" else curve.metric.replace("_", " ")
     axes.set_ylabel(unit + (f", query tokens {from_token}+" if from_token else ""))
     axes.grid(alpha=0.3)
     axes.legend()

@@ -1,0 +1,65 @@
+"""Curves over episodes of labelled examples: what accuracy and squared error share. Axes: Q queries."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from .bootstrap import groups_of
+from .curve import Curve, Key
+
+Value = tuple[tuple[str, int], np.ndarray]  # (method, number of chunks), and one value (Q,) for each query
+OfEpisode = Callable[[dict, list[int]], Iterator[Value]]  # (episode, counts) -> values
+
+
+def labelled_curve(
+    episodes: Iterable[dict],
+    counts: list[int],
+    methods: Sequence[str],
+    of_episode: OfEpisode,
+    *,
+    chunk_size: int,
+    seed: int,
+    metric: str,
+    show_progress: bool,
+) -> Curve:
+    """What `of_episode` finds of every episode after the first n chunks of `chunk_size` examples, for each of `counts`.
+
+    Raises:
+        ValueError: for no episode, or a support that fills too few chunks.
+    """
+    episodes = list(episodes)
+    if not episodes:
+        raise ValueError("there is no episode to evaluate on")
+    rows: dict[Key, list[np.ndarray]] = {(name, n, seed): [] for name in methods for n in counts}
+    for index, episode in enumerate(tqdm(episodes, "evaluating", disable=not show_progress)):
+        needed = counts[-1] * chunk_size
+        if len(episode["support"]) < needed:
+            raise ValueError(
+                f"the support of episode {index} has {len(episode['support'])} examples, but {counts[-1]} chunks of "
+                f"{chunk_size} take {needed}: use longer episodes, a smaller chunk_size or fewer num_chunks"
+            )
+        for (name, n), values in of_episode(episode, counts):
+            rows[name, n, seed].append(values)
+    return Curve({key: _join(values) for key, values in rows.items()}, groups_of(episodes), metric)
+
+
+def checked_counts(num_chunks: Sequence[int], baselines: Sequence[str], method: str, known: Sequence[str]) -> list[int]:
+    """The counts, ascending.
+
+    Raises:
+        ValueError: for a count below 1, baselines that are not `known`, or a method that is called like one.
+    """
+    counts = sorted(set(num_chunks))
+    if not counts or counts[0] < 1:
+        raise ValueError(f"num_chunks of labelled examples must be one or more counts of at least 1, got {counts}")
+    if unknown := [name for name in baselines if name not in known]:
+        raise ValueError(f"unknown baselines {unknown} of labelled examples; use any of {list(known)}")
+    if method in known:
+        raise ValueError(f"method={method!r} is the name of a baseline: choose another")
+    return counts
+
+
+def _join(rows: list[np.ndarray]) -> np.ndarray:  # (E, Q), NaN after the end of episodes with fewer queries
+    longest = max(map(len, rows))
+    return np.stack([np.pad(row.astype(float), (0, longest - len(row)), constant_values=np.nan) for row in rows])

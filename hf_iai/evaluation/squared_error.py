@@ -1,0 +1,98 @@
+"""Squared error of real targets against the number of chunks read, next to regressions that keep all examples.
+
+Axes: S examples read, Q queries, d features, o outputs.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+
+import numpy as np
+import torch
+
+from ..data import chunk_vectors
+from .curve import Curve
+from .labelled_curve import Value, checked_counts, labelled_curve
+from .render import require_extra
+
+Regressor = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]  # (S, d), (S, o), (Q, d) -> (Q, o)
+PENALTIES, NEIGHBOURS = tuple(10.0**k for k in range(-4, 4)), 5
+
+
+def ridge(x: np.ndarray, y: np.ndarray, queries: np.ndarray) -> np.ndarray:
+    """Refitted to all examples, with an intercept; the penalty, of eight, by leave-one-out cross-validation."""
+    if len(x) == 1:  # nothing to leave out
+        return np.repeat(y, len(queries), 0)
+    return require_extra("sklearn.linear_model", "baselines").RidgeCV(PENALTIES).fit(x, y).predict(queries)
+
+
+def nearest_neighbours(x: np.ndarray, y: np.ndarray, queries: np.ndarray) -> np.ndarray:
+    """Mean of the 5 nearest examples, the nearer counting more."""
+    neighbours = require_extra("sklearn.neighbors", "baselines")
+    return neighbours.KNeighborsRegressor(min(NEIGHBOURS, len(x)), weights="distance").fit(x, y).predict(queries)
+
+
+REGRESSORS: dict[str, Regressor] = {"ridge": ridge, "nearest_neighbours": nearest_neighbours}
+
+
+def squared_error_curve(
+    model,
+    episodes: Iterable[dict],
+    num_chunks: Sequence[int],
+    baselines: Sequence[str],
+    *,
+    chunk_size: int,
+    seed: int = 0,
+    method: str = "iai",
+    show_progress: bool = True,
+) -> Curve:
+    """`evaluate_curve` for a model of `likelihood="gaussian"`: the squared error of each query, mean over its outputs.
+
+    At n is the state, or in regime implicit the prediction, that read the first n chunks. The baselines (`ridge`,
+    `nearest_neighbours`) are fitted to all examples in these chunks.
+
+    Args:
+        episodes: rows `{"support": [{"vector", "label"}...], "query": [...], optional "group": str}`; a label is a
+            number, or one for each output.
+        num_chunks: counts of at least 1.
+
+    Raises:
+        ValueError: for a count below 1, unknown baselines, no episode, or a support that fills too few chunks.
+    """
+    counts = checked_counts(num_chunks, baselines, method, list(REGRESSORS))
+    found = partial(_of_episode, model, method=method, baselines=baselines, chunk_size=chunk_size)
+    options = {"chunk_size": chunk_size, "seed": seed, "metric": "squared_error", "show_progress": show_progress}
+    return labelled_curve(episodes, counts, (method, *baselines), found, **options)
+
+
+def _of_episode(
+    model, episode: dict, counts: list[int], *, method: str, baselines: Sequence[str], chunk_size: int
+) -> Iterator[Value]:
+    (x, y), (queries, wanted) = (_arrays(part) for part in (episode["support"], episode["query"]))
+    chunks = list(chunk_vectors(x[: counts[-1] * chunk_size], y[: counts[-1] * chunk_size], chunk_size))
+    for n, means in enumerate(_means(model, chunks, torch.from_numpy(queries)), 1):
+        if n in counts:
+            yield (method, n), np.square(means.cpu().numpy() - wanted).mean(1)
+            for name in baselines:
+                fitted = REGRESSORS[name](x[: n * chunk_size], y[: n * chunk_size], queries)
+                yield (name, n), np.square(fitted.reshape(wanted.shape) - wanted).mean(1)
+
+
+@torch.no_grad()
+def _means(model, chunks: list[dict], queries: torch.Tensor) -> Iterator[torch.Tensor]:  # (Q, o), after each chunk
+    asked = {"inputs_embeds": queries}
+    if model.active_peft_config.regime == "implicit":
+        yield from model.refine(chunks, asked)
+    else:
+        yield from (model(**asked, task_state=state).logits for state in model.adapt_steps(chunks))
+
+
+def _arrays(rows: Sequence[dict]) -> tuple[np.ndarray, np.ndarray]:  # (S, d), (S, o)
+    """
+    Raises:
+        ValueError: for a row without a vector or with a label that is no number.
+    """
+    for row in rows:
+        if "vector" not in row or not np.issubdtype(np.asarray(row.get("label")).dtype, np.floating):
+            raise ValueError(f"a regression needs a vector and floating targets, got {row!r:.120}")
+    x, y = (np.asarray([row[key] for row in rows], dtype=np.float32) for key in ("vector", "label"))
+    return x, y.reshape(len(y), -1)
