@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import typer
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from examples.paper import causal_order, generation  # noqa: E402
+from examples.paper import causal_order, generation, in_context, linear_regression, run  # noqa: E402
 
 
 def tasks(num=4, num_chunks=3, n=5, graph="ER", mechanism="linear", noise="Laplace"):
@@ -125,3 +126,27 @@ def test_generation_has_its_table_and_its_picture(monkeypatch, tmp_path):
     assert len(rows) == 2 * 3 * (len(generation.BASELINES) + len(generation.REFINED))
     assert all(np.isfinite(row["value"]) for row in rows)
     assert (tmp_path / "generation_samples.png").stat().st_size > 1000
+
+
+def test_tasks_and_models_are_made_where_torch_makes_tensors():
+    """That is the accelerator in tier `gpu`; the device that holds no values shows what would stay behind."""
+    rng = np.random.default_rng(0)
+    with torch.device("meta"):
+        drawn = [
+            *linear_regression.draw_tasks(rng, 2, 3, 2)[:3],
+            *in_context.draw_tasks(rng, 2, 3, 2),
+            generation.draw_tasks(rng, 2, 3, generation.KINDS[0], "train"),
+            causal_order.draw_tasks(rng, 2, 3, 5, "ER", "linear", "Laplace").samples,
+        ]
+        modules = [in_context.small_base(), in_context.NeuralProcess(2)]
+        modules += [linear_regression.refined(name, 2)[0] for name in linear_regression.REFINED]
+        modules += [make() for make in (generation.REFINED | causal_order.REFINED).values()]
+    tensors = [*drawn, *(parameter for module in modules for parameter in module.parameters())]
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is one")
+def test_tier_gpu_needs_an_accelerator(tmp_path):
+    with pytest.raises(typer.BadParameter, match="--tier gpu needs an accelerator"):
+        run.main("linear_regression", tier="gpu", output=tmp_path)
+    assert not any(tmp_path.iterdir())

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .refined import train
+from .refined import tensor, train
 
 CHUNK, HIDDEN, LAYERS, OTHERS = 32, 32, 3, 1000  # m, h
 OF_GAUSSIAN = 0.6057  # E[u tanh u] of a standard normal u
@@ -81,8 +81,8 @@ def draw_tasks(
             x = draw_samples(rng, drawn, num_chunks * CHUNK, mechanism, noise)
             samples.append(x[:, order].reshape(num_chunks, CHUNK, n))
             edges.append(drawn[np.ix_(order, order)])
-    found = torch.from_numpy(np.stack(edges))
-    return Tasks(torch.from_numpy(np.stack(samples)).float(), found, ancestors(found))
+    found = tensor(np.stack(edges))
+    return Tasks(tensor(np.stack(samples)).float(), found, ancestors(found))
 
 
 def ancestors(edges: Tensor) -> Tensor:  # (B, n, n)

@@ -26,7 +26,7 @@ from hf_iai.evaluation.classifiers import CLASSIFIERS, logistic_regression
 from hf_iai.heads import ClassRows
 from hf_iai.published import published_adapter
 
-from .refined import HEADS, Descent, train
+from .refined import HEADS, Descent, tensor, train
 
 # setting -> what is trained on, what is tested
 SETTINGS = {
@@ -56,8 +56,10 @@ def sources(data: Path) -> dict[str, Source]:
     found = {"digits": by_class(*digits)}
     found["MNIST"] = by_class(projected(mnist["x_train"], 0), mnist["y_train"])
     found["Omniglot"] = by_class(projected(omniglot["x"], 1), omniglot["y"])
-    reader = load_reader(str(published_adapter("minilm-linear")))
-    for name, corpus in zip(("CLINC", "HWU"), load_corpora(data, Path("work/intents"), *reader), strict=True):
+    with torch.device("cpu"):
+        reader = load_reader(str(published_adapter("minilm-linear")))
+        corpora = load_corpora(data, Path("work/intents"), *reader)
+    for name, corpus in zip(("CLINC", "HWU"), corpora, strict=True):
         found[name] = [corpus.features[rows].numpy() for rows in corpus.rows.values()]
     return found
 
@@ -81,7 +83,7 @@ def draw_tasks(rng: np.random.Generator, source: Source, num: int, most_chunks: 
     fewest = min(sum(len(source[c]) - QUERIES for c in task) for task in chosen)
     length = CHUNK * min(most_chunks, fewest // CHUNK)
     parts = [_draw_task(rng, [source[c] for c in task], length) for task in chosen]
-    x, y, queries, targets = (torch.from_numpy(np.stack(part)) for part in zip(*parts, strict=True))
+    x, y, queries, targets = (tensor(np.stack(part)) for part in zip(*parts, strict=True))
     return Tasks(x, y, queries, targets, len(chosen[0]))
 
 
@@ -159,7 +161,7 @@ def baseline_accuracies(tasks: Tasks, counts: list[int]) -> Iterator[tuple[str, 
     methods = CLASSIFIERS | {"logistic regression, the last chunk alone": logistic_regression}
     for name, predict in methods.items():
         found = []
-        for x, y, queries, targets in zip(*(t.numpy() for t in tasks[:4]), strict=True):
+        for x, y, queries, targets in zip(*(t.cpu().numpy() for t in tasks[:4]), strict=True):
             first = {n: CHUNK * (n - 1) if name not in CLASSIFIERS else 0 for n in counts}
             fits = [predict(x[first[n] : CHUNK * n], y[first[n] : CHUNK * n], queries) for n in counts]
             found.append([(answers == targets).mean() for answers in fits])
@@ -169,7 +171,7 @@ def baseline_accuracies(tasks: Tasks, counts: list[int]) -> Iterator[tuple[str, 
 @torch.no_grad()
 def accuracies(find: Callable[[Tasks], Logits], tasks: Tasks, counts: list[int]) -> np.ndarray:  # (B, counts)
     found = [(logits.argmax(-1) == tasks.targets).float().mean(1) for logits in find(tasks)]
-    return torch.stack([found[n - 1] for n in counts], 1).numpy()
+    return torch.stack([found[n - 1] for n in counts], 1).cpu().numpy()
 
 
 def table(tier: str, seeds: int, data: Path, output: Path, num: int = 40) -> list[dict]:

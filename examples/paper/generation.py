@@ -24,7 +24,7 @@ from matplotlib.path import Path as Outline
 from matplotlib.textpath import TextPath
 from torch import Tensor, nn
 
-from .refined import Descent, train
+from .refined import Descent, tensor, train
 
 CHUNK, SAMPLES, HIDDEN, COMPONENTS = 32, 1024, 64, 64  # m, N
 LEAST_WIDTH = 0.05
@@ -67,7 +67,7 @@ def _inside(outline: Outline, points: np.ndarray) -> np.ndarray:
 
 def draw_tasks(rng: np.random.Generator, num: int, num_samples: int, kind: str, part: str) -> Tensor:  # (B, S, 2)
     draw = draw_mixture if kind == KINDS[0] else lambda rng, num: draw_letter(rng, num, LETTERS[part])
-    return torch.from_numpy(np.stack([draw(rng, num_samples) for _ in range(num)])).float()
+    return tensor(np.stack([draw(rng, num_samples) for _ in range(num)])).float()
 
 
 def energy_distance(x: Tensor, y: Tensor) -> Tensor:  # (B, N, 2), (B, M, 2) -> (B,)
@@ -273,21 +273,21 @@ def table(tier: str, seeds: int, data: Path, output: Path, num: int = 64) -> lis
     for number, kind in enumerate(KINDS):
         samples = draw_tasks(np.random.default_rng([2, number]), num, max(COUNTS) * CHUNK + SAMPLES, kind, "test")
         chunks, real = samples[:, SAMPLES:].unflatten(1, (-1, CHUNK)), samples[:, :SAMPLES]
-        shown |= {(kind, "real"): real[:4]}
+        shown |= {(kind, "real"): real[:4].cpu()}
         for name, seed, generate in methods:
             for count in COUNTS:
                 made = _generated(generate, chunks[:, :count])
                 row = {"setting": kind, "method": name, "seed": seed, "num_chunks": count}
                 rows.append(row | {"value": energy_distance(made, real).mean().item()})
                 if name in REFINED and seed == 0:
-                    shown[kind, f"{name}, {count}"] = made[:4]
+                    shown[kind, f"{name}, {count}"] = made[:4].cpu()
     draw_samples(shown, output / "generation_samples.png")
     return rows
 
 
 @torch.no_grad()
 def _generated(generate: Generate, chunks: Tensor) -> Tensor:
-    return generate(chunks, SAMPLES, torch.Generator().manual_seed(0))
+    return generate(chunks, SAMPLES, torch.Generator(torch.get_default_device()).manual_seed(0))
 
 
 def draw_samples(shown: dict[tuple[str, str], Tensor], path: Path) -> None:

@@ -30,7 +30,7 @@ from hf_iai import IAIConfig
 from hf_iai.objectives import Objective
 
 from .linear_regression import CHUNK, NOISE
-from .refined import train
+from .refined import tensor, train
 
 TRAINED, BATCH, QUERIES = 10, 32, 4  # chunks, tasks and queries of a training step
 EXAMPLES = (10, 20, 50, 100, 200, 500, 1000, 5000)  # that a task is read with
@@ -47,7 +47,7 @@ def draw_tasks(rng: np.random.Generator, num: int, num_examples: int, d: int, qu
     x, asked = rng.normal(size=(num, num_examples, d)), rng.normal(size=(num, queries, d))
     y = np.einsum("bnd,bd->bn", x, weight) + NOISE * rng.normal(size=x.shape[:2])
     found = x, y, asked, np.einsum("bqd,bd->bq", asked, weight)
-    return tuple(torch.from_numpy(a).float() for a in found)
+    return tuple(tensor(a).float() for a in found)
 
 
 # ---------------------------------------------------------------- models

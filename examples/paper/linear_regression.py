@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from hf_iai.heads import GaussianRows
 
-from .refined import HEADS, Descent, train
+from .refined import HEADS, Descent, tensor, train
 
 CHUNK = {2: 16, 16: 32, 64: 64}  # d -> n
 TRAINED, COUNTS = 10, (1, 2, 3, 5, 7, 10, 20, 50)  # most chunks in training, counts that are measured
@@ -53,7 +53,7 @@ def draw_tasks(
     weight = scale * rng.normal(size=(num, d)) * (rng.random((num, d)) < share) / share**0.5
     x = rng.normal(size=(num, num_chunks, CHUNK[d], d))
     y = np.einsum("bknd,bd->bkn", x, weight) + noise * rng.normal(size=x.shape[:3])
-    return Tasks(*(torch.from_numpy(a).float() for a in (x, y, weight)), noise)
+    return Tasks(*(tensor(a).float() for a in (x, y, weight)), noise)
 
 
 def excess(found: Weights, tasks: Tasks) -> Tensor:  # (B, K)

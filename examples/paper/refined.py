@@ -1,7 +1,8 @@
-"""Refinement by gradients alone, and training: what the tables have in common."""
+"""Refinement by gradients alone, training and the device: what the tables have in common."""
 
 from collections.abc import Callable, Iterable, Iterator
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -9,6 +10,11 @@ from tqdm import tqdm
 from hf_iai.heads import SGD, LearnedStep, LearnedStepSettings, MetaSGD
 
 Gradient = Callable[[Tensor, Tensor, Tensor], Tensor]  # (theta, x, y of a chunk) -> as theta
+
+
+def tensor(array: np.ndarray) -> Tensor:
+    """On the device where torch makes tensors: the accelerator in tier `gpu`."""
+    return torch.from_numpy(array).to(torch.get_default_device())
 
 
 class Descent(nn.Module):

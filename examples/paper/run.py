@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
+import torch
 import typer
 from matplotlib.figure import Figure
 from provenance import provenance
@@ -30,6 +31,10 @@ def main(
 ) -> None:
     if table not in TABLES or tier not in ("cpu", "gpu"):
         raise typer.BadParameter(f"--table is one of {list(TABLES)}, --tier cpu or gpu; got {table!r} and {tier!r}")
+    if tier == "gpu":  # everything is made where it is used
+        if not torch.accelerator.is_available():
+            raise typer.BadParameter("--tier gpu needs an accelerator, and torch sees none: use --tier cpu")
+        torch.set_default_device(torch.accelerator.current_accelerator())
     module = import_module(f"examples.paper.{table}")
     rows = means(module.table(tier, seeds, data, output))
     command = f"python -m examples.paper.run --table {table} --tier {tier} --seeds {seeds}"
