@@ -28,16 +28,20 @@ def disturbed() -> GaussianRows:
     return head
 
 
+@pytest.mark.parametrize("fit_intercept", [True, False])
 @pytest.mark.parametrize(("num", "mean"), [(1, 0), (6, 3), (60, 3)])
-def test_starts_as_ridge_regression(num, mean):
+def test_starts_as_ridge_regression(num, mean, fit_intercept):
     linear_model = pytest.importorskip("sklearn.linear_model")
-    (x, y), head = stream(num), GaussianRows()
+    (x, y), head = stream(num), GaussianRows(fit_intercept=fit_intercept)
     rows, bias = head.rows(read(head, x + mean, y))
     for task, features in enumerate((x + mean).double().numpy()):
-        alpha = 1e-3 * ((features - features.mean(0)) ** 2).sum() / WIDTH + 1e-10 * (features**2).sum()
-        found = linear_model.Ridge(alpha=alpha).fit(features, y[task].double().numpy())
+        centre = fit_intercept * features.mean(0)
+        alpha = 1e-3 * ((features - centre) ** 2).sum() / WIDTH + 1e-10 * (features**2).sum()
+        found = linear_model.Ridge(alpha=alpha, fit_intercept=fit_intercept).fit(features, y[task].double().numpy())
         torch.testing.assert_close(rows[task].double(), torch.tensor(found.coef_), atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(bias[task].double(), torch.tensor(found.intercept_), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            bias[task].double(), torch.as_tensor(found.intercept_, dtype=torch.float64).expand(2), atol=1e-4, rtol=1e-4
+        )
 
 
 def test_the_penalty_is_learned_from_what_does_not_depend_on_units():

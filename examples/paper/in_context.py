@@ -191,8 +191,9 @@ def table(tier: str, seeds: int, data: Path, output: Path, num: int = 64, models
     for d in DIMENSIONS[tier]:
         found = {name: [trained(models, name, d, seed, STEPS[tier]) for seed in range(seeds)] for name in models}
         found["ridge, true noise"] = [(ridge, {})]
+        x, y, *asked = draw_tasks(np.random.default_rng([2, d]), num, max(EXAMPLES), d, queries=16)
         for count in tqdm(EXAMPLES, f"d = {d}", leave=False):
-            tasks = draw_tasks(np.random.default_rng([2, d, count]), num, count, d, queries=16)
+            tasks = (x[:, :count], y[:, :count], *asked)
             reference, _ = answered(ridge, tasks, CHUNK[d])
             for name, of_seeds in found.items():
                 for seed, (model, times) in enumerate(of_seeds):

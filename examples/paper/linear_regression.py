@@ -28,7 +28,11 @@ SETTINGS = {"as trained": {}, "noise 0.5": {"noise": 0.5}, "weights times 3": {"
 RATES = {"SGD": (0.03, 0.1, 0.2, 0.4, 0.7, 1.0), "Adam": (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)}
 STEPS, BATCH = {"cpu": 300, "gpu": 3000}, 16
 FIRST_RATE = 0.3
-REFINED = ("observations, with sums", *(f"gradients, {head}" for head in HEADS))
+SUMS = {
+    "observations, with sums": True,
+    "observations, with sums, no intercept": False,
+}  # as ridge, which is told of none
+REFINED = (*SUMS, *(f"gradients, {head}" for head in HEADS))
 Weights = Iterator[tuple[Tensor, Tensor]]  # after each chunk w (B, d) and the intercept (B,)
 
 
@@ -88,8 +92,8 @@ def gradient(weight: Tensor, x: Tensor, y: Tensor) -> Tensor:  # (B, 1, d), (B, 
 
 def refined(name: str, d: int) -> tuple[nn.Module, Callable[[Tasks], Weights]]:
     """What is trained, and how it finds the weights."""
-    if name == "observations, with sums":
-        head = GaussianRows()
+    if name in SUMS:
+        head = GaussianRows(fit_intercept=SUMS[name])
         return head, partial(by_sums, head)
     descent = Descent(torch.zeros(1, 1, d), name.removeprefix("gradients, "), FIRST_RATE, gradient)
     return descent, partial(by_gradients, descent)

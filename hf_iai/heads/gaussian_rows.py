@@ -43,6 +43,7 @@ class GaussianRows(nn.Module):
 
     Args:
         hidden: width of the network's hidden layer.
+        fit_intercept: False, where targets are known to be 0 at x = 0: nothing is centred, and b = 0.
 
     Example:
         >>> import torch
@@ -57,8 +58,9 @@ class GaussianRows(nn.Module):
     learned penalty is ours.
     """
 
-    def __init__(self, hidden: int = 16) -> None:
+    def __init__(self, hidden: int = 16, fit_intercept: bool = True) -> None:
         super().__init__()
+        self.fit_intercept = fit_intercept
         last = nn.Linear(hidden, 1)
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
@@ -92,11 +94,12 @@ class GaussianRows(nn.Module):
         """Read a chunk."""
         padding = (real == 0).unsqueeze(-1)
         x, y = (t.double().masked_fill(padding, 0.0) for t in (features, targets))
+        centred = float(self.fit_intercept)  # without, both means stay 0
         return {
             "count": kept["count"] + (real != 0).sum(1),
-            "total": kept["total"] + x.sum(1),
+            "total": kept["total"] + centred * x.sum(1),
             "moment": kept["moment"] + x.mT @ x,
-            "target": kept["target"] + y.sum(1),
+            "target": kept["target"] + centred * y.sum(1),
             "cross": kept["cross"] + y.mT @ x,
             "square": kept["square"] + y.square().sum(1),
         }
