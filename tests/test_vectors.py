@@ -6,7 +6,7 @@ from peft import PeftModel, get_peft_model
 from tiny import disturb
 from transformers import AutoModelForSequenceClassification, BertConfig, LlamaConfig
 
-from hf_iai import IAIConfig, IAITrainer, IAITrainingArguments, TaskState, export_classifier
+from hf_iai import IAIConfig, IAITrainer, IAITrainingArguments, TaskState, export_classifier, vector_base
 from hf_iai.data import VectorEpisodeCollator, batch_chunks, chunk_vectors
 
 WIDTH = 12
@@ -114,6 +114,21 @@ def test_untrained_classes_are_nearest_class_means():
     means = [features(X)[torch.tensor([y == name for y in TARGETS["softmax"]])].mean(0) for name in names]
     expected = 50 * (features(QUERIES) @ torch.stack(means).T - torch.stack(means).square().sum(1) / 2)
     torch.testing.assert_close(logits(model, state), expected, atol=1e-3, rtol=1e-4)
+
+
+def test_a_regression_without_an_intercept(tmp_path):
+    """Targets that lie a unit higher: a line through 0 leaves it out, also in an adapter that was loaded."""
+    model = make_model("gaussian", trained=False, base=vector_base(WIDTH), fit_intercept=False)
+    read = list(chunk_vectors(X, X @ TRUTH + 1))
+    x, y = X.double(), (X @ TRUTH + 1).double()
+    penalty = 1e-3 * x.square().sum() / WIDTH
+    rows = torch.linalg.solve(x.T @ x + penalty * torch.eye(WIDTH), x.T @ y)
+    torch.testing.assert_close(logits(model, model.adapt(read)).double(), QUERIES.double() @ rows, atol=1e-3, rtol=1e-3)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(vector_base(WIDTH), tmp_path).eval()
+    assert torch.equal(logits(loaded, loaded.adapt(read)), logits(model, model.adapt(read)))
+    with pytest.raises(ValueError, match="fit_intercept=False has no meaning for what is no linear state"):
+        make_model("softmax", fit_intercept=False)
 
 
 def test_a_base_that_changes_nothing_finds_the_line():

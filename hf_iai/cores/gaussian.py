@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from ..config import IAIConfig
 from ..encoder import Encoder
 from ..heads import GaussianRows, with_outputs
 from ..state import Identity, TaskState
@@ -19,7 +20,9 @@ class GaussianCore(LinearCore):
     examples has no part in the state.
     """
 
-    head_type = GaussianRows
+    @staticmethod
+    def make_head(config: IAIConfig) -> GaussianRows:
+        return GaussianRows(fit_intercept=config.fit_intercept)
 
     def initial_state(self, base: Encoder, batch_size: int, identity: Identity, num_outputs: int = 0) -> TaskState:
         """theta(0) of tasks whose first chunk says how many outputs there are or, in training, of so many."""

@@ -24,11 +24,14 @@ class LinearCore(Core):
     """
 
     kind = "sums"
-    head_type = ClassRows
 
     def __init__(self, base: Encoder, config: IAIConfig) -> None:
         super().__init__(base, config, reads=True)
-        self.head = self.head_type()
+        self.head = self.make_head(config)
+
+    @staticmethod
+    def make_head(config: IAIConfig) -> nn.Module:
+        return ClassRows()
 
     def initial_state(self, base: Encoder, batch_size: int, identity: Identity, num_classes: int = 0) -> TaskState:
         """theta(0) of tasks without a class or, in training, of as many classes with numbers for names."""
