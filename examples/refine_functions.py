@@ -1,14 +1,14 @@
-"""String functions by refinement: each query keeps its own prediction (regime implicit), on the embedded base.
+"""String functions and associative recall as text, by refinement (regime implicit), on the embedded base.
 
-    python examples/refine_functions.py train --prediction logits --seed 0
+    python examples/refine_functions.py train --seed 0
     python examples/refine_functions.py evaluate --data FOLDER          # all seeds: refine_functions.json and .png
 
-Tasks are those of examples/letter_tasks.py; with `--data`, a folder with fv_tasks, real words too. "At once" is the
-same adapter with all that was read as its one and only chunk; "full context" the bare base.
+Tasks are those of examples/function_tasks.py; with `--data`, a folder with fv_tasks, real words too. "Full context" is
+the bare base, which sees all chunks at once; "known" a perfect memory.
 """
 
 import json
-from itertools import islice
+from collections import defaultdict
 from pathlib import Path
 from typing import Annotated
 
@@ -16,43 +16,35 @@ import numpy as np
 import torch
 import typer
 from datasets import IterableDataset
-from letter_tasks import CHUNK, LENGTH, drawn_episodes, real_episodes
+from function_tasks import CHUNK, CHUNK_OF_FUNCTIONS, LENGTH, cipher_episodes, function_episodes, real_episodes
 from matplotlib.figure import Figure
 from peft import AutoPeftModelForCausalLM, PeftModel
 from provenance import provenance
-from refine_recall import PREDICTIONS, make_model, over_seeds
+from refine_recall import make_model, over_seeds
 from tqdm import tqdm
 from training import train_adapter
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
-from hf_iai import EpisodeCollator, embedded_base
+from hf_iai import embedded_base
 from hf_iai.evaluation import bootstrap_mean
 
 MOST_TRAINED, ASKED, WORK = 8, 16, Path("work/functions")
 COUNTS = (0, 1, 2, 4, 8, 16, 28)  # the last two are more than training saw
-MOST_REAL = 28  # chunks: there are 129 real words
-AT_ONCE = 16  # the most chunks that fit the base's window together
+WINDOW = 512  # tokens, of the embedded base
 
 app = typer.Typer(help=__doc__)
 
 
 @app.command()
-def train(
-    prediction: str = "logits",
-    seed: int = 0,
-    steps: int = 2000,
-    batch_size: int = 8,
-    lr: float = 2e-3,
-    work: Path = WORK,
-) -> None:
-    """Train one adapter on 1 to 8 chunks, words of one and of four letters."""
+def train(seed: int = 0, steps: int = 800, batch_size: int = 8, lr: float = 2e-3, work: Path = WORK) -> None:
+    """Train one adapter on 1 to 8 chunks of ciphers, words of one and of four letters."""
     set_seed(seed)
     base = embedded_base()
     tokenizer = AutoTokenizer.from_pretrained(base)
-    output = work / f"{prediction}-{seed}"
+    output = work / f"refined-{seed}"
     output.mkdir(parents=True, exist_ok=True)
     stream = {
-        "lengths": (1, LENGTH, LENGTH, LENGTH),
+        "lengths": (1, LENGTH),
         "num_letters": (4, 6, 10, 16, 26),  # few letters come again soon, and a chunk says much
         "num": steps * batch_size,
         "num_chunks": MOST_TRAINED,
@@ -61,8 +53,8 @@ def train(
         "seed": 1000 + seed,
     }
     train_adapter(
-        make_model(base, prediction),
-        IterableDataset.from_generator(drawn_episodes, gen_kwargs=stream),
+        make_model(base, "logits"),
+        IterableDataset.from_generator(cipher_episodes, gen_kwargs=stream),
         tokenizer,
         output,
         steps=steps,
@@ -79,55 +71,70 @@ def train(
 
 # ---------------------------------------------------------------- what is answered right after so many chunks
 
-
-def asked(batch: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """The queries (N, T) without their answers, which are their last tokens, and the answers (N,)."""
-    ids, mask, labels = (batch[name].flatten(0, 1) for name in ("input_ids", "attention_mask", "labels"))
-    return {"input_ids": ids, "attention_mask": mask * (labels == -100)}, labels.amax(1)
+Found = dict[int, np.ndarray]  # number of chunks -> (E, Q), which queries are right
 
 
-def by_refining(model: PeftModel, batches: list[dict], at_once: bool = False) -> dict[int, np.ndarray]:
-    """Number of chunks -> (E, Q), which queries are right after the first so many, one by one or as one."""
-    found: dict[int, list] = {}
-    for batch in tqdm(batches, leave=False):
-        query, answers = asked(batch)
-        chunks = batch["chunk_input_ids"]  # (B, K, C)
-        if at_once:
-            counts = [n for n in COUNTS if 0 < n <= AT_ONCE]
-            steps = [(n, list(model.refine([{"input_ids": chunks[:, :n].flatten(1)}], query))[0]) for n in counts]
-        else:
-            read = [{"input_ids": chunk} for chunk in chunks.unbind(1)]
-            steps = enumerate(model.refine(read, query, with_start=True))
-        for n, logits in steps:
+def prompts_and_answers(task: dict) -> tuple[list[list[int]], list[int]]:
+    """Prompts of a task, and which token or label answers each."""
+    if "labels" in task:
+        return [query["input_ids"] for query in task["query"]], task["answers"]
+    return [query["input_ids"][:-1] for query in task["query"]], [query["labels"][-1] for query in task["query"]]
+
+
+def text_of(task: dict, num_chunks: int) -> list[int]:
+    tokens = [token for line in task["support"] for token in line["input_ids"]]
+    return tokens[: num_chunks * chunk_size(task)]
+
+
+def chunk_size(task: dict) -> int:
+    return CHUNK_OF_FUNCTIONS if "labels" in task else CHUNK
+
+
+def by_refining(model: PeftModel, tasks: list[dict]) -> Found:
+    found = defaultdict(list)
+    for task in tqdm(tasks, leave=False):
+        prompts, answers = prompts_and_answers(task)
+        text = torch.tensor([text_of(task, max(COUNTS))])
+        chunks = [{"input_ids": chunk} for chunk in text.split(chunk_size(task), 1)]
+        query = {"input_ids": torch.tensor(prompts)}
+        for n, logits in enumerate(model.refine(chunks, query, labels=task.get("labels"), with_start=True)):
             if n in COUNTS:
-                right = logits[:, 0].argmax(-1) == answers
-                found.setdefault(n, []).append(right.view(len(chunks), -1))
-    return {n: torch.cat(right).numpy() for n, right in found.items()}
+                found[n].append((logits.view(len(answers), -1).argmax(-1) == torch.tensor(answers)).tolist())
+    return {n: np.array(right) for n, right in found.items()}
 
 
 @torch.no_grad()
-def in_full_context(base, batches: list[dict]) -> dict[int, np.ndarray]:
-    """The same of the bare base, which sees the first so many chunks at once."""
-    found: dict[int, list] = {n: [] for n in COUNTS if n <= AT_ONCE}
-    for batch in tqdm(batches, desc="full context", leave=False):
-        query, answers = asked(batch)
-        chunks, num_queries = batch["chunk_input_ids"], batch["input_ids"].shape[1]
-        last = query["attention_mask"].sum(1) - 1
-        for n, right in found.items():
-            context = chunks[:, :n].flatten(1).repeat_interleave(num_queries, 0)  # (N, n C)
-            logits = base(input_ids=torch.cat([context, query["input_ids"]], 1)).logits
-            predicted = logits[torch.arange(len(last)), context.shape[1] + last].argmax(-1)
-            right.append((predicted == answers).view(len(chunks), -1))
-    return {n: torch.cat(right).numpy() for n, right in found.items()}
+def in_full_context(base, tasks: list[dict]) -> Found:
+    """The same of the bare base, which sees the first so many chunks at once, if they fit its window."""
+    found = defaultdict(list)
+    for task in tqdm(tasks, "full context", leave=False):
+        prompts, answers = prompts_and_answers(task)
+        longest = max(map(len, [*prompts, *task.get("labels", [])]))
+        for n in COUNTS:
+            if n * chunk_size(task) + 2 * longest <= WINDOW:
+                said = [_best(base, text_of(task, n) + prompt, task.get("labels")) for prompt in prompts]
+                found[n].append([best == answer for best, answer in zip(said, answers, strict=True)])
+    return {n: np.array(right) for n, right in found.items()}
 
 
-def known(tasks: list[dict]) -> dict[int, np.ndarray]:
-    """The same of who knows the place and has a perfect memory: right where the letter was met."""
+def _best(base, context: list[int], labels: list[list[int]] | None) -> int:
+    """The token, or the number of the label, that the base finds most probable."""
+    if labels is None:
+        return base(torch.tensor([context])).logits[0, -1].argmax().item()
+    length = max(map(len, labels))
+    padded = torch.tensor([context + label + [0] * (length - len(label)) for label in labels])
+    said = base(padded).logits[:, len(context) - 1 : -1].log_softmax(-1).gather(2, padded[:, len(context) :, None])
+    real = torch.tensor([[i < len(label) for i in range(length)] for label in labels])
+    return (said.squeeze(-1) * real).sum(1).argmax().item()
+
+
+def known(tasks: list[dict]) -> Found:
+    """Of a perfect memory that knows that the last letter counts: right where it was met."""
     after = np.array([[n or np.inf for n in task["known_after"]] for task in tasks])  # (E, Q)
     return {n: after <= n for n in COUNTS}
 
 
-def rows_of(found: dict[int, np.ndarray], **names) -> list[dict]:
+def rows_of(found: Found, **names) -> list[dict]:
     """Exact match, intervals over tasks."""
     rows = []
     for n, right in found.items():
@@ -136,45 +143,43 @@ def rows_of(found: dict[int, np.ndarray], **names) -> list[dict]:
     return rows
 
 
-def test_tasks(data: Path | None, num_tasks: int, tokenizer) -> dict[str, list[dict]]:
+def test_tasks(data: Path | None, num: int, tokenizer) -> dict[str, list[dict]]:
     """Setting -> tasks."""
-    shape = (max(COUNTS), ASKED, tokenizer, 77)
+    shape = {"num_chunks": max(COUNTS), "tokenizer": tokenizer, "seed": 77}
+    asked = shape | {"num_asked": ASKED}
     found = {
-        "one letter (associative recall)": drawn_episodes((1,), (26,), num_tasks, *shape),
-        "a letter of four": drawn_episodes((LENGTH,), (26,), num_tasks, *shape),
+        "a letter (associative recall)": cipher_episodes((1,), (26,), num, **asked),
+        "the last letter of a word": cipher_episodes((LENGTH,), (26,), num, **asked),
+        "ten functions, untrained": function_episodes(num // 2, **shape),
     }
     if data is not None:
-        found["real words, functions with a name"] = real_episodes(data, num_tasks // 4, *shape)
+        found["the last letter of a real word"] = real_episodes(data, num, **asked)
     return {setting: list(tasks) for setting, tasks in found.items()}
 
 
 @app.command()
 def evaluate(
     data: Annotated[Path | None, typer.Option(help="folder of fv_tasks, for real words")] = None,
-    num_tasks: int = 96,
+    num_tasks: int = 64,
     work: Path = WORK,
 ) -> None:
-    """Every adapter under `work`, the same before training, and full context, on functions no training has seen."""
+    """Every adapter under `work`, the same before training, and full context, on ciphers and words not in training."""
     base = embedded_base()
     bare, tokenizer = AutoModelForCausalLM.from_pretrained(base).eval(), AutoTokenizer.from_pretrained(base)
-    collate, rows = EpisodeCollator(tokenizer, CHUNK), []
-    folders = sorted(path.parent for path in work.glob("*-*/adapter"))
+    untrained, rows = make_model(base, "logits").eval(), []
     for setting, tasks in test_tasks(data, num_tasks, tokenizer).items():
-        rest = iter(tasks)
-        batches = [collate(some) for some in iter(lambda rest=rest: list(islice(rest, 8)), [])]
+        rows += rows_of(in_full_context(bare, tasks), setting=setting, method="full context", seed=0)
+        rows += rows_of(by_refining(untrained, tasks), setting=setting, method="untrained", seed=0)
+        if "labels" in tasks[0]:  # no adapter is trained on functions
+            continue
         rows += rows_of(known(tasks), setting=setting, method="known", seed=0)
-        rows += rows_of(in_full_context(bare, batches), setting=setting, method="full context", seed=0)
-        for prediction in dict.fromkeys(folder.name.split("-")[0] for folder in folders):
-            untrained = by_refining(make_model(base, prediction).eval(), batches)
-            rows += rows_of(untrained, setting=setting, method=f"{prediction}, untrained", seed=0)
-        for folder in folders:
-            method, seed = folder.name.split("-")
-            model = AutoPeftModelForCausalLM.from_pretrained(folder / "adapter").eval()
-            for name, at_once in ((method, False), (f"{method}, at once", True)):
-                rows += rows_of(by_refining(model, batches, at_once), setting=setting, method=name, seed=int(seed))
+        for folder in sorted(work.glob("refined-*/adapter")):
+            model = AutoPeftModelForCausalLM.from_pretrained(folder).eval()
+            seed = int(folder.parent.name.split("-")[1])
+            rows += rows_of(by_refining(model, tasks), setting=setting, method="refined", seed=seed)
     command = f"python examples/refine_functions.py evaluate --num-tasks {num_tasks}"
     command += " --data FOLDER" if data else ""
-    report = {"recipe": {"command": command, **provenance()}, "chance": 1 / 52, "rows": rows}
+    report = {"recipe": {"command": command, **provenance()}, "rows": rows}
     (work / "refine_functions.tmp").write_text(json.dumps(report, indent=1) + "\n")
     (work / "refine_functions.tmp").replace(work / "refine_functions.json")
     print_table(rows)
@@ -184,28 +189,27 @@ def evaluate(
 def print_table(rows: list[dict]) -> None:
     for setting in dict.fromkeys(row["setting"] for row in rows):
         print(f"\n{setting}, chunks: {COUNTS}")
-        for method in dict.fromkeys(row["method"] for row in rows):
+        for method in dict.fromkeys(row["method"] for row in rows if row["setting"] == setting):
             found = over_seeds(rows, setting, method)
-            print(f"  {method:26s}", *(f"{np.mean(found[n]):.3f}" if n in found else "     " for n in COUNTS))
+            print(f"  {method:16s}", *(f"{np.mean(found[n]):.3f}" if n in found else "     " for n in COUNTS))
 
 
 def draw(rows: list[dict], path: Path) -> None:
     """Exact match against chunks read, mean over seeds and their range."""
     settings = list(dict.fromkeys(row["setting"] for row in rows))
-    styles = {method: (f"C{i}", "-o") for i, method in enumerate(PREDICTIONS)}
-    styles |= {f"{method}, at once": (f"C{i}", "--") for i, method in enumerate(PREDICTIONS)}
-    styles |= {f"{method}, untrained": (f"C{i}", ":") for i, method in enumerate(PREDICTIONS)}
-    styles |= {"full context": ("grey", "--"), "known": ("black", ":")}
-    figure = Figure(figsize=(4.4 * len(settings), 4.2), layout="constrained")
-    for axes, setting in zip(figure.subplots(1, len(settings), sharey=True, squeeze=False)[0], settings, strict=True):
-        for method, (color, style) in styles.items():
-            found = over_seeds(rows, setting, method)
-            if found:
-                axes.plot(list(found), [np.mean(v) for v in found.values()], style, color=color, label=method)
+    styles = {"refined": "C0-o", "untrained": "C0:", "full context": "C7--", "known": "k:"}
+    figure = Figure(figsize=(4 * len(settings), 4), layout="constrained")
+    for axes, setting in zip(figure.subplots(1, len(settings), sharey=True), settings, strict=True):
+        for method, style in styles.items():
+            if found := over_seeds(rows, setting, method):
+                axes.plot(list(found), [np.mean(v) for v in found.values()], style, label=method)
                 low, high = ([pick(v) for v in found.values()] for pick in (min, max))
-                axes.fill_between(list(found), low, high, color=color, alpha=0.15, linewidth=0)
+                axes.fill_between(list(found), low, high, color=style[:2] if style[0] == "C" else "k", alpha=0.15)
         axes.set_xscale("symlog", base=2, linthresh=1)
-        axes.set(title=setting, xlabel=f"chunks read, {CHUNK} tokens each", ylabel="exact match", ylim=(0, 1.02))
+        axes.set_title(setting, fontsize=9)
+        axes.set(
+            xlabel=f"chunks read, {CHUNK} or {CHUNK_OF_FUNCTIONS} tokens each", ylabel="exact match", ylim=(0, 1.02)
+        )
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7)
     figure.savefig(path, dpi=130)
