@@ -101,7 +101,7 @@ def function_episodes(each: int, num_chunks: int, tokenizer: PreTrainedTokenizer
     for i in range(each * len(STRING_FUNCTIONS)):
         rng, name = np.random.default_rng((seed, i)), list(STRING_FUNCTIONS)[i % len(STRING_FUNCTIONS)]
         words: dict[str, None] = {}
-        while len(words) <= num_chunks * CHUNK_OF_FUNCTIONS // 5:  # no line has fewer than five tokens
+        while len(words) <= num_chunks * CHUNK_OF_FUNCTIONS // 4:  # no line has fewer than four tokens
             words["".join(rng.choice(list(LETTERS), size=rng.integers(2, 6)))] = None
         query, *read = words
         labels = dict.fromkeys(function(query) for function in STRING_FUNCTIONS.values())
