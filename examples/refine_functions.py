@@ -9,8 +9,9 @@ the bare base, which sees all chunks at once; "known" a perfect memory.
 
 import json
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from matplotlib.figure import Figure
 from peft import AutoPeftModelForCausalLM, PeftModel
 from provenance import provenance
 from refine_recall import make_model, over_seeds
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from training import train_adapter
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
@@ -74,58 +76,66 @@ def train(seed: int = 0, steps: int = 800, batch_size: int = 8, lr: float = 2e-3
 Found = dict[int, np.ndarray]  # number of chunks -> (E, Q), which queries are right
 
 
-def prompts_and_answers(task: dict) -> tuple[list[list[int]], list[int]]:
-    """Prompts of a task, and which token or label answers each."""
-    if "labels" in task:
-        return [query["input_ids"] for query in task["query"]], task["answers"]
-    return [query["input_ids"][:-1] for query in task["query"]], [query["labels"][-1] for query in task["query"]]
+class Batch(NamedTuple):
+    """Tasks of one shape; with labels, one."""
+
+    text: torch.Tensor  # (B, S), what is read
+    prompts: torch.Tensor  # (B, Q, T)
+    answers: torch.Tensor  # (B, Q), tokens, or numbers of labels
+    labels: list[list[int]] | None
+
+    @property
+    def chunk_size(self) -> int:
+        return CHUNK if self.labels is None else CHUNK_OF_FUNCTIONS
 
 
-def text_of(task: dict, num_chunks: int) -> list[int]:
-    tokens = [token for line in task["support"] for token in line["input_ids"]]
-    return tokens[: num_chunks * chunk_size(task)]
-
-
-def chunk_size(task: dict) -> int:
-    return CHUNK_OF_FUNCTIONS if "labels" in task else CHUNK
+def batches_of(tasks: list[dict], size: int = 8) -> Iterator[Batch]:
+    if "labels" in tasks[0]:
+        for task in tasks:
+            prompts = [[query["input_ids"] for query in task["query"]]]
+            text = [task["support"][0]["input_ids"][: max(COUNTS) * CHUNK_OF_FUNCTIONS]]
+            yield Batch(*map(torch.tensor, (text, prompts, [task["answers"]])), task["labels"])
+        return
+    for start in range(0, len(tasks), size):
+        some = tasks[start : start + size]
+        text = [[token for line in task["support"] for token in line["input_ids"]] for task in some]
+        asked = torch.tensor([[query["input_ids"] for query in task["query"]] for task in some])
+        yield Batch(torch.tensor(text), asked[..., :-1], asked[..., -1], None)
 
 
 def by_refining(model: PeftModel, tasks: list[dict]) -> Found:
     found = defaultdict(list)
-    for task in tqdm(tasks, leave=False):
-        prompts, answers = prompts_and_answers(task)
-        text = torch.tensor([text_of(task, max(COUNTS))])
-        chunks = [{"input_ids": chunk} for chunk in text.split(chunk_size(task), 1)]
-        query = {"input_ids": torch.tensor(prompts)}
-        for n, logits in enumerate(model.refine(chunks, query, labels=task.get("labels"), with_start=True)):
+    for batch in tqdm(list(batches_of(tasks)), leave=False):
+        chunks = [{"input_ids": chunk} for chunk in batch.text.split(batch.chunk_size, 1)]
+        query = {"input_ids": batch.prompts.flatten(0, 1)}
+        for n, logits in enumerate(model.refine(chunks, query, labels=batch.labels, with_start=True)):
             if n in COUNTS:
-                found[n].append((logits.view(len(answers), -1).argmax(-1) == torch.tensor(answers)).tolist())
-    return {n: np.array(right) for n, right in found.items()}
+                best = logits.view(batch.answers.numel(), -1).argmax(-1).view(batch.answers.shape)
+                found[n].append(best == batch.answers)
+    return {n: torch.cat(right).numpy() for n, right in found.items()}
 
 
 @torch.no_grad()
 def in_full_context(base, tasks: list[dict]) -> Found:
     """The same of the bare base, which sees the first so many chunks at once, if they fit its window."""
-    found = defaultdict(list)
-    for task in tqdm(tasks, "full context", leave=False):
-        prompts, answers = prompts_and_answers(task)
-        longest = max(map(len, [*prompts, *task.get("labels", [])]))
-        for n in COUNTS:
-            if n * chunk_size(task) + 2 * longest <= WINDOW:
-                said = [_best(base, text_of(task, n) + prompt, task.get("labels")) for prompt in prompts]
-                found[n].append([best == answer for best, answer in zip(said, answers, strict=True)])
-    return {n: np.array(right) for n, right in found.items()}
+    counts = [n for n in COUNTS if (n + 1) * next(batches_of(tasks)).chunk_size <= WINDOW]
+    found = {n: [] for n in counts}
+    for batch in tqdm(list(batches_of(tasks)), "full context", leave=False):
+        for n in counts:
+            read = batch.text[:, None, : n * batch.chunk_size].expand(-1, batch.prompts.shape[1], -1)
+            best = _best(base, torch.cat([read, batch.prompts], -1).flatten(0, 1), batch.labels)
+            found[n].append(best.view(batch.answers.shape) == batch.answers)
+    return {n: torch.cat(right).numpy() for n, right in found.items()}
 
 
-def _best(base, context: list[int], labels: list[list[int]] | None) -> int:
-    """The token, or the number of the label, that the base finds most probable."""
+def _best(base, context: torch.Tensor, labels: list[list[int]] | None) -> torch.Tensor:  # (N, S) -> (N,)
+    """The token or, of one context, the number of the label, that the base finds most probable."""
     if labels is None:
-        return base(torch.tensor([context])).logits[0, -1].argmax().item()
-    length = max(map(len, labels))
-    padded = torch.tensor([context + label + [0] * (length - len(label)) for label in labels])
-    said = base(padded).logits[:, len(context) - 1 : -1].log_softmax(-1).gather(2, padded[:, len(context) :, None])
-    real = torch.tensor([[i < len(label) for i in range(length)] for label in labels])
-    return (said.squeeze(-1) * real).sum(1).argmax().item()
+        return base(context).logits[:, -1].argmax(-1)
+    ids = pad_sequence([torch.tensor(label) for label in labels], batch_first=True, padding_value=-1)  # (C, L)
+    logits = base(torch.cat([context.expand(len(ids), -1), ids.clamp_min(0)], 1)).logits
+    said = logits[:, context.shape[1] - 1 : -1].log_softmax(-1).gather(2, ids.clamp_min(0).unsqueeze(-1)).squeeze(-1)
+    return said.masked_fill(ids < 0, 0.0).sum(1).argmax(keepdim=True)
 
 
 def known(tasks: list[dict]) -> Found:
