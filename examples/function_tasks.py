@@ -89,11 +89,12 @@ def real_episodes(
     rows = [json.loads(text) for text in (folder / f"{REAL}.jsonl").read_text(encoding="utf-8").splitlines()]
     pairs = {row["input"].lower(): row["output"] for row in rows if len(row["input"]) == LENGTH}
     pairs = [(word, answer) for word, answer in pairs.items() if word.isascii() and word.isalpha()]
+    needed = num_asked + lines_of(LENGTH) * num_chunks
+    if len(pairs) < needed:
+        raise ValueError(f"{folder / REAL}.jsonl has {len(pairs)} words of {LENGTH} letters, {needed} are needed")
     for i in range(num):
         chosen = np.random.default_rng((seed, i)).permutation(len(pairs))
-        yield cipher_episode(
-            [pairs[j] for j in chosen[: num_asked + lines_of(LENGTH) * num_chunks]], num_asked, tokenizer
-        )
+        yield cipher_episode([pairs[j] for j in chosen[:needed]], num_asked, tokenizer)
 
 
 def function_episodes(each: int, num_chunks: int, tokenizer: PreTrainedTokenizerBase, seed: int) -> Iterator[dict]:

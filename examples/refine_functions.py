@@ -32,7 +32,6 @@ from hf_iai.evaluation import bootstrap_mean
 
 MOST_TRAINED, ASKED, WORK = 8, 16, Path("work/functions")
 COUNTS = (0, 1, 2, 4, 8, 16, 28)  # the last two are more than training saw
-WINDOW = 512  # tokens, of the embedded base
 
 app = typer.Typer(help=__doc__)
 
@@ -118,7 +117,7 @@ def by_refining(model: PeftModel, tasks: list[dict]) -> Found:
 @torch.no_grad()
 def in_full_context(base, tasks: list[dict]) -> Found:
     """The same of the bare base, which sees the first so many chunks at once, if they fit its window."""
-    counts = [n for n in COUNTS if (n + 1) * next(batches_of(tasks)).chunk_size <= WINDOW]
+    counts = [n for n in COUNTS if (n + 1) * next(batches_of(tasks)).chunk_size <= base.config.max_position_embeddings]
     found = {n: [] for n in counts}
     for batch in tqdm(list(batches_of(tasks)), "full context", leave=False):
         for n in counts:
@@ -187,6 +186,7 @@ def evaluate(
             model = AutoPeftModelForCausalLM.from_pretrained(folder).eval()
             seed = int(folder.parent.name.split("-")[1])
             rows += rows_of(by_refining(model, tasks), setting=setting, method="refined", seed=seed)
+    work.mkdir(parents=True, exist_ok=True)
     command = f"python examples/refine_functions.py evaluate --num-tasks {num_tasks}"
     command += " --data FOLDER" if data else ""
     report = {"recipe": {"command": command, **provenance()}, "rows": rows}

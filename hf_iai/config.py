@@ -89,7 +89,7 @@ class IAIConfig(LoraConfig):
             centred and of unit length. `"gaussian"`: targets are real vectors; a linear state is a linear regression
             (`cores.GaussianCore`) on the pooled vector as it is, since it needs its scale; a linear and an mlp state
             say nothing of the variance, which is 1.
-        fit_intercept: of a linear regression; False where targets are 0 at features of 0, which is then not learned.
+        fit_intercept: of a linear regression; False, where targets are known to be 0 at features of 0: b = 0.
 
     Raises:
         ValueError: for an unknown value, one that is not available yet, or a combination that cannot work.
@@ -162,7 +162,7 @@ class IAIConfig(LoraConfig):
                 f"prediction={self.prediction!r} needs regime='implicit', got regime={self.regime!r}: leave it out"
             )
         if (self.state_type, self.likelihood) != ("linear", "gaussian"):
-            self._check_unused(("fit_intercept",), "what is no linear state of likelihood='gaussian'")
+            self._check_unused(("fit_intercept",), "anything but state_type='linear' with likelihood='gaussian'")
         self._check_vectors()
         if self.regime == "implicit":
             self._check_implicit()

@@ -32,6 +32,7 @@ def fingerprint(base: Base, config: IAIConfig, adapter: Iterable[tuple[str, Tens
     fields += ("prediction",) if config.regime == "implicit" else ()
     fields += ("vector_width", "num_outputs") if config.regime == "implicit" or config.vector_width else ()
     fields += ("likelihood",) if config.likelihood != "softmax" else ()  # fingerprints from before there was another
+    fields += () if config.fit_intercept else ("fit_intercept",)
     fields += LORA_FIELDS if config.state_type == "lora" else ()
     fields += GRADIENT_FIELDS if config.signal != "observations" else ()
     # Settings that are the defaults leave fingerprints as they were before there were any.

@@ -404,6 +404,8 @@ def test_refined_predictions_equal_a_direct_loop():
         np.testing.assert_allclose(curve.losses["full_context", 3, 0][i, prompt - 1 :][:answer], expected, atol=1e-4)
     with pytest.raises(ValueError, match="leave out baseline 'fewer_shots'"):
         evaluate_curve(model, episodes, (0, 1), ["fewer_shots"], chunk_size=CHUNK)
+    with pytest.raises(ValueError, match="a curve scores free answers: leave `labels` out"):
+        evaluate_curve(model, [{**episodes[3], "labels": [[1], [2]]}], (0, 1), chunk_size=CHUNK)
     with pytest.raises(ValueError, match="leave out baseline 'fewer_shots' and static_model="):
         evaluate_curve(model, episodes, (0, 1), static_model=model, chunk_size=CHUNK)
 

@@ -83,6 +83,12 @@ def test_real_words_are_asked_or_read(tmp_path):
         assert len({word for word, _ in found}) == len(found) == 3 * 4 + 5
 
 
+def test_too_few_real_words_are_an_error(tmp_path):
+    (tmp_path / f"{REAL}.jsonl").write_text(json.dumps({"input": "word", "output": "D"}), encoding="utf-8")
+    with pytest.raises(ValueError, match="has 1 words of 4 letters, 17 are needed"):
+        next(real_episodes(tmp_path, 1, *SHAPE))
+
+
 def test_functions_answer_with_one_of_what_all_make_of_the_word():
     tasks = list(function_episodes(2, 3, TOKENIZER, 0))
     assert len(tasks) == 2 * len(STRING_FUNCTIONS)

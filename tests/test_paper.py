@@ -8,6 +8,8 @@ import pytest
 import torch
 import typer
 
+from hf_iai.evaluation.classifiers import sgd_rows
+
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from examples.paper import causal_order, generation, in_context, linear_regression, run  # noqa: E402
 
@@ -141,12 +143,15 @@ def test_tasks_and_models_are_made_where_torch_makes_tensors():
         modules = [in_context.small_base(), in_context.NeuralProcess(2)]
         modules += [linear_regression.refined(name, 2)[0] for name in linear_regression.REFINED]
         modules += [make() for make in (generation.REFINED | causal_order.REFINED).values()]
+        # Baselines compute on the CPU, whatever the default is.
+        x, y = rng.normal(size=(4, 3)).astype(np.float32), np.array([0, 1, 0, 1])
+        assert set(sgd_rows(x, y, x)) <= {0, 1}
     tensors = [*drawn, *(parameter for module in modules for parameter in module.parameters())]
     assert {tensor.device.type for tensor in tensors} == {"meta"}
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="there is one")
 def test_tier_gpu_needs_an_accelerator(tmp_path):
-    with pytest.raises(typer.BadParameter, match="--tier gpu needs an accelerator"):
+    with pytest.raises(typer.BadParameter, match="--tier gpu needs an accelerator with float64, got None"):
         run.main("linear_regression", tier="gpu", output=tmp_path)
     assert not any(tmp_path.iterdir())

@@ -6,7 +6,6 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import AutoPeftModelForCausalLM, get_peft_model
-from sklearn.linear_model import RidgeCV
 from test_implicit_vectors import CLASSES, CONFIGS, SIZES, TARGETS, WIDTH, make_vector_base, queries, stream
 from test_implicit_vectors import vector_model as implicit_model
 from test_training import arguments
@@ -371,7 +370,8 @@ def test_a_curve_of_accuracy(kind, named):
 
 @pytest.mark.parametrize("kind", ["prefix", "mlp", "implicit", "linear"])
 def test_a_curve_of_squared_error(kind):
-    """Of what is answered after one and two chunks, next to regressions of all examples so far."""
+    """Of what is answered after one and two chunks, next to regressions of all examples so far; without dropout."""
+    linear_model = pytest.importorskip("sklearn.linear_model")
     if kind == "linear":
         config = IAIConfig(task_type="SEQ_CLS", state_type="linear", likelihood="gaussian")
         model = get_peft_model(vector_base(WIDTH), config)
@@ -381,7 +381,7 @@ def test_a_curve_of_squared_error(kind):
     x, y = torch.randn(25, WIDTH, generator=draw), torch.randn(25, TARGETS, generator=draw)
     rows = [{"vector": v.tolist(), "label": t.tolist()} for v, t in zip(x, y, strict=True)]
     curve = evaluate_curve(
-        model,
+        model.train(),
         [{"support": rows[:20], "query": rows[20:]}, {"support": rows[5:], "query": rows[:3]}],
         (1, 2),
         ("ridge", "nearest_neighbours"),
@@ -396,12 +396,18 @@ def test_a_curve_of_squared_error(kind):
     for n, means in enumerate(answers, 1):
         expected = (means - y[20:]).square().mean(1)
         torch.testing.assert_close(torch.from_numpy(curve.losses["iai", n, 0][0]).float(), expected)
-        fitted = RidgeCV([10.0**k for k in range(-4, 4)]).fit(x[: 10 * n], y[: 10 * n]).predict(x[20:])
+        fitted = linear_model.RidgeCV([10.0**k for k in range(-4, 4)]).fit(x[: 10 * n], y[: 10 * n]).predict(x[20:])
         torch.testing.assert_close(
             torch.from_numpy(curve.losses["ridge", n, 0][0]).float(),
             (torch.from_numpy(fitted).float() - y[20:]).square().mean(1),
         )
-    assert curve.metric == "squared_error"
+        nearest = (x[20:, None] - x[None, : 10 * n]).square().sum(-1).topk(5, largest=False)  # (Q, 5)
+        share = nearest.values.rsqrt()
+        mean = (y[nearest.indices] * share.unsqueeze(-1)).sum(1) / share.sum(1, keepdim=True)
+        torch.testing.assert_close(
+            torch.from_numpy(curve.losses["nearest_neighbours", n, 0][0]).float(), (mean - y[20:]).square().mean(1)
+        )
+    assert model.training and curve.metric == "squared_error"
     assert [row["method"] for row in curve.rows()] == 2 * ["iai"] + 2 * ["ridge"] + 2 * ["nearest_neighbours"]
     assert torch.from_numpy(curve.losses["nearest_neighbours", 2, 0][1]).isnan().tolist() == [False] * 3 + [True] * 2
 

@@ -127,7 +127,10 @@ def test_a_regression_without_an_intercept(tmp_path):
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(vector_base(WIDTH), tmp_path).eval()
     assert torch.equal(logits(loaded, loaded.adapt(read)), logits(model, model.adapt(read)))
-    with pytest.raises(ValueError, match="fit_intercept=False has no meaning for what is no linear state"):
+    other = make_model("gaussian", trained=False, base=vector_base(WIDTH))
+    with pytest.raises(ValueError, match="this state belongs to .*, the model is"):
+        logits(other, model.adapt(read))
+    with pytest.raises(ValueError, match="fit_intercept=False has no meaning for anything but state_type="):
         make_model("softmax", fit_intercept=False)
 
 

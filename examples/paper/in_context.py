@@ -169,6 +169,8 @@ def trained(models: Models, name: str, d: int, seed: int, steps: int) -> tuple[n
     for _ in range(5):
         start = time.perf_counter()
         model.loss(tasks, CHUNK[d]).backward()
+        if torch.accelerator.is_available():  # which goes on when Python has given it all of its work
+            torch.accelerator.synchronize()
         seconds.append(time.perf_counter() - start)
     return model.eval(), {"training_seconds": training_seconds, "step_seconds": float(np.median(seconds))}
 

@@ -28,10 +28,10 @@ SETTINGS = {"as trained": {}, "noise 0.5": {"noise": 0.5}, "weights times 3": {"
 RATES = {"SGD": (0.03, 0.1, 0.2, 0.4, 0.7, 1.0), "Adam": (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)}
 STEPS, BATCH = {"cpu": 300, "gpu": 3000}, 16
 FIRST_RATE = 0.3
-SUMS = {
+SUMS = {  # name -> whether an intercept is fitted; ridge regression is told that there is none
     "observations, with sums": True,
     "observations, with sums, no intercept": False,
-}  # as ridge, which is told of none
+}
 REFINED = (*SUMS, *(f"gradients, {head}" for head in HEADS))
 Weights = Iterator[tuple[Tensor, Tensor]]  # after each chunk w (B, d) and the intercept (B,)
 

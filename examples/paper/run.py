@@ -32,9 +32,10 @@ def main(
     if table not in TABLES or tier not in ("cpu", "gpu"):
         raise typer.BadParameter(f"--table is one of {list(TABLES)}, --tier cpu or gpu; got {table!r} and {tier!r}")
     if tier == "gpu":  # everything is made where it is used
-        if not torch.accelerator.is_available():
-            raise typer.BadParameter("--tier gpu needs an accelerator, and torch sees none: use --tier cpu")
-        torch.set_default_device(torch.accelerator.current_accelerator())
+        device = torch.accelerator.current_accelerator(check_available=True)
+        if device is None or device.type == "mps":  # which has no float64
+            raise typer.BadParameter(f"--tier gpu needs an accelerator with float64, got {device}: use --tier cpu")
+        torch.set_default_device(device)
     module = import_module(f"examples.paper.{table}")
     rows = means(module.table(tier, seeds, data, output))
     command = f"python -m examples.paper.run --table {table} --tier {tier} --seeds {seeds}"

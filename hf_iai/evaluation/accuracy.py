@@ -87,6 +87,7 @@ def _of_episode(
 def _answers(model, chunks: list[dict], query: dict[str, torch.Tensor]) -> Iterator[np.ndarray]:  # (Q,)
     """What each query's label is called, after each chunk."""
     config = model.active_peft_config
+    query = {name: tensor.to(model.device) for name, tensor in query.items()}
     if config.vector_width is None:
         for state in model.adapt_steps(chunks):
             yield np.array(state.label_names)[model(**query, task_state=state).logits.argmax(-1).cpu()]

@@ -69,7 +69,7 @@ def _descended(
     """Five steps on each chunk of 20 examples, in their order; rows and biases start at 0."""
     classes, index = np.unique(y, return_inverse=True)
     x, labels = torch.from_numpy(x).float(), torch.from_numpy(index)
-    rows, bias = torch.zeros(len(classes), x.shape[1]), torch.zeros(len(classes))
+    rows, bias = x.new_zeros(len(classes), x.shape[1]), x.new_zeros(len(classes))
     optimizer = make([rows.requires_grad_(), bias.requires_grad_()])
     with torch.enable_grad():
         for chunk, said in zip(x.split(CHUNK), labels.split(CHUNK), strict=True):

@@ -52,11 +52,12 @@ def evaluate_curve(
 
     In regime implicit it is the loss of the query's answer, its labelled tokens, as the n chunks have refined it; token
     a of several is predicted behind the prediction of those before it, where the bare base sees the tokens themselves.
-    There are no slots, and no `fewer_shots`.
+    There are no slots, and no `fewer_shots`; label sets of episodes are refused.
 
     For a model with a linear state, or of vectors in any regime, the curve is of accuracy or, of real targets, of the
-    squared error, after the first n chunks of `chunk_size` labelled examples (20 by default), texts or given vectors,
-    next to classifiers and regressions of the same features; see `hf_iai.evaluation.accuracy` and `squared_error`.
+    squared error, after the first n chunks of `chunk_size` labelled examples (20 by default): texts or given vectors,
+    for real targets vectors alone. Classifiers and regressions of the same features stand beside it; see
+    `hf_iai.evaluation.accuracy` and `squared_error`.
 
     Args:
         model: an adapted model (a PeftModel of IAI).
@@ -75,7 +76,8 @@ def evaluate_curve(
 
     Raises:
         ValueError: for unknown baselines, one that reads while `num_chunks` is only 0, or one of slots in regime
-            implicit, no episode, an episode with too few chunks or with several queries, or text without a tokenizer.
+            implicit, no episode, an episode with too few chunks, with several queries or, in regime implicit, with
+            `labels` or a labelled token that is not among its query's last, or text without a tokenizer.
 
     Example:
         >>> from datasets import Dataset
@@ -95,7 +97,8 @@ def evaluate_curve(
     config = model.active_peft_config
     if config.state_type == "linear" or config.vector_width is not None:
         names = {"seed": seed, "method": method, "show_progress": show_progress}
-        return _curve_of_examples(model, episodes, num_chunks, baselines, tokenizer, chunk_size, **names)
+        with _eval_mode([model]):
+            return _curve_of_examples(model, episodes, num_chunks, baselines, tokenizer, chunk_size, **names)
     implicit = config.regime == "implicit"
     num_chunks = (0, 1, 2, 4, 8, 16) if num_chunks is None else num_chunks
     if baselines is None:
@@ -196,6 +199,11 @@ def _check_batch(batch: Batch, start: int, needed: int) -> None:
         raise ValueError(
             f"the support of episode {start + row} fills {int(real[row])} chunks, but {needed} are needed: "
             "use longer episodes, a smaller chunk_size or fewer num_chunks"
+        )
+    if "label_input_ids" in batch:
+        raise ValueError(
+            "episodes have labels to choose among, and a curve scores free answers: leave `labels` out, or see the "
+            "losses that IAITrainer.evaluate logs"
         )
     if batch["input_ids"].shape[1] != 1:
         raise ValueError(

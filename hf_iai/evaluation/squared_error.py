@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from ..data import chunk_vectors
+from .accuracy import features_of
 from .curve import Curve
 from .labelled_curve import Value, checked_counts, labelled_curve
 from .render import require_extra
@@ -48,15 +49,17 @@ def squared_error_curve(
     """`evaluate_curve` for a model of `likelihood="gaussian"`: the squared error of each query, mean over its outputs.
 
     At n is the state, or in regime implicit the prediction, that read the first n chunks. The baselines (`ridge`,
-    `nearest_neighbours`) are fitted to all examples in these chunks.
+    `nearest_neighbours`, see `REGRESSORS`) are fitted to the same features of all examples in these chunks, with
+    `vector_width` the vectors themselves.
 
     Args:
         episodes: rows `{"support": [{"vector", "label"}...], "query": [...], optional "group": str}`; a label is a
-            number, or one for each output.
+            floating number, or one for each output.
         num_chunks: counts of at least 1.
 
     Raises:
-        ValueError: for a count below 1, unknown baselines, no episode, or a support that fills too few chunks.
+        ValueError: for a count below 1, unknown baselines, no episode, a support that fills too few chunks, no query,
+            or a row without a vector or a floating label, or with one of another width.
     """
     counts = checked_counts(num_chunks, baselines, method, list(REGRESSORS))
     found = partial(_of_episode, model, method=method, baselines=baselines, chunk_size=chunk_size)
@@ -67,9 +70,12 @@ def squared_error_curve(
 def _of_episode(
     model, episode: dict, counts: list[int], *, method: str, baselines: Sequence[str], chunk_size: int
 ) -> Iterator[Value]:
-    (x, y), (queries, wanted) = (_arrays(part) for part in (episode["support"], episode["query"]))
-    chunks = list(chunk_vectors(x[: counts[-1] * chunk_size], y[: counts[-1] * chunk_size], chunk_size))
-    for n, means in enumerate(_means(model, chunks, torch.from_numpy(queries)), 1):
+    x, y = _arrays(episode["support"][: counts[-1] * chunk_size])
+    queries, wanted = _arrays(episode["query"])
+    means_of = enumerate(_means(model, list(chunk_vectors(x, y, chunk_size)), torch.from_numpy(queries)), 1)
+    if baselines:
+        x, queries = (features_of(model, {"inputs_embeds": torch.from_numpy(part)}) for part in (x, queries))
+    for n, means in means_of:
         if n in counts:
             yield (method, n), np.square(means.cpu().numpy() - wanted).mean(1)
             for name in baselines:
@@ -79,7 +85,7 @@ def _of_episode(
 
 @torch.no_grad()
 def _means(model, chunks: list[dict], queries: torch.Tensor) -> Iterator[torch.Tensor]:  # (Q, o), after each chunk
-    asked = {"inputs_embeds": queries}
+    asked = {"inputs_embeds": queries.to(model.device)}
     if model.active_peft_config.regime == "implicit":
         yield from model.refine(chunks, asked)
     else:
@@ -89,10 +95,16 @@ def _means(model, chunks: list[dict], queries: torch.Tensor) -> Iterator[torch.T
 def _arrays(rows: Sequence[dict]) -> tuple[np.ndarray, np.ndarray]:  # (S, d), (S, o)
     """
     Raises:
-        ValueError: for a row without a vector or with a label that is no number.
+        ValueError: for no row, one without a vector or a floating label, or rows of several widths.
     """
+    if not rows:
+        raise ValueError("an episode needs at least one query and one example, got none")
+    shapes = set()
     for row in rows:
-        if "vector" not in row or not np.issubdtype(np.asarray(row.get("label")).dtype, np.floating):
-            raise ValueError(f"a regression needs a vector and floating targets, got {row!r:.120}")
+        if "vector" not in row or not np.issubdtype((label := np.asarray(row.get("label"))).dtype, np.floating):
+            raise ValueError(f"a regression needs a vector and floating targets, got {row!r:.120}: use float(label)")
+        shapes.add((np.shape(row["vector"]), label.shape))
+    if len(shapes) > 1:
+        raise ValueError(f"vectors and targets of an episode must have one shape each, got {sorted(shapes)}")
     x, y = (np.asarray([row[key] for row in rows], dtype=np.float32) for key in ("vector", "label"))
     return x, y.reshape(len(y), -1)

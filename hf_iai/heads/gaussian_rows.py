@@ -30,8 +30,9 @@ class GaussianRows(nn.Module):
     which is the posterior mean under a Gaussian likelihood and a Gaussian prior of the rows. g, at most 10 either way,
     is given by a small network that sees logarithms of n, d and n / d, the effective rank of S, and of the fits with
     three fixed penalties the share of variance they explain and that they would leave unexplained in new examples
-    (generalised cross-validation). It ends in zeros: then g = 0, streaming ridge regression, which is nearly least
-    squares where n is above d. The last term keeps S + lambda I regular where no feature varies.
+    (generalised cross-validation, of a fit with an intercept). It ends in zeros: then g = 0, streaming ridge
+    regression, which is nearly least squares where n is above d. The last term keeps S + lambda I regular where no
+    feature varies.
 
     Every input of the network is invariant to rotations and units of the features and to units of the targets, so that
     predictions scale as the targets do. The order of examples has no part in the state, and sums of two states are the
@@ -105,7 +106,7 @@ class GaussianRows(nn.Module):
         }
 
     def rows(self, kept: Kept) -> tuple[Tensor, Tensor]:
-        """W (B, o, d) and b (B, o) in float32; 0 of a task that read nothing, and W = 0 after one example."""
+        """W (B, o, d) and b (B, o) in float32: 0 where nothing was read, and W where b had one example to fit."""
         scatter, cross = _centred(kept)
         number = kept["count"].clamp_min(1).unsqueeze(-1)  # (B, 1)
         eye = torch.eye(scatter.shape[-1], dtype=scatter.dtype, device=scatter.device)
