@@ -13,7 +13,7 @@ from .likelihoods import Gaussian, zero_linear
 from .queries import Queries
 
 SHARPNESS = 16.0
-FARTHEST = 2.0  # how far beyond the chunk's mean what it adds may lie, in distances from the prior's mean to it
+FARTHEST = 4.0  # how far beyond the chunk's mean what it adds may lie, in distances from the prior's mean to it
 
 
 class ClassAnswers(nn.Module, Answers):
@@ -47,12 +47,12 @@ class RealAnswers(nn.Module, Answers):
     """o real numbers, each a Gaussian kept by its natural parameters, mean times precision and precision, V = 2 o.
 
         g        = p(0) softplus(16 (p_i / p(0) - 1)) / 16             p_i - p(0) where that is positive, else about 0
-        p       += w g            m p += w (g m_i + min(p(0), 2 g) (m_i - m(0)))
+        p       += w g            m p += w (g m_i + min(p(0), 4 g) (m_i - m(0)))
 
     for a chunk of weight w that says N(m_i, 1 / p_i), where N(m(0), 1 / p(0)) is said without one. Added up these are a
     product of Gaussians, as log probabilities are of classes, but for two bounds, without which the mean, a quotient,
     would be thrown far out where chunks say little: no chunk takes away precision, and none adds a Gaussian whose mean
-    is farther beyond m_i than twice the way from m(0), which all of many chunks would approach. At first all are
+    is farther beyond m_i than four times the way from m(0), which all of many chunks would approach. At first all are
     N(0, 1), but for 0.04 in a chunk's g.
 
     Args:
