@@ -14,7 +14,7 @@ from ..label_names import are_numbers
 from .classifiers import CLASSIFIERS
 from .curve import Curve
 from .fine_tuning import lora_fine_tuning
-from .labelled_curve import Value, checked_counts, labelled_curve
+from .labelled_curve import Value, checked_counts, labelled_curve, logits_after_each
 
 FINE_TUNED = "lora_fine_tuning"
 KNOWN = (*CLASSIFIERS, FINE_TUNED)
@@ -83,22 +83,12 @@ def _of_episode(
             yield (FINE_TUNED, n), names[answers] == wanted
 
 
-@torch.no_grad()
 def _answers(model, chunks: list[dict], query: dict[str, torch.Tensor]) -> Iterator[np.ndarray]:  # (Q,)
     """What each query's label is called, after each chunk."""
-    config = model.active_peft_config
-    query = {name: tensor.to(model.device) for name, tensor in query.items()}
-    if config.vector_width is None:
-        for state in model.adapt_steps(chunks):
-            yield np.array(state.label_names)[model(**query, task_state=state).logits.argmax(-1).cpu()]
-        return
-    if config.regime == "implicit":
-        steps = model.refine(chunks, query)
-    else:
-        steps = (model(**query, task_state=state).logits for state in model.adapt_steps(chunks))
-    for chunk, logits in zip(chunks, steps, strict=True):
+    are_vectors = model.active_peft_config.vector_width is not None
+    for chunk, logits in zip(chunks, logits_after_each(model, chunks, query), strict=True):
         names = chunk["label_names"]
-        if are_numbers(names):
+        if are_vectors and are_numbers(names):  # which stay as they are, and need not have been met
             names = [*map(str, range(logits.shape[-1]))]
         yield np.array(names)[logits[:, : len(names)].argmax(-1).cpu()]
 

@@ -17,7 +17,7 @@ from .losses import Batch, bare_base_losses, refined_losses, state_losses
 from .squared_error import squared_error_curve
 
 BASELINES = ("no_context", "fewer_shots", "last_chunk", "full_context")
-OF_STATES = "fewer_shots"  # as many tokens as the state has slots
+_NEEDS_SLOTS = "fewer_shots"  # as many tokens as the state has slots
 _NEED_CHUNKS = ("fewer_shots", "last_chunk", "full_context")
 
 # (method, number of chunks) -> what turns a batch into its (B, T - 1) losses
@@ -102,10 +102,10 @@ def evaluate_curve(
     implicit = config.regime == "implicit"
     num_chunks = (0, 1, 2, 4, 8, 16) if num_chunks is None else num_chunks
     if baselines is None:
-        baselines = [name for name in BASELINES if not (implicit and name == OF_STATES)]
-    if implicit and (OF_STATES in baselines or static_model is not None):
+        baselines = [name for name in BASELINES if not (implicit and name == _NEEDS_SLOTS)]
+    if implicit and (_NEEDS_SLOTS in baselines or static_model is not None):
         raise ValueError(
-            f"a prediction of regime='implicit' has no slots: leave out baseline {OF_STATES!r} and static_model="
+            f"a prediction of regime='implicit' has no slots: leave out baseline {_NEEDS_SLOTS!r} and static_model="
         )
     counts = _checked_counts(num_chunks, baselines, static_model, method)
     if batch_size < 1:

@@ -1,8 +1,13 @@
-"""Curves over episodes of labelled examples: what accuracy and squared error share. Axes: Q queries."""
+"""Curves over episodes of labelled examples: what accuracy and squared error share.
+
+Axes: Q queries, C classes, o outputs.
+"""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
+import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from .bootstrap import groups_of
@@ -58,6 +63,16 @@ def checked_counts(num_chunks: Sequence[int], baselines: Sequence[str], method: 
     if method in known:
         raise ValueError(f"method={method!r} is the name of a baseline: choose another")
     return counts
+
+
+@torch.no_grad()
+def logits_after_each(model, chunks: list[dict], query: dict[str, Tensor]) -> Iterator[Tensor]:  # (Q, C) or (Q, o)
+    """What a model says of queries after each chunk: under its state or, in regime implicit, as refined."""
+    query = {name: tensor.to(model.device) for name, tensor in query.items()}
+    if model.active_peft_config.regime == "implicit":
+        yield from model.refine(chunks, query)
+    else:
+        yield from (model(**query, task_state=state).logits for state in model.adapt_steps(chunks))
 
 
 def _join(rows: list[np.ndarray]) -> np.ndarray:  # (E, Q), NaN after the end of episodes with fewer queries

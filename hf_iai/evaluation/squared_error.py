@@ -12,7 +12,7 @@ import torch
 from ..data import chunk_vectors
 from .accuracy import features_of
 from .curve import Curve
-from .labelled_curve import Value, checked_counts, labelled_curve
+from .labelled_curve import Value, checked_counts, labelled_curve, logits_after_each
 from .render import require_extra
 
 Regressor = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]  # (S, d), (S, o), (Q, d) -> (Q, o)
@@ -72,24 +72,16 @@ def _of_episode(
 ) -> Iterator[Value]:
     x, y = _arrays(episode["support"][: counts[-1] * chunk_size])
     queries, wanted = _arrays(episode["query"])
-    means_of = enumerate(_means(model, list(chunk_vectors(x, y, chunk_size)), torch.from_numpy(queries)), 1)
+    asked = {"inputs_embeds": torch.from_numpy(queries)}
+    read = enumerate(logits_after_each(model, list(chunk_vectors(x, y, chunk_size)), asked), 1)
     if baselines:
         x, queries = (features_of(model, {"inputs_embeds": torch.from_numpy(part)}) for part in (x, queries))
-    for n, means in means_of:
+    for n, means in read:
         if n in counts:
             yield (method, n), np.square(means.cpu().numpy() - wanted).mean(1)
             for name in baselines:
                 fitted = REGRESSORS[name](x[: n * chunk_size], y[: n * chunk_size], queries)
                 yield (name, n), np.square(fitted.reshape(wanted.shape) - wanted).mean(1)
-
-
-@torch.no_grad()
-def _means(model, chunks: list[dict], queries: torch.Tensor) -> Iterator[torch.Tensor]:  # (Q, o), after each chunk
-    asked = {"inputs_embeds": queries.to(model.device)}
-    if model.active_peft_config.regime == "implicit":
-        yield from model.refine(chunks, asked)
-    else:
-        yield from (model(**asked, task_state=state).logits for state in model.adapt_steps(chunks))
 
 
 def _arrays(rows: Sequence[dict]) -> tuple[np.ndarray, np.ndarray]:  # (S, d), (S, o)
