@@ -19,7 +19,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 
 cards: $(INSTALLED)
-	$(BIN)/python examples/render_cards.py
+	$(BIN)/python -m examples.maintain.render_cards
 
 # The environment is made once, and brought up to date when what it is made from changes.
 $(INSTALLED): pyproject.toml constraints.txt

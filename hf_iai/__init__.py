@@ -1,6 +1,8 @@
 """Iterative amortized inference for Hugging Face models; importing registers the method "IAI" with PEFT."""
 
-from .compat import allow_no_layers, carry_cards
+from .bases.compat import allow_no_layers, carry_cards
+from .bases.registration import IAIType, register
+from .bases.vector_base import vector_base
 from .config import IAIConfig
 from .data import (
     EpisodeCollator,
@@ -15,16 +17,14 @@ from .data import (
 )
 from .embedded import embedded_base
 from .evaluation import evaluate_curve
-from .export import export_to_peft
-from .export_classifier import export_classifier
-from .hub import update_card
-from .learned_optimizer import LearnedOptimizer
+from .export.classifier import export_classifier
+from .export.peft import export_to_peft
+from .hub.cards import update_card
 from .model import IAIModel
-from .registration import IAIType, register
+from .optim import LearnedOptimizer
 from .state import TaskState
 from .trainer import IAITrainer
 from .training_args import IAITrainingArguments
-from .vector_base import vector_base
 
 register(IAIConfig, IAIModel)
 carry_cards(IAIType.IAI, update_card)

@@ -38,9 +38,9 @@ def demo(
 ) -> None:
     """Train a small adapter, let the published one read a package, and measure what it gained; or read digits."""
     if task is Task.digits:
-        from .demo_digits import run
+        from .commands.demo_digits import run
     else:
-        from .demo import run
+        from .commands.demo_code import run
 
     run(output)
 
@@ -150,9 +150,9 @@ def classify(
     seed: Annotated[int, typer.Option(help="Of the order in which the examples are read.")] = 0,
 ) -> None:
     """Make a classifier of the labelled texts in DATA: no training run; read more of them later."""
-    from .classify import classify as read
-    from .classify import load_reader, read_rows
-    from .published import published_adapter, published_names
+    from .commands.classify import classify as read
+    from .commands.classify import load_reader, read_rows
+    from .hub.published import published_adapter, published_names
 
     try:
         rows, asked = (None if path is None else read_rows(path, text, label) for path in (data, test))

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 
 from peft import LoraConfig
 
+from .bases.registration import IAIType
 from .embedded import EMBEDDED_NAME, embedded_base
 from .heads import LearnedStepSettings
-from .registration import IAIType
 
 # What exists, and what the design names but this version does not have yet.
 AVAILABLE = {

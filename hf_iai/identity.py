@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from .base import Base
+from .bases.base import Base
 from .config import IAIConfig, is_embedded_base
 from .embedded import EMBEDDED_NAME
 from .heads import LearnedStepSettings

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .answers import Answers
-from .implicit_inputs import Labels
-from .inputs import Chunk, batched
 from .objectives import episode_loss, refinement_loss
-from .queries import Queries
+from .predictions.answers import Answers
+from .predictions.queries import Queries
 from .state import TaskState
+from .tasks.inputs import Chunk, batched
+from .tasks.refined_text import Labels
 from .tuner import IAITuner
 
 # Of the base's forward: the state decides them.

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn.functional import kl_div
 from transformers.modeling_outputs import CausalLMOutput
 
+from .predictions.prediction import Prediction
 from .state import TaskState
-from .states.prediction import Prediction
 
 # ids, mask and labels, (B, K, C) each; of a linear state (B, K, n, T) twice, and (B, K, n); vectors (B, K, n, 1, d) for
 # ids, and real targets (B, K, n, o)

@@ -19,7 +19,7 @@ from transformers.modelcard import extract_hyperparameters_from_trainer
 from transformers.trainer_utils import has_length
 
 from .data import EpisodeCollator, LabelledEpisodeCollator, VectorEpisodeCollator
-from .hub import CardFacts, Measurement, installed_versions, is_edited, model_card
+from .hub.cards import CardFacts, Measurement, installed_versions, is_edited, model_card
 from .training_args import IAITrainingArguments
 
 CURVE = re.compile(r"(.+)_loss_at_chunks_(\d+)")  # as `evaluate` logs it

@@ -7,19 +7,19 @@ import torch
 from peft.tuners.lora import LoraModel
 from torch import nn
 
-from .base import Base
-from .compat import READ_BY_WEIGHT, default_target_modules, read_by_weight
+from .bases.base import Base
+from .bases.compat import READ_BY_WEIGHT, default_target_modules, read_by_weight
+from .bases.recurrent import base_of
 from .config import IAIConfig
 from .cores import Core, make_core
-from .gaussian_inputs import GaussianInputs
 from .identity import fingerprint
-from .implicit_inputs import ImplicitInputs
-from .inputs import Inputs
-from .labelled_inputs import LabelledInputs
 from .objectives import Objective
-from .recurrent import base_of
 from .state import Identity
-from .vector_inputs import RefinedVectorInputs, VectorInputs
+from .tasks.classification import LabelledInputs
+from .tasks.inputs import Inputs
+from .tasks.refined_text import ImplicitInputs
+from .tasks.regression import GaussianInputs
+from .tasks.vectors import RefinedVectorInputs, VectorInputs
 
 
 class IAITuner(LoraModel):

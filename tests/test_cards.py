@@ -19,13 +19,12 @@ from test_training import CHUNKS, arguments, episodes, tokenizer
 from tiny import make_base, make_model
 from transformers import AutoModelForCausalLM
 
+from examples.maintain import render_cards
 from hf_iai import IAIConfig, IAITrainer, embedded_base
 from hf_iai.embedded import EMBEDDED_NAME
-from hf_iai.hub import RENDERED, CardFacts, Measurement, is_hub_id, model_card
+from hf_iai.hub.cards import RENDERED, CardFacts, Measurement, is_hub_id, model_card
 
 ROOT = Path(__file__).parent.parent
-sys.path.append(str(ROOT / "examples"))
-import render_cards  # noqa: E402
 
 PUBLISHED = render_cards.published_names()
 # The encoder of minilm-linear lies on the Hub, which no test needs; vectors-linear reads no text.

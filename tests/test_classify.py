@@ -11,8 +11,8 @@ from transformers import pipeline
 from typer.testing import CliRunner
 
 from hf_iai import TaskState, evaluate_curve
-from hf_iai.classify import accuracy, classify, installed_encoder, load_reader, read_rows
 from hf_iai.cli import app
+from hf_iai.commands.classify import accuracy, classify, installed_encoder, load_reader, read_rows
 from hf_iai.evaluation.accuracy import features_of
 from hf_iai.evaluation.classifiers import CLASSIFIERS, nearest_class_mean
 
@@ -167,7 +167,7 @@ def test_files_that_cannot_be_read(adapter, tmp_path):
 
 
 def test_an_adapter_without_a_linear_state_is_refused():
-    from hf_iai.published import published_adapter
+    from hf_iai.hub.published import published_adapter
 
     with pytest.raises(ValueError, match="no adapter with a linear state"):
         load_reader(published_adapter("markov-prefix"))

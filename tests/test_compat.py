@@ -11,9 +11,9 @@ from tiny import VOCAB, WINDOW, chunks, ids, make_base, make_model
 from transformers import DynamicCache, FalconH1Config, GenerationConfig, RecurrentGemmaConfig, RwkvConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-import hf_iai.registration
-from hf_iai.base import Base
-from hf_iai.compat import (
+import hf_iai.bases.registration
+from hf_iai.bases.base import Base
+from hf_iai.bases.compat import (
     READ_BY_WEIGHT,
     PrefixCache,
     default_target_modules,
@@ -69,9 +69,9 @@ def test_cards_are_still_written_where_we_follow():
 
 
 def test_another_peft_is_refused(monkeypatch):
-    monkeypatch.setattr(hf_iai.registration.peft, "__version__", "0.30.0")
+    monkeypatch.setattr(hf_iai.bases.registration.peft, "__version__", "0.30.0")
     with pytest.raises(ImportError, match="found 0.30.0"):
-        hf_iai.registration.register(None, None)
+        hf_iai.bases.registration.register(None, None)
 
 
 def test_prefix_cache_equals_dynamic_cache_and_is_read_only():

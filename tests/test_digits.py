@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,17 +10,15 @@ import torch
 from peft import PeftModel, get_peft_model
 from typer.testing import CliRunner
 
+from examples.research.classifiers.row_training import states, train_head
+from examples.research.classifiers.vector_tasks import draw_population, training_tasks
 from hf_iai import IAIConfig, chunk_vectors, demo_digits, evaluate_curve, vector_base
-from hf_iai.classify import load_reader
 from hf_iai.cli import app
-from hf_iai.demo_digits import WIDTH, digit_episodes, load_published
+from hf_iai.commands.classify import load_reader
+from hf_iai.commands.demo_digits import WIDTH, digit_episodes, load_published
 from hf_iai.evaluation.accuracy import features_of
 from hf_iai.evaluation.classifiers import CLASSIFIERS
-from hf_iai.published import published_adapter
-
-sys.path.append(str(Path(__file__).parent.parent / "examples"))
-from row_training import states, train_head  # noqa: E402
-from vector_tasks import draw_population, training_tasks  # noqa: E402
+from hf_iai.hub.published import published_adapter
 
 CONFIG = {"task_type": "SEQ_CLS", "state_type": "linear"}
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 from hf_iai import IAIConfig, chunk_text, embedded_base
 from hf_iai.embedded import EMBEDDED_NAME, library_code, library_documents
 from hf_iai.evaluation import evaluate_curve
-from hf_iai.published import published_adapter
+from hf_iai.hub.published import published_adapter
 
 ADAPTERS = ["code-prefix", "markov-prefix"]
 

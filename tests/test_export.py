@@ -26,12 +26,12 @@ from transformers import (
 )
 from typer.testing import CliRunner
 
-import hf_iai.export
+import hf_iai.export.peft
 from hf_iai import IAIConfig, chunk_text, embedded_base, export_to_peft
 from hf_iai.cli import app
-from hf_iai.export import _checked_type
-from hf_iai.published import published_adapter
-from hf_iai.vllm_limits import vllm_remarks
+from hf_iai.export.peft import _checked_type
+from hf_iai.export.vllm import vllm_remarks
+from hf_iai.hub.published import published_adapter
 
 FAMILIES, MORE_FAMILIES = ["llama", "gpt2"], ["qwen3", "gemma3"]
 PROMPT, PREFIX, CARTRIDGE = TYPES = ["PROMPT_TUNING", "PREFIX_TUNING", "CARTRIDGE"]
@@ -451,7 +451,7 @@ def test_export_replaces_an_earlier_one_when_it_is_whole(tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError("no space left")
 
-    monkeypatch.setattr(hf_iai.export, "save_file", full)
+    monkeypatch.setattr(hf_iai.export.peft, "save_file", full)
     for target in (path, tmp_path / "parent" / "new"):
         with pytest.raises(OSError, match="no space left"):
             export_to_peft(model, two, target)

@@ -1,19 +1,12 @@
-"""The tasks of examples/refine_functions.py: what an answer is, where lines end, and what can be known."""
+"""The tasks of examples/research/functions/refine_functions.py: what an answer is, where lines end, and what can be known."""
 
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from transformers import AutoTokenizer, ByT5Tokenizer
 
-from hf_iai import EpisodeCollator, embedded_base
-from hf_iai.embedded.generated_tasks import STRING_FUNCTIONS
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-
-from function_tasks import (
+from examples.research.functions.function_tasks import (
     CHUNK,
     CHUNK_OF_FUNCTIONS,
     LENGTH,
@@ -25,6 +18,8 @@ from function_tasks import (
     lines_of,
     real_episodes,
 )
+from hf_iai import EpisodeCollator, embedded_base
+from hf_iai.embedded.generated_tasks import STRING_FUNCTIONS
 
 TOKENIZER = AutoTokenizer.from_pretrained(embedded_base())
 SHAPE = (3, 5, TOKENIZER, 0)  # chunks, queries, tokenizer, seed

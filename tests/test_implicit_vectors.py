@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from hf_iai import IAIConfig, IAITrainer, batch_chunks, chunk_vectors
 from hf_iai.objectives import Objective
-from hf_iai.vector_answers import RealAnswers
+from hf_iai.predictions.vector_answers import RealAnswers
 
 WIDTH, CLASSES, TARGETS, WINDOW = 5, 3, 2, 32
 SIZES = {"vocab_size": 1, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}

@@ -1,6 +1,5 @@
 """The paper's tables: that their data and metrics are what they say, and that a table has all its rows."""
 
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -8,10 +7,8 @@ import pytest
 import torch
 import typer
 
+from examples.paper import causal_order, generation, in_context, linear_regression, run
 from hf_iai.evaluation.classifiers import sgd_rows
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from examples.paper import causal_order, generation, in_context, linear_regression, run  # noqa: E402
 
 
 def tasks(num=4, num_chunks=3, n=5, graph="ER", mechanism="linear", noise="Laplace"):

@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from hf_iai.cli import _config, _documents, app
-from hf_iai.published import published_adapter
+from hf_iai.hub.published import published_adapter
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -58,7 +58,7 @@ def test_wheel_carries_everything(installed):
 
 def test_installed_wheel_runs_the_first_step_of_the_demo(installed, tmp_path):
     code = (
-        "import hf_iai; from hf_iai.demo import load_published; print(hf_iai.__file__); "
+        "import hf_iai; from hf_iai.commands.demo_code import load_published; print(hf_iai.__file__); "
         "print(type(load_published()[0].base_model).__name__)"
     )
     output = python("-c", code, cwd=tmp_path, env={"PYTHONPATH": str(installed), "HF_HUB_OFFLINE": "1"})

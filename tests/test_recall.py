@@ -1,16 +1,12 @@
-"""The tasks of examples/associative_recall.py: who wrote what, when, and what the right answer is."""
+"""The tasks of examples/research/recall/associative_recall.py: who wrote what, when, and what the right answer is."""
 
-import sys
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-
-from associative_recall import make_tokenizer
-from recall_tasks import growing_episodes, key_ids, recall_episode, recall_episodes, value_ids
+from examples.research.recall.associative_recall import make_tokenizer
+from examples.research.recall.recall_tasks import growing_episodes, key_ids, recall_episode, recall_episodes, value_ids
 
 
 @pytest.mark.parametrize(("pairs", "rate", "chunks"), [(64, 0.0, 16), (64, 0.25, 20), (64, 1.0, 32), (7, 0.0, 2)])

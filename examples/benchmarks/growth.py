@@ -1,6 +1,6 @@
 """What one more chunk costs as a stream of labelled texts grows, next to refitting logistic regression: growth.json.
 
-    python examples/benchmarks/growth.py --data FOLDER      # 2 minutes on one core; docs/growth.json and .png
+    python -m examples.benchmarks.growth --data FOLDER      # 2 minutes on one core; docs/growth.json and .png
 
 FOLDER holds `clinc105`, whose 105 intents are read in a random order, 20 examples a chunk. Two things grow: the
 examples, 20 to 5000 of 20 intents and of 100, and the classes, 5 to 100 at 500 examples. Times are processor time of
@@ -11,7 +11,6 @@ cost 13 fits) to all features so far. `bytes` is the state, `bytes_of_examples` 
 
 import json
 import os
-import sys
 import time
 from pathlib import Path
 from typing import Annotated
@@ -26,14 +25,12 @@ from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
-from hf_iai.classify import load_reader
+from examples.research.classifiers.intent_tasks import load_corpora
+from examples.research.classifiers.row_training import CHUNK
+from examples.research.common.provenance import provenance
+from hf_iai.commands.classify import load_reader
 from hf_iai.evaluation.accuracy import features_of
-from hf_iai.published import published_adapter
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from intent_tasks import load_corpora  # noqa: E402
-from provenance import provenance  # noqa: E402
-from row_training import CHUNK  # noqa: E402
+from hf_iai.hub.published import published_adapter
 
 SIZES, CLASSES = (20, 100, 500, 1000, 2000, 5000), (5, 20, 50, 100)
 STREAMS = [(20, SIZES[:-1]), (100, SIZES), *((c, (500,)) for c in CLASSES if c not in (20, 100))]

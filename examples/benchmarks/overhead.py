@@ -1,6 +1,6 @@
 """What gradients and one LoRA per task cost, as ratios of processor time: docs/overhead.json.
 
-    python examples/benchmarks/overhead.py        # 3 minutes on one core
+    python -m examples.benchmarks.overhead        # 3 minutes on one core
 
 The base has 14 million random weights. Candidate and reference take turns within each repetition, on one thread; a
 ratio is that of the medians, its spread the quartiles of the ratios of single repetitions. Measured are
@@ -12,7 +12,6 @@ ratio is that of the medians, its spread the quartiles of the ratios of single r
 
 import json
 import os
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,12 +24,10 @@ from rich.table import Table
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from examples.research.common.provenance import provenance
 from hf_iai import IAIConfig, TaskState
 from hf_iai.heads import bounded
 from hf_iai.signals import read_gradients
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from provenance import provenance  # noqa: E402
 
 SHAPE = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 6}
 SHAPE |= {"vocab_size": 8192, "max_position_embeddings": 512, "tie_word_embeddings": True}
@@ -153,7 +150,7 @@ def main() -> None:
     found = rows()
     show(found)
     num = sum(p.numel() for p in LlamaForCausalLM(LlamaConfig(**SHAPE)).parameters())
-    recipe = {"command": "python examples/benchmarks/overhead.py"} | provenance()
+    recipe = {"command": "python -m examples.benchmarks.overhead"} | provenance()
     recipe |= {"base": SHAPE, "parameters": num, "tasks": TASKS, "tokens": TOKENS, "rank": RANK}
     recipe |= {"repetitions": REPETITIONS, "cpu": torch.backends.cpu.get_cpu_capability()}
     partial = OUTPUT.with_suffix(".part")

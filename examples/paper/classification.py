@@ -15,16 +15,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from intent_tasks import load_corpora
-from row_training import CHUNK, LEAST_LOSS, Tasks
 from sklearn.datasets import load_digits
 from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
-from hf_iai.classify import load_reader
+from examples.research.classifiers.intent_tasks import load_corpora
+from examples.research.classifiers.row_training import CHUNK, LEAST_LOSS, Tasks
+from hf_iai.commands.classify import load_reader
 from hf_iai.evaluation.classifiers import CLASSIFIERS, logistic_regression
 from hf_iai.heads import ClassRows
-from hf_iai.published import published_adapter
+from hf_iai.hub.published import published_adapter
 
 from .refined import HEADS, Descent, tensor, train
 

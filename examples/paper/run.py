@@ -14,9 +14,10 @@ import numpy as np
 import torch
 import typer
 from matplotlib.figure import Figure
-from provenance import provenance
 from rich.console import Console
 from rich.table import Column, Table
+
+from examples.research.common.provenance import provenance
 
 FOLDER = Path(__file__).parent
 TABLES = ("linear_regression", "in_context", "regimes", "classification", "causal_order", "generation")

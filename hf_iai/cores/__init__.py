@@ -1,6 +1,6 @@
 """What an adapter learns besides LoRA, and how it refines a state: one core for each signal and accumulation."""
 
-from ..base import Base
+from ..bases.base import Base
 from ..config import IAIConfig
 from .average import AverageCore
 from .both import BothCore

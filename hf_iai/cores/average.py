@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..base import Base
+from ..bases.base import Base
 from ..config import IAIConfig
 from ..heads import KEPT, NEVER, WRITES, Correction, DeltaRule, RunningAverage, followed_by
 from ..heads.average import include

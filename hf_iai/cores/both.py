@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from ..base import Base
+from ..bases.base import Base
 from ..heads import Correction
 from ..signals import read_gradients
 from ..state import TaskState

@@ -8,10 +8,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from ..base import Base, Prefix
+from ..bases.base import Base, Prefix
 from ..config import IAIConfig
 from ..label_names import Names
-from ..likelihoods import likelihood_of
+from ..predictions.likelihoods import likelihood_of
 from ..state import Identity, TaskState
 from ..states import HypernetworkState, LinearState, LoraState, MLPState, PrefixState, PromptState
 

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from ..bases.encoder import Encoder
 from ..config import IAIConfig
-from ..encoder import Encoder
 from ..heads import GaussianRows, with_outputs
 from ..state import Identity, TaskState
 from .core import full_precision

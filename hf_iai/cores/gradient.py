@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from ..base import Base
+from ..bases.base import Base
 from ..config import IAIConfig
 from ..heads import SGD, LearnedStep, LearnedStepSettings, MetaSGD, PathAware, bounded
 from ..signals import read_gradients

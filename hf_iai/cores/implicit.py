@@ -5,11 +5,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from ..answers import Answers
-from ..base import Base
+from ..bases.base import Base
 from ..config import IAIConfig
-from ..queries import Queries, read_keys_values
-from ..states.prediction import PREDICTIONS, Outlook, Prediction
+from ..predictions.answers import Answers
+from ..predictions.prediction import PREDICTIONS, Outlook, Prediction
+from ..predictions.queries import Queries, read_keys_values
 from .core import full_precision
 
 

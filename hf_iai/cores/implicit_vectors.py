@@ -4,12 +4,12 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from ..answers import Answers
-from ..base import Base
+from ..bases.base import Base
 from ..config import IAIConfig
-from ..queries import Queries, read_keys_values
-from ..states.prediction import Prediction
-from ..vector_answers import ClassAnswers, RealAnswers
+from ..predictions.answers import Answers
+from ..predictions.prediction import Prediction
+from ..predictions.queries import Queries, read_keys_values
+from ..predictions.vector_answers import ClassAnswers, RealAnswers
 from .core import full_precision
 from .implicit import ImplicitCore
 

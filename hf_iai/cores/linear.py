@@ -5,8 +5,8 @@ from dataclasses import replace
 from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from ..bases.encoder import Encoder, centred_unit
 from ..config import IAIConfig
-from ..encoder import Encoder, centred_unit
 from ..heads import ClassRows
 from ..label_names import Names, with_classes
 from ..state import Identity, TaskState

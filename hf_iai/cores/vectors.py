@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from ..base import Base
+from ..bases.base import Base
 from ..config import IAIConfig
-from ..likelihoods import likelihood_of, vector_targets, zero_linear
+from ..predictions.likelihoods import likelihood_of, vector_targets, zero_linear
 from ..signals import gradients_of
 from ..state import TaskState
 from .average import AverageCore

@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..export import unwrapped
+from ..export.peft import unwrapped
 
 RANK, RATE, BATCH, STEPS = 8, 1e-3, 16, 100
 

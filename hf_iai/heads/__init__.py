@@ -1,15 +1,14 @@
 """How evidence becomes the next state."""
 
 from .average import RunningAverage
-from .bound import bounded
 from .class_rows import ClassRows
 from .classical import SGD, MetaSGD, PathAware
 from .correction import Correction
 from .delta import WRITES, DeltaRule
 from .gaussian_rows import GaussianRows, same_outputs, with_outputs
+from .guards import bounded
 from .kept import KEPT, NEVER, followed_by, keep_tokens, trace
-from .learned_optimizer import LearnedStep
-from .recent import push_tokens
+from .learned_step import LearnedStep
 from .step_settings import LearnedStepSettings
 
 __all__ = [
@@ -29,7 +28,6 @@ __all__ = [
     "bounded",
     "followed_by",
     "keep_tokens",
-    "push_tokens",
     "same_outputs",
     "trace",
     "with_outputs",

@@ -5,7 +5,7 @@ from torch import Tensor
 
 KEPT = ("kept_key", "kept_value", "kept_trace", "kept_age")  # the token axis of each is the last but one
 NEVER = 2**31  # the age of a slot that holds nothing yet
-# Chosen on the validation packages of examples/code_curve.py with the embedded base: other text may want others.
+# Chosen on the validation packages of examples/research/documents/code_curve.py with the embedded base: other text may want others.
 MOST_SURPRISAL = 4.0  # nats; beyond, the younger token is worth more, not the stranger one
 TRACE = 8  # tokens over which a surprise is felt, half as much at each
 FORGETTING = 0.005  # nats of surprisal that a token loses per token read after it

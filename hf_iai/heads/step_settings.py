@@ -22,7 +22,7 @@ class LearnedStepSettings:
         largest_precondition: the most that preconditioning makes of a coordinate, before the power.
         largest_surprise, length_decay: a gradient is clipped to so many times the mean length of those before, and the
             decay of that mean.
-        doubt: how many standard errors make a rising loss certain, see `heads.trust`; a large number trusts all steps.
+        doubt: how many standard errors make a rising loss certain, see `heads.guards`; a large number trusts all steps.
         log_scale: what learned logarithms and powers are multiplied with.
 
     Raises:

@@ -6,8 +6,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from ..base import Base, without_first
-from ..compat import check_double_backward, inner_backward, math_attention
+from ..bases.base import Base, without_first
+from ..bases.compat import check_double_backward, inner_backward, math_attention
 
 
 def read_gradients(

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..base import Base, KeysValues, positions_of
+from ..bases.base import Base, KeysValues, positions_of
 
 
 @dataclass

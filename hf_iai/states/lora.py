@@ -6,8 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ..base import Base, Prefix
-from ..low_rank import linear_modules, low_rank_updates
+from ..bases.base import Base, Prefix
+from ..bases.low_rank import linear_modules, low_rank_updates
 from .slots import SlotState
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, rms_norm
 
-from ..base import Base, Prefix
-from ..likelihoods import zero_linear
+from ..bases.base import Base, Prefix
+from ..predictions.likelihoods import zero_linear
 from ..signals import Reading
 from .slots import SlotState
 

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ..base import Base, KeysValues, ages_of, positions_of
+from ..bases.base import Base, KeysValues, ages_of, positions_of
 from ..heads import KEPT, NEVER, WRITES, keep_tokens, trace
 from ..signals import Reading, TokenPooling
 from .slots import SlotState

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ..base import Base, Prefix
+from ..bases.base import Base, Prefix
 from ..signals import Reading
 from .slots import SlotState
 

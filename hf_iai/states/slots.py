@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from ..base import Base
+from ..bases.base import Base
 
 
 class SlotState(nn.Module):

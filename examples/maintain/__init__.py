@@ -1,0 +1,1 @@
+"""For maintainers: the base, the cards, publishing, comparing trees."""

@@ -1,0 +1,38 @@
+"""Copy a trained adapter to `adapters/NAME` in Hub layout, note what was measured in its recipe, render its card.
+
+    python -m examples.maintain.publish_adapter --name markov-prefix --adapter work/markov/reader-0/adapter
+
+`adapters/NAME/recipe.json` is written by hand before: the commands that train and evaluate, the data, the curves and
+picture in `docs/`, the measured limits; see the recipes that are there. What the curve's file says of its own making
+is copied into it.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from examples.maintain.render_cards import ROOT, origin
+from examples.maintain.render_cards import main as render_cards
+
+FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+
+def main(name: Annotated[str, typer.Option()], adapter: Annotated[Path, typer.Option()]) -> None:
+    folder = ROOT / "adapters" / name
+    path = folder / "recipe.json"
+    if not path.is_file():
+        raise typer.BadParameter(f"{path} is missing: write it first, like the recipes of the other adapters")
+    for file in FILES:
+        shutil.copyfile(adapter / file, folder / f"{file}.tmp")
+        (folder / f"{file}.tmp").replace(folder / file)
+    recipe = json.loads(path.read_text())
+    recipe |= origin(json.loads((ROOT / recipe["curves"][0]["file"]).read_text()))
+    path.write_text(json.dumps(recipe, indent=1, ensure_ascii=False) + "\n")
+    render_cards()
+
+
+if __name__ == "__main__":
+    typer.run(main)

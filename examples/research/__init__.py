@@ -1,0 +1,1 @@
+"""Scripts behind the measured results, by topic."""

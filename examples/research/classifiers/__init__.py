@@ -1,0 +1,1 @@
+"""Classifiers by reading: labelled texts and vectors."""

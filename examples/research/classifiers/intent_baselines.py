@@ -1,0 +1,31 @@
+"""Baselines of examples/research/classifiers/meta_train_intents.py, refitted on all examples so far: accuracies of each task, on disk."""
+
+import json
+from pathlib import Path
+
+from threadpoolctl import threadpool_limits
+from tqdm import tqdm
+
+from examples.research.classifiers.row_training import CHUNK
+from hf_iai.evaluation.classifiers import CLASSIFIERS
+
+
+def baseline_accuracies(tasks: list[tuple], counts: list[int], file: Path) -> dict[str, list[list[float]]]:
+    """method -> (tasks, counts); read from `file` if it is there."""
+    if not file.exists():
+        with threadpool_limits(1):  # fits are small: more threads wait for each other
+            rows = [_of_task(*task, counts) for task in tqdm(tasks, file.stem)]
+        found = {method: [row[method] for row in rows] for method in CLASSIFIERS}
+        file.with_suffix(".tmp").write_text(json.dumps(found) + "\n")
+        file.with_suffix(".tmp").replace(file)
+    return json.loads(file.read_text())
+
+
+def _of_task(corpus, task: tuple, counts: list[int]) -> dict[str, list[float]]:
+    rows, said, asked, targets = task
+    x, queries = corpus.features[rows].numpy(), corpus.features[asked].numpy()
+    sizes = [n * CHUNK for n in counts]
+    return {
+        method: [float((predict(x[:s], said[:s], queries) == targets).mean()) for s in sizes]
+        for method, predict in CLASSIFIERS.items()
+    }

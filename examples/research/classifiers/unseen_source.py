@@ -1,0 +1,148 @@
+"""Intents of a corpus that training has not seen: readers trained on the other one.
+
+    python -m examples.research.classifiers.unseen_source --data DATA        # an hour on one core: two tables and pictures
+
+DATA as in `examples/research/classifiers/meta_train_intents.py`. Streams of up to 20 chunks of 10 intents and of all of a corpus
+(work/intents/unseen_source.json), and 1, 5, 20 and 50 examples of each of CLINC's 105 and HWU's 64 intents
+(work/intents/all_way.json), in random order, 20 a chunk; 10 queries of each intent of a stream, 20 of the others. An
+intent with fewer than 70 texts has all but the queries read. The corpora have no text in common, but both have weather
+and music.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import typer
+from matplotlib.figure import Figure
+from peft import get_peft_model
+from safetensors.torch import load_file, save_file
+from threadpoolctl import threadpool_limits
+from tqdm import tqdm
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from examples.research.classifiers.intent_baselines import baseline_accuracies
+from examples.research.classifiers.intent_tasks import Corpus, draw_task, load_corpora, stack
+from examples.research.classifiers.meta_train_intents import DATA, ENCODER, WORK, head_accuracies, training_tasks
+from examples.research.classifiers.row_report import COUNTS, draw, print_table, rows_of, write
+from examples.research.classifiers.row_training import logits_of, states, train_head
+from hf_iai import IAIConfig
+from hf_iai.commands.classify import installed_encoder
+from hf_iai.evaluation import bootstrap_mean
+from hf_iai.evaluation.classifiers import logistic_regression, nearest_class_mean
+from hf_iai.heads import ClassRows
+
+SHOTS, QUERIES = (1, 5, 20, 50), 20  # examples of each class
+WAYS = {"10 intents": (10, 60), "all intents": (None, 10)}  # and the number of tasks, of a stream of 20 chunks
+BASELINES = {"nearest_class_mean": nearest_class_mean, "logistic_regression": logistic_regression}
+
+
+def new_reader(name: str):
+    base = AutoModelForSequenceClassification.from_pretrained(name)
+    return get_peft_model(base, IAIConfig(task_type="SEQ_CLS", state_type="linear"))
+
+
+def trained_head(name: str, corpus: Corpus, seed: int, work: Path, steps: int = 300) -> ClassRows:
+    """Trained on all labels of one corpus, as `examples/research/classifiers/meta_train_intents.py` trains; kept in `work`."""
+    torch.manual_seed(seed)
+    head, rng = new_reader(name).base_model.core.head, np.random.default_rng(seed)
+    file = work / f"after-{corpus.name}-{seed}.safetensors"
+    if not file.exists():
+        train_head(head, lambda most: training_tasks(rng, [corpus], (), 8, most), rng, steps=steps, lr=1e-2)
+        save_file(head.state_dict(), file.with_suffix(".tmp"))
+        file.with_suffix(".tmp").replace(file)
+    head.load_state_dict(load_file(file))
+    return head.eval()
+
+
+def draw_shots(rng: np.random.Generator, corpus: Corpus, shots: int) -> tuple[np.ndarray, ...]:
+    """Rows and classes of `shots` examples of each class, shuffled, and of the queries."""
+    drawn = [rng.permutation(rows) for rows in corpus.rows.values()]
+    examples = [rows[QUERIES : QUERIES + shots] for rows in drawn]
+    said = np.repeat(np.arange(len(drawn)), [len(rows) for rows in examples])
+    order = rng.permutation(len(said))
+    asked = np.concatenate([rows[:QUERIES] for rows in drawn])
+    return np.concatenate(examples)[order], said[order], asked, np.repeat(np.arange(len(drawn)), QUERIES)
+
+
+@torch.no_grad()
+def accuracy_of_head(head: ClassRows, corpus: Corpus, task: tuple[np.ndarray, ...]) -> float:
+    tasks = stack([corpus], [task])
+    *_, kept = states(head, tasks)
+    return 100 * (logits_of(head, kept, tasks.queries).argmax(-1) == tasks.targets).float().mean().item()
+
+
+def accuracies(heads: list[ClassRows], corpus: Corpus, shots: int, num_draws: int) -> dict[str, np.ndarray]:
+    """method -> (draws,), of the state the mean over training seeds."""
+    found = {method: [] for method in ("iai", *BASELINES)}
+    for number in tqdm(range(num_draws), f"{corpus.name}, {shots} shots"):
+        task = draw_shots(np.random.default_rng([2025, shots, number]), corpus, shots)
+        found["iai"].append(np.mean([accuracy_of_head(head, corpus, task) for head in heads]))
+        rows, said, asked, targets = task
+        for method, predict in BASELINES.items():
+            answers = predict(corpus.features[rows].numpy(), said, corpus.features[asked].numpy())
+            found[method].append(100 * (answers == targets).mean())
+    return {method: np.array(values) for method, values in found.items()}
+
+
+def streams(heads: list[ClassRows], corpus: Corpus, work: Path) -> list[dict]:
+    """Accuracy after 1 to 20 chunks, of the state the mean over training seeds, next to the refitted classifiers."""
+    rows = []
+    for name, (ways, num) in WAYS.items():
+        rng, labels = np.random.default_rng([2026, num]), list(corpus.rows)
+        chosen = [list(rng.choice(labels, ways, replace=False)) if ways else labels for _ in range(num)]
+        drawn = [(corpus, draw_task(rng, corpus, of_task)) for of_task in chosen]
+        baselines = baseline_accuracies(drawn, COUNTS, work / f"unseen-{corpus.name}-{ways}.json")
+        found = {"iai": np.mean([head_accuracies(head, drawn) for head in heads], 0)}
+        rows += rows_of(f"{corpus.name}, {name}", found | {m: np.array(rows) for m, rows in baselines.items()})
+    return rows
+
+
+def main(num_draws: int = 3, num_seeds: int = 3, data: Path = DATA, encoder: str = ENCODER, work: Path = WORK) -> None:
+    name, of_streams, of_shots = installed_encoder(encoder), [], []
+    command = f"python -m examples.research.classifiers.unseen_source --num-draws {num_draws} --num-seeds {num_seeds}"
+    corpora = load_corpora(data, work, new_reader(name), AutoTokenizer.from_pretrained(name))
+    for corpus, other in zip(corpora, reversed(corpora), strict=True):
+        heads = [trained_head(name, other, seed, work) for seed in range(num_seeds)]
+        of_streams += streams(heads, corpus, work)
+        of_shots += shots_rows(heads, corpus, num_draws)
+    write(of_streams, command, work / "unseen_source.json")
+    print_table(of_streams)
+    draw(of_streams, list(dict.fromkeys(row["setting"] for row in of_streams)), work / "unseen_source.png")
+    write(of_shots, command, work / "all_way.json")
+    draw_picture(of_shots, work / "all_way.png")
+
+
+def shots_rows(heads: list[ClassRows], corpus: Corpus, num_draws: int) -> list[dict]:
+    rows = []
+    for shots in SHOTS:
+        with threadpool_limits(1):  # fits are small: more threads wait for each other
+            found = accuracies(heads, corpus, shots, num_draws)
+        for method, values in found.items():
+            gain = (found["iai"] - values)[:, None]
+            gains = zip(("gain", "low", "high"), bootstrap_mean(gain, np.arange(num_draws)), strict=True)
+            rows.append({"corpus": corpus.name, "intents": len(corpus.rows), "shots": shots, "method": method})
+            rows[-1] |= {"accuracy": values.mean(), "deviation": values.std(ddof=1)} | dict(gains)
+            print(*(x if isinstance(x, str) else f"{x:.5g}" for x in rows[-1].values()), sep="\t")
+    return rows
+
+
+def draw_picture(rows: list[dict], path: Path) -> None:
+    names = list(dict.fromkeys(row["corpus"] for row in rows))
+    figure = Figure(figsize=(4.5 * len(names), 3.5), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        for method in ("iai", *BASELINES):
+            cells = [r for r in rows if (r["corpus"], r["method"]) == (name, method)]
+            mean, deviation = (np.array([r[key] for r in cells]) for key in ("accuracy", "deviation"))
+            axes.errorbar([r["shots"] for r in cells], mean, deviation, marker=".", label=method)
+        axes.set(title=f"{name}, all {cells[0]['intents']} intents", xscale="log", xlabel="examples of each intent")
+        axes.set_ylabel("accuracy, %")
+        axes.set_xticks(SHOTS, SHOTS)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
+    figure.savefig(path.with_suffix(".tmp"), format="png", dpi=100)
+    path.with_suffix(".tmp").replace(path)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,1 @@
+"""What the scripts share: training, plots, where a figure comes from."""

@@ -1,0 +1,1 @@
+"""Reading documents: code, novels, Markov chains."""

@@ -1,0 +1,208 @@
+"""Observations, gradients or both: one adapter with each signal, on library code and on associative recall.
+
+    python -m examples.research.gradients.signals train --task code --signal both --seed 0    # 3 minutes on one core
+    python -m examples.research.gradients.signals evaluate --task code                        # all that were trained
+    python -m examples.research.gradients.signals report                                      # the tables
+    python -m examples.research.gradients.signals curve                                       # one signal on code, next to baselines
+
+Prefix states, explicit regime, the same number of training steps. Code: the loss of the 128 tokens that follow chunks
+of 64, of packages that neither base nor adapter was trained on. Recall: the exact match of 32 pairs, 8 of them
+rewritten, in 10 chunks; its base is made by `python -m examples.research.recall.associative_recall base --steps 1000`.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+import typer
+from datasets import Dataset, IterableDataset
+from matplotlib.figure import Figure
+from peft import AutoPeftModelForCausalLM, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+
+from examples.research.common.provenance import provenance
+from examples.research.common.training import train_adapter
+from examples.research.documents.adapt_to_documents import report as write_curve
+from examples.research.gradients.steps_to_quality import CHUNK, documents, query_losses, windows
+from examples.research.recall.associative_recall import from_state
+from examples.research.recall.recall_tasks import CHUNK as RECALL_CHUNK
+from examples.research.recall.recall_tasks import PAIRS_PER_CHUNK, REWRITE_RATE, growing_episodes, recall_episodes
+from hf_iai import EpisodeCollator, IAIConfig, embedded_base
+from hf_iai.evaluation import Curve, bootstrap_mean, evaluate_curve
+from hf_iai.trainer import last_chunks
+
+SIGNALS = ("observations", "gradients", "both")
+PAIRS = 32
+RECALL_CHUNKS = round(PAIRS * (1 + REWRITE_RATE)) // PAIRS_PER_CHUNK
+SLOTS = {"code": 16, "recall": 8}
+COUNTS = {"code": (0, 1, 2, 4, 8, 16), "recall": (0, 1, 2, 4, 8, RECALL_CHUNKS)}
+UNITS = {"code": "loss, nats per token", "recall": "exact match"}
+CODE_CHUNKS = 8  # the most in training
+WORK, RECALL_BASE = Path("work/signals"), Path("work/recall/base")
+
+app = typer.Typer(help=__doc__)
+
+
+def base_of(task: str) -> str:
+    return embedded_base() if task == "code" else str(RECALL_BASE)
+
+
+@app.command()
+def train(
+    task: str = "code",
+    signal: str = "both",
+    seed: int = 0,
+    steps: int = 400,
+    batch_size: int = 8,
+    lr: float = 1e-3,
+    work: Path = WORK,
+) -> None:
+    """Train one adapter, from its checkpoint if there is one."""
+    set_seed(seed)
+    tokenizer = AutoTokenizer.from_pretrained(base_of(task))
+    config = IAIConfig(
+        task_type="CAUSAL_LM",
+        signal=signal,
+        num_state_tokens=SLOTS[task],
+        delta_rule=task == "recall" and signal != "gradients",
+        r=16,
+        lora_alpha=32,
+        target_modules="all-linear",
+    )
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base_of(task)), config)
+    if task == "code":
+        episodes = windows(documents(None, None, "train"), tokenizer, CODE_CHUNKS, steps * batch_size, seed, 8)
+        reading = {"chunk_size": CHUNK, "max_chunks": CODE_CHUNKS}
+    else:
+        episodes = recall_training(steps * batch_size, seed)
+        reading = {"chunk_size": RECALL_CHUNK, "min_chunks": RECALL_CHUNKS, "max_chunks": RECALL_CHUNKS}
+        reading |= {"halve_chunks": 0.0}  # every query may be about any chunk
+    train_adapter(
+        model,
+        episodes,
+        tokenizer,
+        work / f"{task}-{signal}-{seed}",
+        steps=steps,
+        seed=seed,
+        scored_states="last",
+        per_device_train_batch_size=batch_size,
+        learning_rate=lr,
+        state_learning_rate=10 * lr if task == "code" else None,
+        lr_scheduler_type="cosine",
+        warmup_steps=30,
+        **reading,
+    )
+
+
+def recall_training(num: int, seed: int) -> IterableDataset:
+    values = {"num": num, "num_pairs": PAIRS, "rewrite_rate": REWRITE_RATE, "num_asked": PAIRS, "seed": 1000 + seed}
+    return IterableDataset.from_generator(growing_episodes, gen_kwargs=values)
+
+
+# ---------------------------------------------------------------- evaluation
+
+
+@torch.no_grad()
+def code_losses(model, batches: list[dict], num_chunks: int) -> np.ndarray:  # (E, 1)
+    found = []
+    for batch in batches:
+        chunks = last_chunks(batch, num_chunks)
+        names = ("input_ids", "attention_mask", "labels")
+        read = [dict(zip(names, (chunks[f"chunk_{n}"][:, k] for n in names), strict=True)) for k in range(num_chunks)]
+        state = model.adapt(read) if read else model.initial_state(len(batch["input_ids"]))
+        found.append(query_losses(model, state, {name: batch[name][:, 0] for name in names}))
+    return np.concatenate(found)[:, None]
+
+
+@app.command()
+def evaluate(task: str = "code", num: int = 128, work: Path = WORK) -> None:
+    """Every adapter of a task that was trained, on what no training has seen."""
+    tokenizer = AutoTokenizer.from_pretrained(base_of(task))
+    if task == "code":
+        test = windows(documents(None, None, "test"), tokenizer, max(COUNTS[task]), num, 0, 2)
+        groups, batches = list(test["group"]), _batches(test, EpisodeCollator(tokenizer, CHUNK))
+    else:
+        tasks = recall_episodes(num, PAIRS, REWRITE_RATE, seed=77)
+        groups = list(range(num))
+    command = f"python -m examples.research.gradients.signals evaluate --task {task} --num {num} --work {work}"
+    report = {"recipe": {"command": command, **provenance()}, "task": task, "groups": groups, "rows": []}
+    for folder in sorted(work.glob(f"{task}-*/adapter")):
+        _, signal, seed = folder.parent.name.split("-")
+        model = AutoPeftModelForCausalLM.from_pretrained(folder).eval()
+        for n in COUNTS[task]:
+            values = code_losses(model, batches, n) if task == "code" else from_state(model, tasks, n).astype(float)
+            row = {"signal": signal, "seed": int(seed), "num_chunks": n, "mean": float(values.mean())}
+            report["rows"].append(row | {"values": values.mean(1).round(4).tolist()})
+    path = work / f"{task}.json"
+    path.with_suffix(".tmp").write_text(json.dumps(report) + "\n")
+    path.with_suffix(".tmp").replace(path)
+
+
+@app.command()
+def curve(signal: str = "both", num: int = 128, work: Path = WORK) -> None:
+    """Every adapter of code with one signal, next to the bare base with fewer shots and full context: curve.json."""
+    tokenizer, curves = AutoTokenizer.from_pretrained(embedded_base()), []
+    test = windows(documents(None, None, "test"), tokenizer, max(COUNTS["code"]), num, 0, 2)
+    for folder in sorted(work.glob(f"code-{signal}-*/adapter")):
+        model, seed = AutoPeftModelForCausalLM.from_pretrained(folder).eval(), int(folder.parent.name.split("-")[-1])
+        curves.append(evaluate_curve(model, test, COUNTS["code"], tokenizer=tokenizer, chunk_size=CHUNK, seed=seed))
+    command = f"python -m examples.research.gradients.signals curve --signal {signal} --num {num} --work {work}"
+    write_curve(Curve.concat(curves), work, command=command, windows=len(test), files=len(set(test["group"])))
+
+
+def _batches(episodes: Dataset, collate: EpisodeCollator, size: int = 16) -> list[dict]:
+    rows = list(episodes)
+    return [collate(rows[first : first + size]) for first in range(0, len(rows), size)]
+
+
+@app.command()
+def report(work: Path = WORK, output: Path = WORK.parent) -> None:
+    """Means over seeds, and `both` against the better of the two signals at every number of chunks; signals.png."""
+    from rich.console import Console
+    from rich.table import Table
+
+    paths = (work / f"{task}.json" for task in COUNTS)
+    reports = [json.loads(path.read_text()) for path in paths if path.exists()]
+    for found in reports:
+        task, groups = found["task"], np.array(found["groups"])
+        table = Table("signal", *map(str, COUNTS[task]), title=f"{task}: after so many chunks")
+        values = {signal: [_values(found, signal, n) for n in COUNTS[task]] for signal in SIGNALS}
+        for signal in SIGNALS:
+            table.add_row(signal, *(f"{v.mean():.4f} ±{v.mean(1).std(ddof=1):.4f}" for v in values[signal]))
+        better = 1 if task == "recall" else -1
+        cells = []
+        for observed, gradient, both in zip(*values.values(), strict=True):
+            best = max(observed, gradient, key=lambda v: better * v.mean())
+            mean, low, high = bootstrap_mean((better * (both - best)).T, groups)
+            cells.append(f"{mean:+.4f} ({low:+.4f} .. {high:+.4f})")
+        table.add_row("both is ahead by", *cells)
+        Console(width=160).print(table)
+    draw(reports, output / "signals.png")
+
+
+def draw(reports: list[dict], path: Path) -> None:
+    """A panel for each task; bars are standard deviations over training seeds."""
+    figure = Figure(figsize=(4.5 * len(reports), 3.5), layout="constrained")
+    for axes, found in zip(figure.subplots(1, len(reports), squeeze=False)[0], reports, strict=True):
+        at = COUNTS[found["task"]]
+        for signal in SIGNALS:
+            means = np.stack([_values(found, signal, n).mean(1) for n in at])  # (counts, S)
+            axes.errorbar(at, means.mean(1), means.std(1, ddof=1), marker=".", label=signal)
+        axes.set(title=found["task"], xlabel="chunks read", ylabel=UNITS[found["task"]])
+        axes.set_xscale("symlog", base=2, linthresh=1)
+        axes.set_xticks(at, at)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path.with_suffix(".tmp"), format="png", dpi=100)
+    path.with_suffix(".tmp").replace(path)
+
+
+def _values(found: dict, signal: str, num_chunks: int) -> np.ndarray:  # (S, E)
+    rows = [r for r in found["rows"] if (r["signal"], r["num_chunks"]) == (signal, num_chunks)]
+    return np.array([row["values"] for row in sorted(rows, key=lambda row: row["seed"])])
+
+
+if __name__ == "__main__":
+    app()

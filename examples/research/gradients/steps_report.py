@@ -1,0 +1,113 @@
+"""The report of examples/research/gradients/steps_to_quality.py as tables, verdicts and a picture."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from hf_iai.evaluation import bootstrap_mean
+
+LEARNED = ("learned_optimizer", "learned")
+FEW, MANY = 5, 25  # learned updates, and those of Adam that they are held against
+LINES = {
+    LEARNED: ("learned optimizer", "C3", "-"),
+    ("adam", "learned"): ("Adam, learned start", "C0", "-"),
+    ("sgd", "learned"): ("SGD, learned start", "C1", "-"),
+    ("meta_sgd", "learned"): ("Meta-SGD, learned start", "C2", "-"),
+    ("meta_sgd", "own"): ("Meta-SGD, its own start", "C2", ":"),
+    ("adam", "peft"): ("Adam, PEFT's start", "C0", "--"),
+    ("adam_few", "peft"): ("Adam, PEFT's start, the last 5 chunks alone", "C4", ""),
+    ("sgd", "peft"): ("SGD, PEFT's start", "C1", "--"),
+    ("meta_sgd", "peft"): ("Meta-SGD, PEFT's start", "C2", "--"),
+}
+
+
+def losses(report: dict, method: str, start: str, num_updates: int) -> np.ndarray:  # (S, E), S seeds
+    """Loss of each window; no update at all is the same for all methods of a start."""
+    if num_updates == 0:
+        method = {"learned": "learned_optimizer", "peft": "none"}.get(start, method)
+    wanted = {"method": method, "start": start, "num_updates": num_updates}
+    rows = [r for r in report["rows"] if all(r[name] == value for name, value in wanted.items())]
+    return np.array([row["losses"] for row in sorted(rows, key=lambda row: row["seed"])])
+
+
+def counts(report: dict, method: str, start: str) -> list[int]:
+    found = {r["num_updates"] for r in report["rows"] if (r["method"], r["start"]) == (method, start)}
+    return sorted(found | {0})
+
+
+def interval(values: np.ndarray, report: dict) -> tuple[float, float, float]:  # (S, E)
+    """Mean over seeds and windows, and its interval over documents."""
+    return bootstrap_mean(values.T, np.array(report["groups"]))
+
+
+def share_of_gain(report: dict, num_resamples: int = 1000) -> tuple[float, float, float]:
+    """(gain of 5 learned updates) / (gain of Adam's 25), both from the learned start, and its interval."""
+    start, few = losses(report, *LEARNED, 0).mean(0), losses(report, *LEARNED, FEW).mean(0)
+    many = losses(report, "adam", "learned", MANY).mean(0)
+    names, index = np.unique(report["groups"], return_inverse=True)
+    drawn = np.random.default_rng(0).multinomial(len(names), np.full(len(names), 1 / len(names)), num_resamples)
+    gains = [np.bincount(index, weights=start - after) for after in (few, many)]
+    ratios = (drawn @ gains[0]) / (drawn @ gains[1])
+    return gains[0].sum() / gains[1].sum(), *np.quantile(ratios, [0.025, 0.975])
+
+
+def print_report(report: dict) -> None:
+    console = Console(width=120)
+    at = sorted({n for key in LINES for n in counts(report, *key)})
+    seeds = len({row["seed"] for row in report["rows"]})
+    title = f"{report['model']}, {report['state']} state: loss after n updates, {seeds} seeds"
+    table = Table("method", *map(str, at), title=title)
+    for key, (name, _, _) in LINES.items():
+        here = counts(report, *key)
+        cells = [f"{losses(report, *key, n).mean():.3f}" if n in here else "" for n in at]
+        table.add_row(name, *cells)
+    console.print(table)
+    share = share_of_gain(report)
+    console.print(f"{FEW} learned updates: {_shown(share)} of what Adam gains in {MANY} from the same start")
+    for method, chunks in (("adam", "all chunks"), ("adam_few", "the same 5 chunks")):
+        ahead = losses(report, method, "peft", 100) - losses(report, *LEARNED, FEW)
+        console.print(f"ahead of Adam's 100 from PEFT's start, {chunks}, by {_shown(interval(ahead, report))} nats")
+    for n in (20, 50, 100):
+        later = losses(report, *LEARNED, FEW) - losses(report, *LEARNED, n)
+        console.print(f"{n} learned updates: {_shown(interval(later, report))} nats better than {FEW}")
+
+
+def _shown(found: tuple[float, float, float]) -> str:
+    return f"{found[0]:.3f} ({found[1]:.3f} .. {found[2]:.3f})"
+
+
+def means(report: dict) -> dict:
+    """The report with one number in place of a loss for each window, in the columns of a published curve."""
+    rows = []
+    for row in report["rows"]:
+        key = row["method"], row["start"]
+        method = "iai" if key == LEARNED else LINES[key][0] if key in LINES else "no update, PEFT's start"
+        own = {name: row[name] for name in ("seed", "rate")}
+        rows.append({"method": method, "num_chunks": row["num_updates"], "loss": round(row["loss"], 4), **own})
+    found = {"share_of_adam": share_of_gain(report), "recipe": report["recipe"], "rates": report["rates"]}
+    return found | {"num_windows": len(report["groups"]), "num_documents": len(set(report["groups"])), "rows": rows}
+
+
+def draw(report: dict, path: Path) -> None:
+    """Loss against updates."""
+    figure = Figure(figsize=(6.5, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for key, (name, color, style) in LINES.items():
+        at = counts(report, *key)
+        mean = [losses(report, *key, n).mean() for n in at]
+        axes.plot(at, mean, color=color, linestyle=style, label=name, marker=".")
+    axes.set_xscale("symlog", base=2, linthresh=1)
+    axes.set_xlabel(f"updates, one chunk of {report['chunk_size']} tokens each")
+    axes.set_ylabel("loss of the text that follows, nats per token")
+    axes.set_title(f"{report['model']}, {report['state']} state")
+    # From PEFT's start a few updates are far away.
+    best = min(losses(report, *LEARNED, n).mean() for n in counts(report, *LEARNED))
+    axes.set_ylim(best - 0.02, losses(report, *LEARNED, 0).mean() + 0.15)
+    axes.legend(fontsize=7)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path.with_suffix(".tmp"), format="png", dpi=110)
+    os.replace(path.with_suffix(".tmp"), path)

@@ -1,0 +1,216 @@
+"""Associative recall by refinement: each query keeps its own prediction, and there is no task state (regime implicit).
+
+    python -m examples.research.recall.refine_recall train --base work/recall/base --prediction logits --seed 0
+    python -m examples.research.recall.refine_recall evaluate --base work/recall/base     # all seeds: refine_recall.json, .png
+
+The base is that of `python -m examples.research.recall.associative_recall base`; tasks are those of examples/research/recall/recall_tasks.py. Chance is
+1 / 64. Untrained, the prediction is a product of experts (or a mixture, or a mean of latents) of the bare base.
+"""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+from datasets import IterableDataset
+from matplotlib.figure import Figure
+from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+
+from examples.research.common.provenance import provenance
+from examples.research.common.training import train_adapter
+from examples.research.recall.recall_tasks import (
+    CHUNK,
+    NUM_VALUES,
+    PAIRS,
+    PAIRS_PER_CHUNK,
+    REWRITE_RATE,
+    growing_episodes,
+    recall_episodes,
+)
+from hf_iai import IAIConfig
+from hf_iai.evaluation import bootstrap_mean
+
+PREDICTIONS = ("logits", "probabilities", "latent")
+SETTINGS = {"64 pairs": 0.0, "25% rewritten": REWRITE_RATE, "100% rewritten": 1.0}  # the last is longer than training
+ASKED, WORK = 32, Path("work/refine")
+
+Base = Annotated[Path, typer.Option(help="folder of the base, with its tokenizer")]
+
+app = typer.Typer(help=__doc__)
+
+
+def make_model(base: Path, prediction: str) -> PeftModel:
+    config = IAIConfig(
+        task_type="CAUSAL_LM",
+        regime="implicit",
+        prediction=prediction,
+        r=16,
+        lora_alpha=32,
+        target_modules="all-linear",
+    )
+    return get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+
+
+@app.command()
+def train(
+    base: Base,
+    prediction: str = "logits",
+    seed: int = 0,
+    steps: int = 300,
+    batch_size: int = 4,
+    lr: float = 3e-3,
+    work: Path = WORK,
+) -> None:
+    """Train one adapter; queries may be about any chunk, so every step reads all of them."""
+    set_seed(seed)
+    output = work / f"{prediction}-{seed}"
+    output.mkdir(parents=True, exist_ok=True)
+    most_chunks = round(PAIRS * (1 + REWRITE_RATE)) // PAIRS_PER_CHUNK
+    stream = {
+        "num": steps * batch_size,
+        "num_pairs": PAIRS,
+        "rewrite_rate": REWRITE_RATE,
+        "num_asked": ASKED,
+        "seed": 1000 + seed,
+    }
+    train_adapter(
+        make_model(base, prediction),
+        IterableDataset.from_generator(growing_episodes, gen_kwargs=stream),
+        AutoTokenizer.from_pretrained(base),
+        output,
+        steps=steps,
+        seed=seed,
+        chunk_size=CHUNK,
+        min_chunks=most_chunks,
+        max_chunks=most_chunks,
+        halve_chunks=0.0,
+        scored_states="last",
+        per_device_train_batch_size=batch_size,
+        learning_rate=lr,
+        warmup_steps=30,
+        adam_beta2=0.98,
+    )
+
+
+# ---------------------------------------------------------------- what is answered right after so many chunks
+
+
+def counts_of(tasks: list[dict]) -> list[int]:
+    most = tasks[0]["num_chunks"]
+    return sorted({n for n in (0, 1, 2, 4, 8, 16) if n < most} | {most})
+
+
+def tensors(tasks: list[dict]) -> tuple[torch.Tensor, torch.Tensor]:
+    """What is written (E, W), and the pairs that are asked (E, Q, 2)."""
+    written = torch.tensor([task["support"][0]["input_ids"] for task in tasks])
+    return written, torch.tensor([[query["input_ids"] for query in task["query"]] for task in tasks])
+
+
+def by_refining(model: PeftModel, tasks: list[dict], batch_size: int = 8) -> dict[int, np.ndarray]:
+    """Number of chunks -> (E, Q), which queries are right after the first so many chunks."""
+    written, asked = tensors(tasks)
+    found: dict[int, list] = {n: [] for n in counts_of(tasks)}
+    for texts, pairs in tqdm(zip(written.split(batch_size), asked.split(batch_size), strict=True), leave=False):
+        chunks = [{"input_ids": chunk} for chunk in texts.split(CHUNK, 1)]
+        query = {"input_ids": pairs[..., 0].reshape(-1, 1)}
+        for n, logits in enumerate(model.refine(chunks, query, with_start=True)):
+            if n in found:
+                found[n].append(logits[:, 0].argmax(-1).view(pairs.shape[:2]) == pairs[..., 1])
+    return {n: torch.cat(right).numpy() for n, right in found.items()}
+
+
+@torch.no_grad()
+def in_full_context(base, tasks: list[dict]) -> dict[int, np.ndarray]:
+    """The same of the bare base, which sees the first so many chunks at once."""
+    written, asked = tensors(tasks)
+    found: dict[int, list] = {n: [] for n in counts_of(tasks)}
+    for text, pairs in tqdm(zip(written, asked, strict=True), total=len(tasks), desc="full context", leave=False):
+        for n, right in found.items():
+            context = text[: n * CHUNK].expand(len(pairs), -1)
+            logits = base(input_ids=torch.cat([context, pairs[:, :1]], 1)).logits[:, -1]
+            right.append(logits.argmax(-1) == pairs[:, 1])
+    return {n: torch.stack(right).numpy() for n, right in found.items()}
+
+
+def rows_of(found: dict[int, np.ndarray], tasks: list[dict], **names) -> list[dict]:
+    """Exact match of all keys, and, after all chunks, of those that were written twice; intervals over tasks."""
+    rewritten, rows = np.array([task["rewritten"] for task in tasks]), []
+    for n, right in found.items():
+        groups = {"all": np.ones_like(rewritten)}
+        groups |= {"rewritten": rewritten} if n == max(found) and rewritten.any() else {}
+        for asked, counts in groups.items():
+            values = np.where(counts, right.astype(float), np.nan)
+            match = zip(("exact_match", "low", "high"), bootstrap_mean(values, np.arange(len(values))), strict=True)
+            rows.append(names | {"asked": asked, "num_chunks": n} | dict(match))
+    return rows
+
+
+@app.command()
+def evaluate(base: Base, num_tasks: int = 64, work: Path = WORK) -> None:
+    """Every adapter under `work`, the same before training, and full context, on tasks that no training has seen."""
+    bare, rows = AutoModelForCausalLM.from_pretrained(base).eval(), []
+    untrained = {f"{prediction}, untrained": make_model(base, prediction).eval() for prediction in PREDICTIONS}
+    folders = sorted(path.parent for path in work.glob("*-*/adapter"))
+    for setting, rate in SETTINGS.items():
+        tasks = recall_episodes(num_tasks, rewrite_rate=rate, seed=77)
+        rows += rows_of(in_full_context(bare, tasks), tasks, setting=setting, method="full context", seed=0)
+        for method, model in untrained.items():
+            rows += rows_of(by_refining(model, tasks), tasks, setting=setting, method=method, seed=0)
+        for folder in folders:
+            method, seed = folder.name.split("-")
+            model = AutoPeftModelForCausalLM.from_pretrained(folder / "adapter").eval()
+            rows += rows_of(by_refining(model, tasks), tasks, setting=setting, method=method, seed=int(seed))
+    command = f"python -m examples.research.recall.refine_recall evaluate --base {base} --num-tasks {num_tasks}"
+    report = {"recipe": {"command": command, **provenance()}, "chance": 1 / NUM_VALUES, "rows": rows}
+    work.mkdir(parents=True, exist_ok=True)
+    (work / "refine_recall.json").write_text(json.dumps(report, indent=1) + "\n")
+    print_table(rows)
+    draw(rows, work / "refine_recall.png")
+
+
+def over_seeds(rows: list[dict], setting: str, method: str, asked: str = "all") -> dict[int, list[float]]:
+    """Number of chunks -> exact match of each seed."""
+    found: dict[int, list[float]] = {}
+    for row in rows:
+        if (row["setting"], row["method"], row["asked"]) == (setting, method, asked):
+            found.setdefault(row["num_chunks"], []).append(row["exact_match"])
+    return found
+
+
+def print_table(rows: list[dict]) -> None:
+    for setting in SETTINGS:
+        counts = sorted({row["num_chunks"] for row in rows if row["setting"] == setting})
+        print(f"\n{setting}, chunks: {counts}")
+        for method, asked in dict.fromkeys((row["method"], row["asked"]) for row in rows if row["setting"] == setting):
+            found = over_seeds(rows, setting, method, asked)
+            name = method if asked == "all" else f"{method}: {asked}"
+            print(f"  {name:32s}", *(f"{np.mean(found[n]):.3f}" if n in found else "     " for n in counts))
+
+
+def draw(rows: list[dict], path: Path) -> None:
+    """Exact match of all keys against chunks read, mean over seeds and their range."""
+    figure = Figure(figsize=(13, 4.2), layout="constrained")
+    for axes, setting in zip(figure.subplots(1, len(SETTINGS), sharey=True), SETTINGS, strict=True):
+        for color, prediction in enumerate(PREDICTIONS):
+            for method, style in ((prediction, "-o"), (f"{prediction}, untrained", ":")):
+                found = over_seeds(rows, setting, method)
+                if found:
+                    axes.plot(list(found), [np.mean(v) for v in found.values()], f"C{color}{style}", label=method)
+                    low, high = ([pick(v) for v in found.values()] for pick in (min, max))
+                    axes.fill_between(list(found), low, high, color=f"C{color}", alpha=0.15, linewidth=0)
+        found = over_seeds(rows, setting, "full context")
+        axes.plot(list(found), [np.mean(v) for v in found.values()], "--", color="grey", label="full context")
+        axes.set_xscale("symlog", base=2, linthresh=1)
+        axes.set(title=setting, xlabel=f"chunks read, {PAIRS_PER_CHUNK} pairs each", ylim=(0, 1.02))
+        axes.set_ylabel("exact match, all keys")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
+    figure.savefig(path, dpi=130)
+
+
+if __name__ == "__main__":
+    app()

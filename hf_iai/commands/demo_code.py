@@ -1,0 +1,188 @@
+"""The tour behind `hf-iai demo`: one short function per step, under four minutes on two cores."""
+
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import Dataset
+from peft import AutoPeftModelForCausalLM, get_peft_model
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback
+
+from ..config import IAIConfig
+from ..data import chunk_text, episodes_from_documents
+from ..embedded import embedded_base, library_documents
+from ..embedded.generated_tasks import markov_chain, markov_symbols, symbols_to_text
+from ..evaluation import evaluate_curve
+from ..hub.published import published_adapter
+from ..model import IAIModel
+from ..state import TaskState
+from ..trainer import IAITrainer
+from ..training_args import IAITrainingArguments
+
+CODE_CHUNK = 128  # tokens; what code-prefix was trained on
+MARKOV_CHUNK = 64  # symbols, one token each
+MARKOV_CHUNKS = 4
+TRAINING_SECONDS = 60
+PACKAGES = ["http", "json", "logging", "multiprocessing", "unittest", "xml"]  # held out from base and adapter alike
+READ_PACKAGE = "json"
+
+console = Console()
+
+
+def run(output: Path) -> None:
+    """All steps in order; the plot, the fresh adapter and the saved state go to `output`."""
+    started = time.perf_counter()
+    output.mkdir(parents=True, exist_ok=True)
+    model, tokenizer = load_published()
+    train_fresh_adapter(tokenizer, output / "fresh_adapter")
+    state, continuation = read_package(model, tokenizer)
+    measure_curve(model, tokenizer, output / "curve.png")
+    generate_with_and_without(model, tokenizer, state, continuation)
+    save_and_reload(model, state, continuation, output / "state")
+    console.rule(f"done in {time.perf_counter() - started:.0f} s; see {output}")
+
+
+def load_published() -> tuple[IAIModel, PreTrainedTokenizerBase]:
+    """The embedded base with the adapter `code-prefix` on it."""
+    console.rule("1. Load the embedded base and the published adapter")
+    model = AutoPeftModelForCausalLM.from_pretrained(published_adapter("code-prefix"))
+    tokenizer = AutoTokenizer.from_pretrained(embedded_base())
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    adapter = sum(size for name, size in sizes.items() if ".default." in name)
+    console.print(
+        f"base: {(sum(sizes.values()) - adapter) / 1e6:.1f}M parameters, window {model.window} tokens\n"
+        f"adapter code-prefix: {adapter / 1e6:.1f}M parameters, a state of {model.num_slots} slots"
+    )
+    return model, tokenizer
+
+
+class StopAfter(TrainerCallback):
+    """Ends training after `seconds`, so that a slow machine does not wait longer."""
+
+    def __init__(self, seconds: float):
+        self.seconds = seconds
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.deadline = time.perf_counter() + self.seconds
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop |= time.perf_counter() > self.deadline
+
+
+def train_fresh_adapter(tokenizer: PreTrainedTokenizerBase, output: Path) -> None:
+    """A new adapter learns, for about a minute, to carry what it reads of a random Markov chain."""
+    console.rule(f"2. Train a fresh adapter for {TRAINING_SECONDS} s: random Markov chains, a new one per episode")
+    torch.manual_seed(0)
+    config = IAIConfig(task_type="CAUSAL_LM", num_state_tokens=8, r=32, lora_alpha=64, target_modules="all-linear")
+    trainer = IAITrainer(
+        model=get_peft_model(AutoModelForCausalLM.from_pretrained(embedded_base()), config),
+        args=IAITrainingArguments(
+            output_dir=str(output),
+            max_chunks=MARKOV_CHUNKS,
+            chunk_size=MARKOV_CHUNK,
+            max_steps=100,
+            learning_rate=2e-3,
+            per_device_train_batch_size=16,
+            per_device_eval_batch_size=16,
+            save_strategy="no",
+            logging_steps=25,
+            dataloader_pin_memory=False,  # there is no accelerator to pin for
+        ),
+        train_dataset=markov_episodes(tokenizer, 1000, seed=0),
+        eval_dataset=markov_episodes(tokenizer, 48, seed=1),
+        processing_class=tokenizer,
+        callbacks=[StopAfter(TRAINING_SECONDS)],
+    )
+    before = trainer.evaluate()
+    trainer.train()
+    after = trainer.evaluate()
+    trainer.model.save_pretrained(output)
+    print_before_and_after(before, after)
+
+
+def markov_episodes(tokenizer: PreTrainedTokenizerBase, num_episodes: int, seed: int) -> Dataset:
+    """One freshly drawn 8-state chain per episode: `MARKOV_CHUNKS` chunks to read, then the symbols to predict."""
+    rng = np.random.default_rng(seed)
+    length = (MARKOV_CHUNKS + 1) * MARKOV_CHUNK
+    texts = [symbols_to_text(markov_symbols(rng, markov_chain(rng, 8), length)) for _ in range(num_episodes)]
+    return episodes_from_documents(texts, tokenizer, chunk_size=MARKOV_CHUNK, num_chunks=MARKOV_CHUNKS, seed=seed)
+
+
+def print_before_and_after(before: dict[str, float], after: dict[str, float]) -> None:
+    prefix = "eval_loss_at_chunks_"
+    counts = sorted(int(name.removeprefix(prefix)) for name in after if name.startswith(prefix))
+    table = Table("loss of chains never seen, after", *(f"{n} chunks" for n in counts))
+    for name, metrics in (("before training", before), ("after training", after)):
+        table.add_row(name, *(f"{metrics[f'{prefix}{n}']:.3f}" for n in counts))
+    console.print(table)
+
+
+def read_package(model: IAIModel, tokenizer: PreTrainedTokenizerBase) -> tuple[TaskState, dict[str, torch.Tensor]]:
+    """Read a held-out package but for its last whole chunk; returns the state and that chunk."""
+    console.rule(f"3. Read the package {READ_PACKAGE!r}, which neither the base nor the adapter has seen")
+    texts = (document["text"] for document in library_documents("held_out", packages=[READ_PACKAGE]))
+    chunks = chunk_text("".join(texts), tokenizer, chunk_size=CODE_CHUNK)
+    *chunks, last = (chunk for chunk in chunks if chunk["input_ids"].shape[1] == CODE_CHUNK)
+    state = model.adapt(chunks, show_progress=True)
+    console.print(
+        f"{int(state.num_tokens)} tokens read in {int(state.step)} chunks; the state holds {state.nbytes} bytes"
+    )
+    return state, last
+
+
+def measure_curve(model: IAIModel, tokenizer: PreTrainedTokenizerBase, plot: Path) -> None:
+    """Loss of the next chunk against the number of chunks read, beside the baselines."""
+    console.rule("4. What reading gained, on held-out packages")
+    episodes = episodes_from_documents(
+        library_documents("held_out", packages=PACKAGES),
+        tokenizer,
+        chunk_size=CODE_CHUNK,
+        num_chunks=8,
+        max_per_document=2,
+    )
+    episodes = episodes.shuffle(seed=0).select(range(min(64, len(episodes))))
+    curve = evaluate_curve(
+        model, episodes, num_chunks=(0, 1, 2, 4, 8), tokenizer=tokenizer, chunk_size=CODE_CHUNK, method="code-prefix"
+    )
+    curve.print()
+    curve.plot(plot)
+    console.print(f"plot: {plot}")
+
+
+def generate_with_and_without(
+    model: IAIModel, tokenizer: PreTrainedTokenizerBase, state: TaskState, continuation: dict[str, torch.Tensor]
+) -> None:
+    """The same prompt, continued by the bare base and by the model that has read the package."""
+    console.rule("5. Continue the package's last lines")
+    prompt = {name: continuation[name][:, : CODE_CHUNK // 4] for name in ("input_ids", "attention_mask")}
+    length = prompt["input_ids"].shape[1]
+    console.print(Panel(Text(tokenizer.decode(prompt["input_ids"][0])), title="prompt"))
+
+    def show(title: str, **under) -> None:
+        tokens = model.generate(**prompt, **under, max_new_tokens=48, do_sample=False)[0, length:]
+        with torch.no_grad():
+            loss = float(model(**continuation, **under).loss)
+        text = Text(tokenizer.decode(tokens, skip_special_tokens=True))
+        console.print(Panel(text, title=f"{title}: loss of the real text {loss:.3f}"))
+
+    with model.disable_adapter():
+        show("base, without the state")
+    show("with the state", task_state=state)
+
+
+def save_and_reload(model: IAIModel, state: TaskState, query: dict[str, torch.Tensor], folder: Path) -> None:
+    """A saved state is a folder with a config and safetensors; it comes back bit for bit."""
+    console.rule("6. Save the state and load it again")
+    state.save_pretrained(folder)
+    loaded = TaskState.from_pretrained(folder)
+    with torch.no_grad():
+        difference = (model(**query, task_state=state).logits - model(**query, task_state=loaded).logits).abs().max()
+    equal = all(torch.equal(tensor, loaded.tensors[name]) for name, tensor in state.tensors.items())
+    console.print(f"{folder}: tensors equal: {equal}; largest difference of the logits: {float(difference)}")
+    if not equal or difference:
+        raise RuntimeError(f"the state saved in {folder} came back changed (largest difference {float(difference)})")

@@ -1,0 +1,216 @@
+"""A linear state as a plain transformers classifier, which loads without hf_iai."""
+
+import copy
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from huggingface_hub import ModelCard, ModelCardData
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..config import IAIConfig
+from ..hub.cards import base_in_words, base_on_hub
+from ..model import IAIModel
+from ..state import TaskState
+from .peft import unwrapped
+
+# Powers of two: multiplying by them rounds nothing.
+GAIN = 2.0**30  # of the pooled vector against what a layer adds it to: beyond float32's precision
+SMALL = 2.0**-17  # tanh is the identity there
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where a stock classifier keeps what an export sets; paths of modules.
+
+    Args:
+        dense: the head's layer before the last.
+        classifier: its last.
+        activation: of `dense`.
+        layers: of the encoder; None where the head pools and normalizes by itself.
+        value, output: of the attention within one of them.
+    """
+
+    dense: str
+    classifier: str
+    activation: str = "tanh"
+    layers: str | None = None
+    value: str = "attention.self.value"
+    output: str = "attention.output.dense"
+
+
+ROBERTA = Family("classifier.dense", "classifier.out_proj", layers="roberta.encoder.layer")
+FAMILIES = {
+    "bert": Family("bert.pooler.dense", "classifier", layers="bert.encoder.layer"),
+    "roberta": ROBERTA,
+    "xlm-roberta": ROBERTA,
+    "camembert": ROBERTA,
+    "distilbert": Family(
+        "pre_classifier", "classifier", "relu", "distilbert.transformer.layer", "attention.v_lin", "attention.out_lin"
+    ),
+    "modernbert": Family("head.dense", "classifier", "linear"),
+}
+
+
+def export_classifier(
+    model: PeftModel,
+    state: TaskState,
+    path: str | os.PathLike,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> None:
+    """Write a linear state as a checkpoint of the base's own class, for `AutoModelForSequenceClassification`.
+
+    Its logits are those of `model(**query, task_state=state)` up to the rounding of float32, and the names of the
+    labels lie in its `id2label`. The stock heads of BERT, RoBERTa and DistilBERT look at the first token only: for
+    them the encoder gets one layer more, whose attention is uniform, so that the first token holds the mean of all, and
+    whose LayerNorm brings it to the features' length. The head's dense layer passes it on, its last layer has the rows.
+    ModernBERT's head pools and normalizes by itself.
+
+    Args:
+        model: the IAI model that made the state; it stays as it is. In regime explicit its LoRA is merged.
+        state: of one task that has read at least one example.
+        path: a new or empty folder.
+        tokenizer: written beside the weights; by default the one in the base's folder, if that is a folder.
+
+    Raises:
+        ValueError: for another model or state, several tasks, a state without classes, a quantized base, or a family
+            whose head cannot express it; the message lists those that can.
+        FileExistsError: when something is in `path`.
+
+    Example:
+        >>> export_classifier(model, state, "intents")  # doctest: +SKIP
+        >>> pipeline("text-classification", "intents")("what will it cost")  # doctest: +SKIP
+    """
+    tuner = getattr(model, "base_model", None)
+    if not isinstance(tuner, IAIModel) or model.active_peft_config.state_type != "linear":
+        raise ValueError(f"export_classifier needs an IAI model with a linear state, got {type(model).__name__}")
+    config, path = model.active_peft_config, Path(os.path.abspath(path))
+    family = _checked_family(tuner.model)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise FileExistsError(f"{path} exists and is not empty: choose another path, or remove it")
+    state = tuner._checked_state(state).to("cpu")
+    names = state.label_names
+    if not names:
+        raise ValueError("this state has no classes: let it read labelled examples first")
+    rows, bias = (t[0].detach().double().cpu() for t in tuner.core.rows(state.to(tuner.model.device)))
+    classifier = _classifier(unwrapped(tuner, merged=config.regime == "explicit"), family, config, names)
+    _set_head(classifier, family, rows, bias)
+    source = config.base_model_name_or_path
+    if tokenizer is None and source and Path(source, "tokenizer_config.json").is_file():
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=path.parent) as temporary:
+        new = Path(temporary, "new")
+        classifier.save_pretrained(new)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(new)
+        _card(path.name, config, state).save(new / "README.md")
+        if path.exists():
+            path.rmdir()
+        new.rename(path)
+
+
+def _checked_family(base: PreTrainedModel) -> Family:
+    if getattr(base.config, "quantization_config", None) is not None:
+        raise ValueError("a quantized base cannot be written: load it without quantization_config and read again")
+    if base.config.model_type not in FAMILIES:
+        raise ValueError(
+            f"the stock classifier of {base.config.model_type!r} cannot express pooled features of unit length: "
+            f"export is for {sorted(FAMILIES)}; answer with hf_iai instead"
+        )
+    return FAMILIES[base.config.model_type]
+
+
+@torch.no_grad()
+def _classifier(base: PreTrainedModel, family: Family, config: IAIConfig, names: tuple[str, ...]) -> PreTrainedModel:
+    """The base's class with a head of as many classes, over its first token or whatever it pools by itself."""
+    settings = copy.deepcopy(base.config)
+    settings.id2label, settings.label2id = dict(enumerate(names)), {name: c for c, name in enumerate(names)}
+    settings.problem_type = "single_label_classification"
+    if family.layers:
+        settings.num_hidden_layers += 1
+    else:
+        settings.classifier_pooling, settings.classifier_activation = config.pooling, "linear"
+    classifier = type(base)(settings).float().eval()
+    encoder = f"{base.base_model_prefix}."
+    weights = {name: tensor for name, tensor in base.state_dict().items() if name.startswith(encoder)}
+    classifier.load_state_dict(weights, strict=False)
+    if family.layers:
+        _set_pooling(classifier.get_submodule(family.layers)[-1], family, mean=config.pooling == "mean")
+    return classifier
+
+
+def _set_pooling(layer: nn.Module, family: Family, *, mean: bool) -> None:
+    """Make a layer that leaves LayerNorm(mean of all tokens), or LayerNorm(own token), at every token.
+
+    Queries and keys of zero attend to all tokens alike. The residual is the token itself, beside which the mean has to
+    be large. The feed-forward part adds nothing.
+    """
+    for module in layer.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.reset_parameters()
+        elif isinstance(module, nn.Linear):
+            nn.init.zeros_(module.weight)
+            nn.init.zeros_(module.bias)
+    if mean:
+        nn.init.eye_(layer.get_submodule(family.value).weight)
+        nn.init.eye_(layer.get_submodule(family.output).weight).mul_(GAIN)
+
+
+@torch.no_grad()
+def _set_head(model: PreTrainedModel, family: Family, rows: Tensor, bias: Tensor) -> None:  # (C, d), (C,)
+    """A last layer that sees sqrt(d) x, or what an invertible dense layer makes of it; x are the features."""
+    dense, last = model.get_submodule(family.dense), model.get_submodule(family.classifier)
+    width = rows.shape[1]
+    rows = rows / width**0.5
+    scale, shift = {
+        "tanh": (SMALL, 0.0),
+        "relu": (1.0, width**0.5),  # no coordinate is below -sqrt(d)
+        "linear": (GAIN, 0.0),  # before a LayerNorm, whose eps it makes small
+    }[family.activation]
+    if family.layers:  # the second of two LayerNorms in a row divides by sqrt(1 + eps)
+        eps = next(m.eps for m in model.get_submodule(family.layers)[-1].modules() if isinstance(m, nn.LayerNorm))
+        rows = rows * (1 + eps) ** 0.5
+    dense.weight.copy_(scale * torch.eye(width))
+    if dense.bias is not None:
+        dense.bias.fill_(shift)
+    for norm in (m for m in model.get_submodule(family.dense.rpartition(".")[0]).children() if not family.layers):
+        if isinstance(norm, nn.LayerNorm):
+            norm.reset_parameters()
+    last.bias.copy_(bias - shift * rows.sum(1))
+    last.weight.copy_(rows / scale if family.layers else rows)
+
+
+def _card(name: str, config: IAIConfig, state: TaskState) -> ModelCard:
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-classification",
+        base_model=base_on_hub(config),
+        tags=["hf_iai", "task-state"],
+    )
+    return ModelCard(f"""---
+{data.to_yaml()}
+---
+
+# {name}
+
+A classifier of {len(state.label_names)} labels that read {int(state.num_tokens)} tokens in {int(state.step)} chunks \
+of labelled texts and was not trained on them. It needs `transformers` only.
+
+- Made by: `{state.identity.name}`, a linear state; identity `{state.identity.fingerprint}`
+- Encoder: {base_in_words(config)}
+
+```python
+from transformers import pipeline
+
+pipeline("text-classification", "{name}")("a text")
+```
+
+Run it in float32 or bfloat16: weights of the added layers are beyond float16. It cannot read any further: read on with
+the adapter that made the state, and export again.
+""")

@@ -1,0 +1,243 @@
+"""A task state as a plain PEFT adapter, which loads without hf_iai."""
+
+import copy
+import os
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from peft import CartridgeConfig, PeftConfig, PeftModel, PrefixTuningConfig, PromptLearningConfig, PromptTuningConfig
+from peft.tuners.lora import LoraLayer, LoraModel
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
+
+from ..bases.compat import has_recurrent_layers, key_value_shape
+from ..config import IAIConfig, is_embedded_base
+from ..hub.cards import is_hub_id
+from ..model import IAIModel
+from ..state import TaskState
+from .card import MARK, export_card
+from .lora import lora_adapters
+
+CONFIGS = {
+    "PROMPT_TUNING": PromptTuningConfig,
+    "PREFIX_TUNING": PrefixTuningConfig,
+    "CARTRIDGE": CartridgeConfig,
+}
+# What a state can become; the first is the default. A soft prompt that was encoded once is a prefix too.
+POSSIBLE = {
+    "prompt": ["PROMPT_TUNING", "PREFIX_TUNING", "CARTRIDGE"],
+    "prefix": ["PREFIX_TUNING", "CARTRIDGE"],
+    "lora": ["LORA"],
+}
+# Their cache has a name of its own, so PEFT takes every step of generate for the first one.
+WRONG_IN_PEFT = ("mamba", "mamba2", "falcon_mamba")
+CARD, BASE = "README.md", "base"
+
+
+def export_to_peft(
+    model: PeftModel, state: TaskState, path: str | os.PathLike, *, peft_type: str | None = None
+) -> None:
+    """Write what a query sees of a state as an adapter that PEFT loads and answers under without hf_iai.
+
+    A folder of several tasks holds one adapter per task, `path/0`, `path/1`, ... Where no name alone gives the
+    predictor (regime explicit, the embedded base, a base that is neither a folder nor on the Hub) it is written to
+    `path/base`, with the LoRA merged in regime explicit. Regime explicit with a lora state needs no base
+    written: the adapter holds the predictor's LoRA too. `path/README.md` says how to load all of it.
+
+    Args:
+        model: the IAI model that made the state; it stays as it is.
+        state: of B tasks.
+        path: a folder, new, empty, or an earlier export, which is replaced when the new one is whole.
+        peft_type: `"PROMPT_TUNING"` (of a prompt state only), `"PREFIX_TUNING"` or `"CARTRIDGE"`, or `"LORA"` of a
+            lora state; the first possible by default.
+
+    Raises:
+        ValueError: for a model that is no IAI model, a state of another base or adapter, a type that the state cannot
+            become, a base that PEFT generates wrongly on, or one that cannot be written.
+        FileExistsError: when `path` holds something else.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> from peft import AutoPeftModelForCausalLM, get_peft_model
+        >>> from transformers import AutoModelForCausalLM
+        >>> from hf_iai import IAIConfig, embedded_base, export_to_peft
+        >>> base = AutoModelForCausalLM.from_pretrained(embedded_base())
+        >>> model = get_peft_model(base, IAIConfig(task_type="CAUSAL_LM", target_modules="all-linear"))
+        >>> with TemporaryDirectory() as folder:
+        ...     export_to_peft(model, model.initial_state(), folder)
+        ...     AutoPeftModelForCausalLM.from_pretrained(folder).active_peft_config.peft_type.value
+        'PREFIX_TUNING'
+    """
+    tuner = getattr(model, "base_model", None)
+    if not isinstance(tuner, IAIModel):
+        raise ValueError(f"export_to_peft needs an IAI model, got {type(model).__name__}: pass the one of the state")
+    config, path = model.active_peft_config, Path(os.path.abspath(path))
+    if config.state_type == "linear":
+        raise ValueError("a linear state is a classifier, not an adapter: use export_classifier")
+    if config.vector_width is not None:
+        raise ValueError(
+            f"vector_width={config.vector_width}: answers about vectors are read out by a learned map, or by the state "
+            "itself, and PEFT has neither: keep the adapter, and the state with state.save_pretrained"
+        )
+    peft_type = _checked_type(peft_type, config.state_type, tuner.model.config)
+    _check_free(path)
+    if peft_type == "LORA":
+        adapter, tasks = lora_adapters(tuner, state)
+    else:
+        tables = _virtual_tokens(tuner, state, peft_type)
+        adapter, tasks = _adapter_config(tuner, peft_type, tables), [{"prompt_embeddings": table} for table in tables]
+    name = _name_of_base(config)
+    if name is None:
+        _check_writable(tuner, config)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=path.parent) as temporary:
+        new = Path(temporary, "new")
+        new.mkdir()
+        if name is None:
+            _write_base(tuner, config, new / BASE)
+        # A folder is named so that the export loads from anywhere on this machine.
+        named = os.path.abspath(name) if name and os.path.isdir(name) else name
+        adapter.base_model_name_or_path = named or str(path / BASE)
+        adapter.revision = config.revision if name else None
+        _write_adapters(adapter, tasks, new)
+        dtype = str(next(iter(tasks[0].values())).dtype).removeprefix("torch.")
+        export_card(config, adapter, state, name=path.name, dtype=dtype, has_base=name is None).save(new / CARD)
+        _put_in_place(new, path, Path(temporary, "old"))
+
+
+def _put_in_place(new: Path, path: Path, old: Path) -> None:
+    """Rename, and bring the earlier export back if that fails."""
+    if path.exists():
+        path.rename(old)
+    try:
+        new.rename(path)
+    except BaseException:
+        if old.exists():
+            old.rename(path)
+        raise
+
+
+def _checked_type(peft_type: str | None, state_type: str, base: PreTrainedConfig) -> str:
+    if base.model_type in WRONG_IN_PEFT and state_type != "lora":
+        raise ValueError(
+            f"PEFT generates wrongly behind virtual tokens on {base.model_type!r}: answer with hf_iai instead"
+        )
+    possible = POSSIBLE[state_type]
+    if has_recurrent_layers(base) and state_type != "lora":
+        possible = ["PROMPT_TUNING"]  # not all layers have keys and values
+    peft_type = possible[0] if peft_type is None else getattr(peft_type, "value", peft_type)
+    if peft_type not in possible:
+        why = ", since 'LORA' needs a lora state" if peft_type == "LORA" else ""
+        raise ValueError(
+            f"a {state_type} state of {base.model_type!r} cannot become {peft_type!r}{why}: pass one of {possible}"
+        )
+    return peft_type
+
+
+def _check_free(path: Path) -> None:
+    if not path.exists() or (path.is_dir() and (not any(path.iterdir()) or _is_export(path))):
+        return
+    raise FileExistsError(f"{path} exists and holds something else than an export: choose another path, or remove it")
+
+
+def _is_export(path: Path) -> bool:
+    """Whether nothing would be lost but an earlier export."""
+    names = {entry.name for entry in path.iterdir() if not entry.name.isdigit()}
+    ours = CARD in names and MARK.encode() in (path / CARD).read_bytes()
+    return ours and names <= {CARD, CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, BASE}
+
+
+# ---------------------------------------------------------------- the adapter
+
+
+@torch.no_grad()
+def _virtual_tokens(tuner: IAIModel, state: TaskState, peft_type: str) -> Tensor:  # (B, m, columns)
+    """PEFT's `prompt_embeddings` of every task, in the type that the base reads them in."""
+    state, base = tuner._checked_state(state), tuner._base
+    with tuner._eval_mode(), tuner._predictor_lora():
+        if peft_type == "PROMPT_TUNING":
+            rows = tuner.core.corrected(base, state)["prompt"][:, 0, 0]  # (B, m, d)
+        else:
+            with tuner.core.under(base, state) as prefix:
+                layers = [torch.stack(pair, 1) for pair in prefix]  # (B, 2, H, m, D) each
+            rows = torch.stack(layers, 1).permute(0, 4, 1, 2, 3, 5).flatten(2)  # (B, m, L * 2 * H * D)
+    return rows.to("cpu", tuner.model.dtype).contiguous()
+
+
+def _adapter_config(tuner: IAIModel, peft_type: str, tables: Tensor) -> PromptLearningConfig:  # (B, m, columns)
+    own = {"token_dim": tables.shape[2]}
+    if peft_type != "PROMPT_TUNING":
+        num_layers, num_heads, width = key_value_shape(tuner.model.config)
+        own = {"num_layers": num_layers, "num_attention_heads": num_heads, "token_dim": num_heads * width}
+    if peft_type == "CARTRIDGE":
+        own["num_frozen_tokens"] = 0
+    return CONFIGS[peft_type](
+        task_type="CAUSAL_LM",
+        inference_mode=True,
+        num_virtual_tokens=tables.shape[1],
+        num_transformer_submodules=1,
+        **own,
+    )
+
+
+def _write_adapters(adapter: PeftConfig, tasks: list[dict[str, Tensor]], folder: Path) -> None:
+    for index, weights in enumerate(tasks):
+        own = folder if len(tasks) == 1 else folder / str(index)
+        adapter.save_pretrained(own)
+        save_file(weights, own / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+
+
+# ---------------------------------------------------------------- the base beside it
+
+
+def _name_of_base(config: IAIConfig) -> str | None:
+    """What a process without hf_iai can load the predictor by; None: the predictor has to be written."""
+    name = config.base_model_name_or_path
+    if _is_merged(config) or is_embedded_base(name):
+        return None
+    return name if name and (os.path.isdir(name) or is_hub_id(name)) else None
+
+
+def _is_merged(config: IAIConfig) -> bool:
+    """Whether the predictor's LoRA goes into the base; into the adapter, beside a lora state."""
+    return config.regime == "explicit" and config.state_type != "lora"
+
+
+def _check_writable(tuner: IAIModel, config: IAIConfig) -> None:
+    base = tuner.model
+    if getattr(base.config, "quantization_config", None) is not None:
+        raise ValueError(
+            f"regime={config.regime!r} on base {config.base_model_name_or_path!r} needs the base written beside the "
+            "adapter, and this one is quantized: load it without quantization_config and read the chunks again"
+        )
+    tied = _is_merged(config) and base.config.tie_word_embeddings
+    if tied and isinstance(base.get_output_embeddings(), LoraLayer):
+        raise ValueError(
+            f"target_modules={config.target_modules!r} puts LoRA on output embeddings that the base ties to its input: "
+            "merged, it would change both; train an adapter that leaves them out"
+        )
+
+
+def _write_base(tuner: IAIModel, config: IAIConfig, folder: Path) -> None:
+    """What answers queries as a plain transformers model, and the tokenizer that lies in the base's folder."""
+    unwrapped(tuner, merged=_is_merged(config)).save_pretrained(folder)
+    source = config.base_model_name_or_path
+    if source and Path(source, "tokenizer_config.json").is_file():
+        AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+
+
+def unwrapped(tuner: IAIModel, *, merged: bool) -> PreTrainedModel:
+    tuner = _copy_in_main_memory(tuner)
+    if not merged:
+        return tuner.unload()
+    return LoraModel.merge_and_unload(tuner, adapter_names=tuner.active_adapters)
+
+
+def _copy_in_main_memory(module: nn.Module) -> nn.Module:
+    """A copy that takes none of the accelerator's memory."""
+    memo = {id(p): nn.Parameter(p.detach().to("cpu", copy=True), requires_grad=False) for p in module.parameters()}
+    memo |= {id(b): b.detach().to("cpu", copy=True) for b in module.buffers()}
+    return copy.deepcopy(module, memo)

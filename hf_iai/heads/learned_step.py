@@ -1,0 +1,185 @@
+"""A learned optimizer: preconditioned SGD with learned rates, plus what a small network adds for each coordinate.
+
+Axes: B tasks, F features, h hidden width, M momenta, S second moments. All tensors of a task, whatever their shape, go
+through one network.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from .classical import Tensors
+from .guards import first_trust, rms, trusted, updated_trust
+from .step_settings import LearnedStepSettings
+
+KEPT_KINDS = ("momentum", "second", "row", "column")
+TINY = 1e-20
+
+
+class LearnedStep(nn.Module):
+    """theta' = theta - rate P gradient - s rms(theta) u / max(1, rms(u)),        u = d exp(a), (d, a) = net(features)
+
+    The features of a coordinate are its gradient, its value, momenta, second moments, their ratios and the row and
+    column means of the squared gradient, each divided by its root mean square over the tensor, and tanh(t / tau - 1)
+    for several times tau, with t the chunks read: nothing learned belongs to any one step. P is diagonal,
+    (second moment)^(-p/2) over its mean. Rate, s and p are learned for each kind of tensor: `key` and `value` of a
+    prefix, `A` and `B` of a low-rank update.
+
+    The last layer and p start at zero: then this is SGD. The network's part is as large as s rms(theta) at most,
+    and nothing at all moves where the gradient is zero everywhere.
+
+    One guard comes before everything: a gradient that is longer than `largest_surprise` times the mean of those before,
+    over all tensors together, is scaled down to that. One step too long would put a low-rank update where all gradients
+    are large, and it would stay there. Another comes after it, `heads.guards`: steps that text not yet read speaks
+    against are taken back, and those that follow are smaller.
+
+    Args:
+        kinds: name of each tensor -> its kind.
+        rate: what every rate starts as.
+        settings: decays, times and sizes; the weights mean nothing without them.
+
+    What it keeps: `momentum_{name}` (B, M, ...), `second_{name}` (B, S, ...), `row_{name}` and `column_{name}`, the
+    means of the squared gradient over the last axis and over the last but one; `gradient_length` (B,), the mean length;
+    `slope`, `slope_square` and `trust` (B,).
+
+    Source: features after Metz et al., arXiv 2203.11860; normed steps after CELO, arXiv 2501.12670.
+    """
+
+    def __init__(self, kinds: dict[str, str], rate: float, settings: LearnedStepSettings) -> None:
+        super().__init__()
+        self.kinds, self.initial_rate, self.settings = kinds, rate, settings
+        hidden, num_features = settings.hidden, _num_features(settings)
+        self.log_rate, self.log_step, self.power = (_zero_for_each(kinds.values()) for _ in range(3))
+        self.read, self.read_times = nn.Linear(num_features, hidden), nn.Linear(len(settings.times), hidden, bias=False)
+        self.middle, self.write = nn.Linear(hidden, hidden), nn.Linear(hidden, 2)
+        nn.init.zeros_(self.write.weight)
+        nn.init.zeros_(self.write.bias)
+
+    def initial(self, theta: Tensors) -> Tensors:
+        """What is kept beside theta, before anything was read."""
+        first, settings = next(iter(theta.values())), self.settings
+        kept = {"gradient_length": first.new_zeros(len(first)), **first_trust(first)}
+        for name, t in theta.items():
+            kept[f"momentum_{name}"] = t.new_zeros(len(t), len(settings.momentum_decays), *t.shape[1:])
+            kept[f"second_{name}"] = t.new_zeros(len(t), len(settings.second_decays), *t.shape[1:])
+            kept[f"row_{name}"], kept[f"column_{name}"] = (
+                t.new_zeros(t.shape[:-1]),
+                t.new_zeros(*t.shape[:-2], t.shape[-1]),
+            )
+        return kept
+
+    def forward(
+        self, theta: Tensors, kept: Tensors, gradient: Tensors, step: Tensor, start: Tensors
+    ) -> tuple[Tensors, Tensors]:
+        slope = sum(
+            (g * (theta[name] - start[name])).detach().flatten(1).sum(1) for name, g in gradient.items()
+        )  # (B,)
+        trust, less = updated_trust(kept, slope, self.settings.doubt)
+        length = torch.stack([g.detach().flatten(1).square().sum(1) for g in gradient.values()]).sum(0).sqrt()  # (B,)
+        scale, mean = self.clipped(kept["gradient_length"], length)
+        after, kept_after = {}, {"gradient_length": mean, **trust}
+        gradient = {name: g * scale.view(-1, *[1] * (g.dim() - 1)) for name, g in gradient.items()}
+        for name, t in theta.items():
+            averages = self.accumulated({kind: kept[f"{kind}_{name}"] for kind in KEPT_KINDS}, gradient[name])
+            stepped = self.stepped(self.kinds[name], t, averages, gradient[name], step)
+            after[name] = trusted(t, stepped, start[name], less, trust["trust"])
+            kept_after |= {f"{kind}_{name}": a for kind, a in averages.items()}
+        return after, kept_after
+
+    def clipped(self, mean: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:  # (B,) each
+        """What a gradient of that length is multiplied with, and the mean length with it; zero does not count."""
+        most = torch.where(mean > 0, self.settings.largest_surprise * mean, length)
+        scale = torch.where(length > most, most / length, torch.ones_like(length))
+        after = torch.where(mean > 0, mean.lerp(length.minimum(most), 1 - self.settings.length_decay), length)
+        return scale, torch.where(length > 0, after, mean)
+
+    def accumulated(self, averages: Tensors, gradient: Tensor) -> Tensors:
+        """The running averages of one tensor after one more gradient (B, ...)."""
+        square, decays = gradient.square(), self.settings.decays
+        new = {
+            "momentum": gradient.unsqueeze(1),
+            "second": square.unsqueeze(1),
+            "row": square.mean(-1),
+            "column": square.mean(-2),
+        }
+        return {kind: averages[kind].lerp(value, 1 - _decay(decays[kind], value)) for kind, value in new.items()}
+
+    def stepped(
+        self,
+        kind: str | None,
+        theta: Tensor,  # (B, ...)
+        averages: Tensors,  # of the gradients, this one included
+        gradient: Tensor,  # (B, ...)
+        step: Tensor,  # (B,) gradients before this one
+    ) -> Tensor:  # (B, ...)
+        """The next theta of one tensor; kind None: as the mean of all kinds."""
+        settings = self.settings
+        averages = without_bias(averages, step + 1, settings.decays)
+        rate = self.initial_rate * (settings.log_scale * self._of_kind(self.log_rate, kind)).exp()
+        theta_after = theta - rate * self._precondition(kind, averages) * gradient
+        size = settings.step_size * (settings.log_scale * self._of_kind(self.log_step, kind)).exp()
+        size = size * rms(theta.detach()).clamp_min(settings.smallest_rms)
+        moving = gradient.detach().flatten(1).any(1).view(-1, *[1] * (theta.dim() - 1))
+        return theta_after - moving * size * self._direction(features(theta, averages, gradient), step)
+
+    @staticmethod
+    def _of_kind(values: nn.ParameterDict, kind: str | None) -> Tensor:
+        return torch.stack(list(values.values())).mean() if kind is None else values[kind]
+
+    def _precondition(self, kind: str | None, averages: Tensors) -> Tensor:  # (B, ...)
+        root = (averages["second"][:, -1] + TINY).sqrt()
+        ratio = (root / rms(root)).clamp_min(1 / self.settings.largest_precondition)
+        return (-self.settings.log_scale * self._of_kind(self.power, kind) * ratio.log()).exp()
+
+    def _direction(self, inputs: Tensor, step: Tensor) -> Tensor:  # (B, ..., F), (B,) -> (B, ...)
+        times = torch.tanh(step.unsqueeze(-1) / inputs.new_tensor(self.settings.times) - 1)  # (B, times)
+        x = self.read(inputs) + self.read_times(times).view(len(step), *[1] * (inputs.dim() - 2), -1)
+        direction, magnitude = self.write(self.middle(x.relu()).relu()).unbind(-1)
+        most = self.settings.most_log_magnitude
+        u = direction * (most * torch.tanh(magnitude / most)).exp()
+        return u / rms(u.detach()).clamp_min(1)
+
+    def extra_repr(self) -> str:
+        return f"initial_rate={self.initial_rate}, kinds={sorted(set(self.kinds.values()))}"
+
+
+def _zero_for_each(kinds: Iterable[str]) -> nn.ParameterDict:
+    return nn.ParameterDict({kind: nn.Parameter(torch.zeros(1)) for kind in sorted(set(kinds))})
+
+
+def without_bias(averages: Tensors, count: Tensor, decays: dict[str, float | tuple[float, ...]]) -> Tensors:
+    """Averages that started at zero, `count` (B,) gradients ago, as weighted means of these gradients."""
+    scaled = {}
+    for kind, t in averages.items():
+        seen = 1 - _decay(decays[kind], t) ** count.view(-1, *[1] * (t.dim() - 1))
+        scaled[kind] = t / seen
+    return scaled
+
+
+def _decay(decay: float | tuple[float, ...], like: Tensor) -> Tensor:  # one, or for each of axis 1
+    return (
+        like.new_tensor(decay).view(1, -1, *[1] * (like.dim() - 2))
+        if isinstance(decay, tuple)
+        else like.new_tensor(decay)
+    )
+
+
+def _num_features(settings: LearnedStepSettings) -> int:
+    """F of `features`: seven, and for each momentum and second moment itself and its ratios."""
+    return 7 + 3 * len(settings.momentum_decays) + 2 * len(settings.second_decays)
+
+
+def features(theta: Tensor, averages: Tensors, gradient: Tensor) -> Tensor:  # (B, ...) -> (B, ..., F)
+    """What the network sees of each coordinate."""
+    row, column = averages["row"].unsqueeze(-1), averages["column"].unsqueeze(-2)
+    factored = row * column / (row.mean(-2, keepdim=True) + TINY)
+    momenta, seconds = averages["momentum"].unbind(1), averages["second"].unbind(1)
+    per_second, per_factored = [(s + TINY).rsqrt() for s in seconds], (factored + TINY).rsqrt()
+    found = [gradient, theta, *momenta, *((s + TINY).sqrt() for s in seconds)]
+    found += [gradient * scale for scale in per_second] + [m * per_second[-1] for m in momenta]
+    found += [(t + TINY).sqrt().expand_as(theta) for t in (row, column)]
+    found += [gradient * per_factored, *(m * per_factored for m in momenta), per_second[-1], per_factored]
+    return torch.stack(
+        [f * (f.square().mean(tuple(range(1, f.dim())), keepdim=True) + TINY).rsqrt() for f in found], -1
+    )

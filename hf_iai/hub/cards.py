@@ -1,0 +1,321 @@
+"""Model cards: what an adapter says of itself on the Hub, rendered from `model_cards/template.md`."""
+
+import math
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import peft
+import torch
+import transformers
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from peft import PeftModel
+
+from ..bases.vector_base import vector_width
+from ..config import IAIConfig
+from ..embedded import EMBEDDED_NAME
+from .published import data_folder
+
+TAGS = ("hf_iai", "iterative-amortized-inference", "arxiv:2510.11471")
+TASK, LINEAR_TASK, REGRESSION_TASK = "text-generation", "text-classification", "tabular-regression"
+RENDERED = "<!-- Rendered by hf_iai; rendered again when the configuration changes: delete this line to keep edits. -->"
+WEIGHTS = "- Weights: {}"
+PLACEHOLDER = "# Model Card for Model ID"  # the title that PEFT and transformers give to a card that nobody wrote
+
+GRADIENTS = {
+    "observations": "No gradient is taken",
+    "gradients": "Each chunk moves the state by the gradient of its loss",
+    "both": "The state also follows the gradient of each chunk's loss",
+}
+LABELS = {
+    "no_context": "bare base, no context",
+    "fewer_shots": "fewer shots: bare base, sees as many of the latest tokens as the state has slots",
+    "last_chunk": "the state after the last chunk alone",
+    "full_context": "bare base, sees all of it, as far as its window goes",
+    "static_state": "static state: trained alike, reads nothing",
+}
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A metric against the number of chunks read, for a card's table and its `model-index`.
+
+    Args:
+        rows: `method`, `num_chunks`, the metric's value and, of several training seeds, `seed`; as of `Curve.rows`.
+        data_name: what it was measured on, in words.
+        data_type: the same as a Hub id or a single word.
+        measured_by: the command, or the occasion.
+        metric: which column of `rows` holds the value; also the metric's type in the `model-index`.
+        unit: of the value, in words.
+        method: whose rows are the adapter's own.
+        labels: names of further methods in the table.
+        picture: path or address of a picture of the curve.
+    """
+
+    rows: list[dict]
+    data_name: str
+    data_type: str
+    measured_by: str
+    metric: str = "loss"
+    unit: str = "nats per token"
+    method: str = "iai"
+    labels: dict[str, str] = field(default_factory=dict)
+    picture: str | None = None
+
+    @property
+    def seeds(self) -> list[int]:
+        return sorted({row["seed"] for row in self.rows if "seed" in row})
+
+    @property
+    def counts(self) -> list[float]:
+        return sorted({row["num_chunks"] for row in self.rows})
+
+    def values(self, method: str, num_chunks: float) -> list[float]:
+        """One per seed."""
+        at = (method, num_chunks)
+        return [row[self.metric] for row in self.rows if (row["method"], row["num_chunks"]) == at]
+
+    def curve(self) -> dict[float, float]:
+        """The adapter's own value at each number of chunks, mean over seeds."""
+        found = {n: self.values(self.method, n) for n in self.counts}
+        return {n: sum(values) / len(values) for n, values in found.items() if values}
+
+    def spread(self) -> float:
+        """The largest difference between two seeds of the adapter's own curve."""
+        return max(max(values) - min(values) for n in self.counts if (values := self.values(self.method, n)))
+
+    def table(self) -> str:
+        """Markdown: a line per method, a column per number of chunks, mean over seeds."""
+        lines = [["chunks read", *(f"{n:g}" for n in self.counts)], ["---"] * (len(self.counts) + 1)]
+        for method in dict.fromkeys(row["method"] for row in self.rows):
+            values = [self.values(method, n) for n in self.counts]
+            label = (LABELS | {self.method: "**this adapter**"} | self.labels).get(method, method)
+            lines.append([label, *(f"{sum(v) / len(v):.3f}" if v else "" for v in values)])
+        return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+    def eval_results(self, task: str = TASK) -> list[EvalResult]:
+        of = f", mean of {len(self.seeds)} training seeds" if len(self.seeds) > 1 else ""
+        return [
+            EvalResult(
+                task_type=task,
+                dataset_type=self.data_type,
+                dataset_name=self.data_name,
+                metric_type=self.metric,
+                metric_name=f"{self.metric} ({self.unit}), chunks read: {n:g}{of}",
+                metric_value=round(value, 4),
+                metric_args={"num_chunks": n},
+            )
+            for n, value in self.curve().items()
+            if math.isfinite(value)
+        ]
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What a card says beyond the adapter's configuration; what is not known stays out, or is said to be unknown.
+
+    Args:
+        name: the adapter's name, the card's title.
+        model_id: its Hub id or folder in the example; `name` by default.
+        chunk_size: of the example; None: as much as the model can read at once.
+        text, prompt: of the example, as Python expressions.
+        training_data: in words.
+        command: what trains it again.
+        hyperparameters: name -> value, where there is no command.
+        measurements: measured curves; none: the card says that nothing was measured.
+        limits: what it was measured not to do, in words, with the command.
+        license: an identifier of the Hub.
+        language: codes of the Hub.
+        datasets: Hub ids of the training data.
+        tags: beside the method's own.
+        versions: package -> version.
+        weights: fingerprint of the weights that were measured, if they may change in this folder.
+    """
+
+    name: str
+    model_id: str | None = None
+    chunk_size: int | None = None
+    text: str = '"The task: examples, documentation, code. " * 20'
+    prompt: str = '"How it goes on:"'
+    training_data: str | None = None
+    command: str | None = None
+    hyperparameters: dict[str, object] = field(default_factory=dict)
+    measurements: tuple[Measurement, ...] = ()
+    limits: tuple[str, ...] = ()
+    license: str | None = None
+    language: str | list[str] | None = None
+    datasets: list[str] | None = None
+    tags: tuple[str, ...] = ()
+    versions: dict[str, str] = field(default_factory=dict)
+    weights: str | None = None
+
+
+def model_card(config: IAIConfig, facts: CardFacts) -> ModelCard:
+    """The card of an adapter: metadata for the Hub, how to load it, what was measured.
+
+    Args:
+        config: the adapter's.
+        facts: all that the configuration does not say.
+
+    Example:
+        >>> from hf_iai import IAIConfig
+        >>> from hf_iai.hub.cards import CardFacts, Measurement, model_card
+        >>> rows = [{"method": "iai", "num_chunks": n, "loss": 2.5 - 0.1 * n} for n in (0, 1, 2)]
+        >>> measured = Measurement(rows, "source code", "code", "`python measure.py`")
+        >>> config = IAIConfig(task_type="CAUSAL_LM", base_model_name_or_path="Qwen/Qwen3-0.6B")
+        >>> card = model_card(config, CardFacts("reader", measurements=(measured,)))
+        >>> card.data.base_model, [result.metric_value for result in card.data.eval_results]
+        ('Qwen/Qwen3-0.6B', [2.5, 2.4, 2.3])
+
+    Source: https://huggingface.co/docs/hub/model-cards
+    """
+    linear = config.state_type == "linear"
+    regression = config.likelihood == "gaussian"
+    of_vectors = "tabular-classification" if config.vector_width else TASK
+    task = REGRESSION_TASK if regression else LINEAR_TASK if linear else of_vectors
+    results = [result for measurement in facts.measurements for result in measurement.eval_results(task)]
+    data = ModelCardData(
+        library_name="peft",
+        pipeline_tag=task,
+        base_model=base_on_hub(config),
+        license=facts.license,
+        language=facts.language,
+        datasets=facts.datasets,
+        metrics=sorted({measurement.metric for measurement in facts.measurements}) or None,
+        tags=[*TAGS, *facts.tags],
+        model_name=facts.name if results else None,
+        eval_results=results or None,
+    )
+    return ModelCard.from_template(
+        data,
+        template_path=str(data_folder("model_cards") / "template.md"),
+        facts=facts,
+        adapter="\n".join([describe(config), *([WEIGHTS.format(facts.weights)] if facts.weights else [])]),
+        gradients=GRADIENTS[config.signal],
+        chunking=f"chunk_size={facts.chunk_size}" if facts.chunk_size else "model=model",
+        rendered=RENDERED,
+        linear=linear,
+        implicit=config.regime == "implicit",
+        reads_vectors=config.vector_width,
+        num_outputs=config.num_outputs,
+        regression=regression,
+        vector_width=vector_width(config.base_model_name_or_path),
+    )
+
+
+def update_card(model: PeftModel, folder: str | os.PathLike, name: str) -> None:
+    """Make `README.md` in `folder`, which PEFT or transformers has just written, the card of an IAI adapter.
+
+    Their placeholder, and a card of ours that describes another configuration or other weights, are rendered anew. The
+    text of any other card stays as it is, and only what the Hub would refuse or could not find is mended in its
+    metadata.
+    """
+    path, config = Path(folder, "README.md"), model.active_peft_config
+    card = ModelCard.load(path)
+    data = card.data
+    tags = [*(data.tags or []), *(model.get_base_model().model_tags or [])]
+    tags = [tag for tag in tags if not tag.startswith("base_model:") or base_on_hub(config)]
+    weights = model.base_model.identity.fingerprint[:8]
+    stale = describe(config) not in card.text or (WEIGHTS.format("") in card.text and weights not in card.text)
+    if PLACEHOLDER in card.text or (RENDERED in card.text and stale):
+        facts = CardFacts(name.split("/")[-1], name, weights=weights, tags=tuple(tags), versions=installed_versions())
+        model_card(config, facts).save(path)
+        return
+    data.library_name = "peft"
+    data.tags = list(dict.fromkeys([*TAGS, *tags]))
+    if isinstance(data.base_model, str) and not is_hub_id(data.base_model):
+        data.base_model = base_on_hub(config)
+    card.save(path)
+
+
+def is_edited(path: Path) -> bool:
+    """Whether a card is there that neither this package nor PEFT or transformers wrote."""
+    return path.is_file() and not any(mark in path.read_text() for mark in (RENDERED, PLACEHOLDER))
+
+
+def describe(config: IAIConfig) -> str:
+    """The adapter's configuration as a markdown list."""
+    read = []
+    if config.vector_width is not None:
+        targets = {"softmax": "classes", "gaussian": "real targets"}[config.likelihood]
+        read = [f"Reads vectors of {config.vector_width} numbers; answers: {config.num_outputs} {targets}"]
+    if config.regime == "implicit":
+        lines = [
+            f"Base: {base_in_words(config)}",
+            "Regime: implicit (base and LoRA refine each query's own prediction; there is no task state)",
+            f"Prediction: kept as {config.prediction}",
+            *read,
+        ]
+        return "\n".join(f"- {line}" for line in lines)
+    if config.state_type == "linear":
+        rows = {"softmax": "classifier", "gaussian": "regression"}
+        embeds = {"explicit": "encoder and LoRA embed examples and queries", "parametric": "the encoder is frozen"}
+        lines = [
+            f"Base: {base_in_words(config)}",
+            f"Regime: {config.regime} ({embeds[config.regime]})",
+            f"State: linear, the rows of a {rows[config.likelihood]}; pooling: {config.pooling}",
+        ]
+        return "\n".join(f"- {line}" for line in lines)
+    answers = {
+        "explicit": "base and LoRA answer a query under the state",
+        "parametric": "the bare base answers a query under the state",
+    }
+    kept = f", {config.num_kept_tokens} of which keep single tokens" if config.num_kept_tokens else ""
+    rule = ", delta rule" if config.delta_rule else ""
+    state = f"{config.state_type} with {config.num_state_tokens} slots{kept}"
+    if config.state_type == "lora":
+        state = f"lora of rank {config.state_r}"
+    if config.state_type == "mlp":
+        state = f"mlp of {config.num_state_tokens} hidden units"
+        answers["parametric"] = "a query is answered by the state"
+    if config.signal == "gradients":
+        order = "second order" if config.second_order else "first order"
+        learned = f"head: {config.head}, {order} in training"
+    else:
+        learned = f"accumulation: {config.accumulation}{rule}"
+    lines = [
+        f"Base: {base_in_words(config)}",
+        f"Regime: {config.regime} ({answers[config.regime]})",
+        f"State: {state}; {learned}",
+        f"Signal: {config.signal}",
+        *read,
+    ]
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def installed_versions() -> dict[str, str]:
+    """Of the packages that an adapter depends on."""
+    import hf_iai  # here, since the package is not complete while it imports this file
+
+    modules = {"hf_iai": hf_iai, "PEFT": peft, "Transformers": transformers, "PyTorch": torch}
+    return {name: module.__version__ for name, module in modules.items()}
+
+
+def base_in_words(config: IAIConfig) -> str:
+    name = config.to_dict()["base_model_name_or_path"]
+    if name == EMBEDDED_NAME:
+        return f"`{EMBEDDED_NAME}`, the small base inside the package"
+    if width := vector_width(name):
+        return f"`hf_iai.vector_base({width})`, which hands vectors of {width} numbers on as they are"
+    if is_hub_id(name):
+        return f"[{name}](https://huggingface.co/{name})"
+    folder = os.path.basename(name.rstrip("/")) if name else None  # no more of a path on this machine
+    return f"`{folder}`, which is not on the Hub" if folder else "a model without a name"
+
+
+def base_on_hub(config: IAIConfig) -> str | None:
+    """The Hub refuses a card whose `base_model` is no Hub id, and with it the whole upload."""
+    name = config.to_dict()["base_model_name_or_path"]
+    return name if is_hub_id(name) else None
+
+
+def is_hub_id(name: str | None) -> bool:
+    if not name or os.path.isdir(name):
+        return False
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True

@@ -1,0 +1,210 @@
+"""A learned-optimizer head, trained as part of an IAI adapter, as an ordinary optimizer of any parameters."""
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from .heads import LearnedStep, LearnedStepSettings
+from .heads.guards import first_trust, most_rms, rms, trusted, updated_trust
+from .heads.learned_step import KEPT_KINDS
+from .hub.cards import is_hub_id
+
+IN_ADAPTER = "base_model.iai.head."
+KINDS_OF_NAMES = {"A": r"lora_A|_A$", "B": r"lora_B|_B$"}
+
+
+class LearnedOptimizer(torch.optim.Optimizer):
+    """theta' = theta + lr (step(theta, gradient) - theta), the step being that of `heads.LearnedStep`.
+
+    It steps as the adapter's states do: the prompt or low-rank update of a plain PEFT model takes the step that reading
+    the same text as a chunk would have made. Each parameter is a tensor of its own. Where the adapter has rates for
+    several kinds of tensor, that which the parameter's name tells is used, or else the mean of their logarithms.
+
+    Args:
+        params: parameters, groups of them, pairs of name and parameter, or a model: its trainable parameters. Names
+            tell `A` from `B` of a LoRA; a Trainer gives them with `{"model": model}` among its keywords.
+        weights: a folder or the Hub id of an IAI adapter of `signal="gradients"`, `head="learned_optimizer"`.
+        lr: share of the step that is taken; 1 is the step that was trained.
+        revision, token: of the Hub, as in `huggingface_hub.snapshot_download`.
+
+    Raises:
+        ValueError: for weights of something else, a negative `lr`, weight decay, which a learned step leaves no room
+            for, or a gradient that is sparse.
+        FileNotFoundError: when the folder holds no adapter.
+        huggingface_hub's own errors.
+
+    `state_dict` holds where the parameters started and the averages, in the type of the parameters, and the network
+    with its settings: a run goes on where it stopped, bitwise, without the adapter.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> from peft import PromptTuningConfig, get_peft_model
+        >>> from transformers import AutoModelForCausalLM
+        >>> from hf_iai import IAIConfig, LearnedOptimizer, embedded_base
+        >>> base = AutoModelForCausalLM.from_pretrained(embedded_base())
+        >>> config = IAIConfig(task_type="CAUSAL_LM", state_type="prompt", signal="gradients", regime="parametric")
+        >>> tuned = AutoModelForCausalLM.from_pretrained(embedded_base())
+        >>> tuned = get_peft_model(tuned, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+        >>> with TemporaryDirectory() as folder:
+        ...     get_peft_model(base, config).save_pretrained(folder)
+        ...     optimizer = LearnedOptimizer(tuned, weights=folder)
+        >>> ids = torch.tensor([[5, 6, 7, 8]])
+        >>> before = tuned(input_ids=ids, labels=ids).loss
+        >>> before.backward()
+        >>> optimizer.step()
+        >>> bool(tuned(input_ids=ids, labels=ids).loss < before)
+        True
+
+    In a Trainer run: `Trainer(..., optimizer_cls_and_kwargs=(LearnedOptimizer, {"model": model, "weights": folder}))`.
+    """
+
+    def __init__(
+        self,
+        params: Iterable | nn.Module,
+        weights: str | os.PathLike,
+        lr: float = 1.0,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+    ) -> None:
+        if lr < 0:
+            raise ValueError(f"lr must be at least 0, got {lr}")
+        if isinstance(params, nn.Module):
+            params = [(name, p) for name, p in params.named_parameters() if p.requires_grad]
+        self.net, self.gradient_length = _load_net(weights, revision, token), 0.0
+        self.trust = first_trust(torch.zeros(1, dtype=torch.double))
+        super().__init__(params, {"lr": lr, "weight_decay": 0.0})
+
+    def add_param_group(self, param_group: dict) -> None:
+        super().add_param_group(param_group)
+        if decay := self.param_groups[-1]["weight_decay"]:
+            raise ValueError(f"weight_decay={decay} cannot be combined with a learned step: set it to 0")
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+        """One step of every parameter that has a gradient.
+
+        Args:
+            closure: computes the loss and its gradients anew.
+
+        Returns:
+            The closure's loss, if there is one.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        moved = list(self._with_gradient())
+        scale = self._clipped([parameter.grad for _, parameter, _ in moved])
+        less = self._trusted([parameter for _, parameter, _ in moved])
+        for name, parameter, lr in moved:
+            self._step(name, parameter, lr, scale, less)
+        return loss
+
+    def _with_gradient(self) -> Iterator[tuple[str, nn.Parameter, float]]:
+        """Name, parameter and rate."""
+        for group in self.param_groups:
+            names = group.get("param_names") or [""] * len(group["params"])
+            for name, parameter in zip(names, group["params"], strict=True):
+                if parameter.grad is not None:
+                    if parameter.grad.is_sparse:
+                        raise ValueError(
+                            f"parameter {name!r} has a sparse gradient: make its embedding with sparse=False"
+                        )
+                    yield name, parameter, group["lr"]
+
+    def _clipped(self, gradients: list[Tensor]) -> float:
+        """What all gradients are multiplied with; see `heads.LearnedStep`."""
+        length = sum(gradient.float().square().sum().item() for gradient in gradients) ** 0.5
+        mean, length = (torch.tensor([x], dtype=torch.double) for x in (self.gradient_length, length))
+        scale, self.gradient_length = (x.item() for x in self.net.clipped(mean, length))
+        return scale
+
+    def _trusted(self, parameters: list[nn.Parameter]) -> float:
+        """What the way of all from their start is multiplied with; see `heads.guards`."""
+        slope = sum((p.grad.float() * (p - self._start(p)).float()).sum().item() for p in parameters)
+        doubt = self.net.settings.doubt
+        self.trust, less = updated_trust(self.trust, torch.tensor([slope], dtype=torch.double), doubt)
+        return less.item()
+
+    def _start(self, parameter: nn.Parameter) -> Tensor:
+        return self.state[parameter].get("start", parameter)
+
+    def _step(self, name: str, parameter: nn.Parameter, lr: float, scale: float, less: float) -> None:
+        theta, gradient = (_as_task(t.detach()) for t in (parameter, parameter.grad))
+        gradient = gradient * scale
+        net = self.net.to(theta.device)
+        state = self.state[parameter]
+        if not state:
+            state |= {kind.removesuffix("_"): t for kind, t in net.initial({"": theta}).items()}
+            state |= {"most_rms": most_rms(theta), "step": 0, "start": parameter.detach().clone()}
+        averages = net.accumulated({kind: state[kind].to(theta.dtype) for kind in KEPT_KINDS}, gradient)
+        # Rounded to how they are kept, so that a run that goes on from a file takes the same steps.
+        state |= {kind: t.to(parameter.dtype) for kind, t in averages.items()}
+        averages = {kind: state[kind].to(theta.dtype) for kind in KEPT_KINDS}
+        after = net.stepped(
+            _kind_of(name, net), theta, averages, gradient, torch.tensor([state["step"]], device=theta.device)
+        )
+        start = _as_task(state["start"])
+        after = trusted(theta, after, start, *(theta.new_tensor([t]) for t in (less, self.trust["trust"].item())))
+        after = after * (state["most_rms"].to(theta.dtype) / rms(after)).clamp_max(1)
+        state["step"] += 1
+        parameter.copy_(theta.lerp(after, lr).view(parameter.shape))
+
+    def state_dict(self) -> dict:
+        net = {"weights": self.net.state_dict(), "initial_rate": self.net.initial_rate}
+        net |= {"learned_optimizer": self.net.settings.to_dict(), "gradient_length": self.gradient_length}
+        net |= {"trust": {name: t.item() for name, t in self.trust.items()}}
+        return super().state_dict() | {"net": net}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        self.net = _net(state_dict["net"]["weights"], state_dict["net"])
+        self.gradient_length = state_dict["net"]["gradient_length"]
+        self.trust = {name: torch.tensor([x], dtype=torch.double) for name, x in state_dict["net"]["trust"].items()}
+        super().load_state_dict({name: value for name, value in state_dict.items() if name != "net"})
+
+
+def _as_task(tensor: Tensor) -> Tensor:
+    """(1, rows, columns, ...) in float32 at least, for one task."""
+    tensor = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    return tensor.reshape(1, 1, -1) if tensor.dim() < 2 else tensor.unsqueeze(0)
+
+
+def _kind_of(name: str, net: LearnedStep) -> str | None:
+    """The kind that a parameter's name tells; None for the mean of all."""
+    return next((k for k, pattern in KINDS_OF_NAMES.items() if k in net.log_rate and re.search(pattern, name)), None)
+
+
+def _load_net(weights: str | os.PathLike, revision: str | None, token: str | bool | None) -> LearnedStep:
+    if not os.path.isdir(weights) and is_hub_id(str(weights)):
+        wanted = [CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME]
+        weights = snapshot_download(str(weights), revision=revision, token=token, allow_patterns=wanted)
+    for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
+        if not Path(weights, name).is_file():
+            raise FileNotFoundError(f"{weights} holds no adapter: {name} is missing")
+    config = json.loads(Path(weights, CONFIG_NAME).read_text())
+    if (found := (config.get("signal"), config.get("head"))) != ("gradients", "learned_optimizer"):
+        raise ValueError(
+            f"{weights} was trained with signal and head {found}: pass an IAI adapter with "
+            "signal='gradients' and head='learned_optimizer'"
+        )
+    tensors = load_file(Path(weights, SAFETENSORS_WEIGHTS_NAME))
+    tensors = {n.removeprefix(IN_ADAPTER): t for n, t in tensors.items() if n.startswith(IN_ADAPTER)}
+    return _net(tensors, config)
+
+
+def _net(weights: dict[str, Tensor], settings: dict) -> LearnedStep:
+    """Of its weights and what adapter_config.json says of them; one without settings was trained with the defaults."""
+    kinds = [name.removeprefix("log_rate.") for name in weights if name.startswith("log_rate.")]
+    constants = LearnedStepSettings.from_dict(settings.get("learned_optimizer"))
+    net = LearnedStep({kind: kind for kind in kinds}, settings["initial_rate"], constants)
+    net.load_state_dict(weights)
+    return net.requires_grad_(False)

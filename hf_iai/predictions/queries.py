@@ -1,0 +1,102 @@
+"""Queries: prompts whose answers are predicted behind a chunk.
+
+Axes: B tasks, N queries (N / B consecutive ones of each task), T tokens of a prompt, S places behind it, C of a chunk.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..bases.base import Base, ages_of, positions_of
+
+NO_TARGET = -100
+
+
+@dataclass(frozen=True)
+class Queries:
+    """N prompts, real tokens first; see `prompts_of`."""
+
+    ids: Tensor  # (N, T), or embeddings (N, T, d)
+    mask: Tensor  # (N, T)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def repeated(self, times: int) -> "Queries":
+        """Every query so many times in a row."""
+        return Queries(self.ids.repeat_interleave(times, 0), self.mask.repeat_interleave(times, 0))
+
+    def followed_by(
+        self,
+        base: Base,
+        chunk: dict[str, Tensor] | None,  # as `read_keys_values` gives it; None: no chunk
+        embeddings: Tensor,  # (N, S, d)
+        real: Tensor | None = None,  # (N, S), which of them; all by default
+    ) -> tuple[Tensor, Tensor]:
+        """One pass over [chunk][prompt][embeddings], without a gap between them, however long each prompt is.
+
+        Returns:
+            Last hidden states (N, S, d) of the places before the embeddings, which predict them, and of their own.
+        """
+        num = embeddings.shape[1]
+        mask = torch.cat([self.mask, self.mask.new_ones(len(self), num) if real is None else real], 1)
+        order = (mask == 0).long().argsort(dim=1, stable=True).unsqueeze(-1)  # padding last
+        prompts = base.embed(self.ids)
+        text = torch.cat([prompts, embeddings.to(prompts.dtype)], 1).take_along_dim(order, 1)
+        mask = mask.gather(1, order.squeeze(-1))
+        if chunk is None:
+            prefix, seen, num_read = base.no_prefix(len(self)), None, 0
+        else:
+            prefix = list(zip(chunk["key"].unbind(1), chunk["value"].unbind(1), strict=True))
+            seen = chunk["mask"]
+            num_read = seen.sum(1, keepdim=True).repeat_interleave(len(self) // len(seen), 0)  # (N, 1)
+        hidden, _ = base.read(prefix, text, mask, positions_of(mask) + num_read, text.shape[1], seen)
+        own = self.mask.sum(1, keepdim=True) + torch.arange(num, device=mask.device)  # (N, S)
+        return tuple(hidden.take_along_dim(at.unsqueeze(-1), 1) for at in (own - 1, own))
+
+
+def read_keys_values(base: Base, embeddings: Tensor, mask: Tensor) -> dict[str, Tensor]:  # (B, C, d), (B, C)
+    """What all queries about a chunk share: `key` and `value` (B, L, H, C, D), and `mask`, padding first."""
+    order = mask.argsort(dim=1, stable=True)
+    embeddings, mask = embeddings.take_along_dim(order.unsqueeze(-1), 1), mask.gather(1, order)
+    prefix = base.no_prefix(len(mask))
+    _, keys_values = base.read(prefix, embeddings, mask, positions_of(mask), mask.shape[1])
+    keys, values = (torch.stack(tensors, 1) for tensors in zip(*keys_values, strict=True))
+    # Padding attends to nothing, so that some kernels leave anything there, and 0 times anything may not be 0.
+    real = mask[:, None, None, :, None] != 0
+    return {"key": keys.where(real, 0), "value": values.where(real, 0), "mask": mask}
+
+
+def prompts_of(
+    ids: Tensor,  # (N, T)
+    mask: Tensor,  # (N, T)
+    labels: Tensor | None,  # (N, T)
+) -> tuple[Queries, Tensor | None]:
+    """Prompts without their answers, and the answers' tokens (N, A), -100 after the end of shorter ones.
+
+    A query's answer are its labelled tokens, which must be its last; its first token is never predicted. A row of
+    padding becomes a prompt of one token, without an answer.
+
+    Raises:
+        ValueError: for labels of another shape, or an unlabelled token after a labelled one.
+    """
+    answers = None
+    if labels is not None:
+        if labels.shape != ids.shape:
+            raise ValueError(f"labels of queries {tuple(ids.shape)} must have their shape, got {tuple(labels.shape)}")
+        answered = (labels != NO_TARGET) & (mask != 0) & (positions_of(mask) > 0)
+        count = answered.sum(1, keepdim=True)  # (N, 1)
+        if (answered != ((mask != 0) & (ages_of(mask) < count))).any():
+            raise ValueError(
+                "a query's labelled tokens are its answer, which must be its last tokens: label them with their ids, "
+                f"and all before them with {NO_TARGET}"
+            )
+        order = (~answered).long().argsort(dim=1, stable=True)[:, : max(1, int(count.max()))]
+        answers = labels.masked_fill(~answered, NO_TARGET).gather(1, order)
+        mask = mask.masked_fill(answered, 0)
+    mask = mask.clone()
+    mask[:, 0] = torch.where(mask.any(1), mask[:, 0], 1)
+    order = (mask == 0).long().argsort(dim=1, stable=True)[:, : int(mask.sum(1).max())]
+    mask = mask.gather(1, order)
+    return Queries(ids.gather(1, order).masked_fill(mask == 0, 0), mask), answers

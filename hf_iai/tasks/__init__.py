@@ -1,0 +1,1 @@
+"""The kinds of task: what a chunk and a query are, what is learned, how it is measured."""
