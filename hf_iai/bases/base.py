@@ -24,6 +24,8 @@ from .compat import (
     window_of,
 )
 
+# What a base can offer: to answer in tokens, keys and values in every layer, or a vector for each text.
+TOKENS, KEYS_VALUES, FEATURES = "tokens", "keys and values", "features"
 LOGITS_AT_ONCE = 1024  # positions: logits of a long chunk over a large vocabulary would not fit in memory
 KeysValues = list[tuple[Tensor, Tensor]]  # per layer (B, H, m, D) each
 Prefix = KeysValues | Tensor  # what a base takes before a text; a `RecurrentBase` takes embeddings (B, m, d)
@@ -35,7 +37,7 @@ class Base:
     Not a module: it owns no parameters and is made anew for each use.
     """
 
-    state_types = ("prefix", "prompt", "lora", "mlp")
+    offers = frozenset({TOKENS, KEYS_VALUES})
 
     def __init__(self, model: nn.Module) -> None:
         self.model, self.config = model, model.config
@@ -55,22 +57,23 @@ class Base:
         """Last parts of the names of modules whose weights are read without calling them."""
         return read_by_weight(self.model)
 
-    def check_state_type(self, state_type: str) -> None:
+    def check_offers(self, need: str, what: str) -> None:
         """
-        Raises:
-            ValueError: for a state that this kind of base cannot read.
-        """
-        if state_type not in self.state_types:
-            raise ValueError(
-                f"state_type={state_type!r} needs a sequence classifier, got {type(self.model).__name__}: load the "
-                "base with AutoModelForSequenceClassification"
-            )
+        Args:
+            need: what a kind of task or a state needs of a base: `TOKENS`, `KEYS_VALUES` or `FEATURES`.
+            what: who needs it, such as `"state_type='linear'"`.
 
-    def check_implicit(self) -> None:
-        """
         Raises:
-            ValueError: for a base that cannot refine predictions.
+            ValueError: for a base that does not offer it.
         """
+        if need not in self.offers:
+            raise ValueError(self._why_not(what))
+
+    def _why_not(self, what: str) -> str:
+        return (
+            f"{what} needs a sequence classifier, got {type(self.model).__name__}: load the base with "
+            "AutoModelForSequenceClassification"
+        )
 
     def prepare(self, config: LoraConfig) -> None:
         """Before LoRA is put in: leave out what it would change without effect."""

@@ -7,26 +7,19 @@ import torch
 from torch import Tensor, nn
 
 from ..config import IAIConfig
-from .base import Base
+from .base import FEATURES, Base
 from .compat import default_target_modules, encoder_window, leave_out_classifier, prepare_checkpointing
 
 
 class Encoder(Base):
     """The part of an `AutoModelForSequenceClassification` below its own head, which is random and never used."""
 
-    state_types = ("linear",)
+    offers = frozenset({FEATURES})
 
-    def check_state_type(self, state_type: str) -> None:
-        if state_type not in self.state_types:
-            raise ValueError(
-                f"{type(self.model).__name__} is a sequence classifier, which reads state_type='linear' only, got "
-                f"{state_type!r}: load the base with AutoModelForCausalLM"
-            )
-
-    def check_implicit(self) -> None:
-        raise ValueError(
-            f"{type(self.model).__name__} is a sequence classifier, but regime='implicit' predicts tokens: load the "
-            "base with AutoModelForCausalLM"
+    def _why_not(self, what: str) -> str:
+        return (
+            f"{type(self.model).__name__} is a sequence classifier, which reads state_type='linear' only, got {what}: "
+            "load the base with AutoModelForCausalLM"
         )
 
     def prepare(self, config: IAIConfig) -> None:

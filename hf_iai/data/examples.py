@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-NO_LOSS = -100  # the label that transformers' losses leave out
+from ..tensors import NO_LOSS
 
 Example = Mapping[str, Any]
+Chunk = Mapping[str, Any]  # what a model reads in one step: input_ids or inputs_embeds, attention_mask, labels, ...
 Tokens = dict[str, list[int]]  # "input_ids" and "labels", equally long
 
 _KEYS_OF_FORMAT = {"prompt": ("prompt", "completion"), "text": ("text",), "messages": ("messages",)}

@@ -3,13 +3,17 @@
 import torch
 from torch import Tensor, nn
 
+from ..config import IAIConfig
+from ..registry import HEADS, Part
+
 MAX_LOG_PRECISION = 6.0  # one chunk never outweighs another by more than exp(2 * 6)
 # Scalars that shape whole slots move as fast as their effect asks for, at the rate that suits weight matrices.
 EXPONENT_SCALE, RATE_SCALE = 10.0, 0.03
 MIN_MASS = 1e-4
 
 
-class RunningAverage(nn.Module):
+@HEADS.register("gated")
+class RunningAverage(nn.Module, Part):
     """slot(n) = sum_i w_i readout_i / sum_i w_i, with weights per slot, layer and head:
 
         w_i = exp(<a, norm(hidden_i)>) * mass_i^b * exp(-rate * tokens read after chunk i)
@@ -25,6 +29,19 @@ class RunningAverage(nn.Module):
         num_slots: P, the averaged slots.
         width: of the base's hidden states, d.
     """
+
+    signals = frozenset({"observations", "both"})
+    fields = frozenset({"accumulation", "correction", "pin_bos"})
+
+    @classmethod
+    def check(cls, config: IAIConfig) -> None:
+        if config.pin_bos and config.accumulation != "recent":
+            raise ValueError(f"pin_bos=True needs accumulation='recent', got accumulation={config.accumulation!r}")
+
+    @classmethod
+    def describe(cls, config: IAIConfig) -> str:
+        """In words, for model cards."""
+        return f"accumulation: {config.accumulation}" + (", delta rule" if config.delta_rule else "")
 
     def __init__(self, num_layers: int, num_heads: int, num_slots: int, width: int) -> None:
         super().__init__()

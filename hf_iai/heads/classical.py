@@ -7,12 +7,32 @@ so far (B,), and theta(0), name -> (...); it returns the next theta and what it 
 import torch
 from torch import Tensor, nn
 
+from ..config import IAIConfig
+from ..registry import HEADS, Part
+
 # Learned logarithms move as fast as their effect asks for, at the learning rate that suits weight matrices.
 LOG_SCALE = 10.0
 Tensors = dict[str, Tensor]
 
 
-class SGD(nn.Module):
+class GradientHead(nn.Module, Part):
+    """A head that moves a state by the gradients of its chunks."""
+
+    signals = frozenset({"gradients"})
+
+    @classmethod
+    def make(cls, state: nn.Module, config: IAIConfig) -> "GradientHead":
+        """The head of an adapter, for a state type of `hf_iai.states`."""
+        return cls({name: t.detach() for name, t in state.start.items()}, config.initial_rate)
+
+    @classmethod
+    def describe(cls, config: IAIConfig) -> str:
+        """In words, for model cards."""
+        return f"head: {config.head}, {'second' if config.second_order else 'first'} order in training"
+
+
+@HEADS.register("sgd")
+class SGD(GradientHead):
     """theta' = theta - rate * gradient, one learned rate per tensor of the state; with theta(0), this is MAML.
 
     The logarithm of each rate is learned, so rates stay above 0.
@@ -48,6 +68,7 @@ class SGD(nn.Module):
         return f"initial_rate={self.initial_rate}"
 
 
+@HEADS.register("meta_sgd")
 class MetaSGD(SGD):
     """theta' = theta - rate * gradient, with one learned rate per coordinate.
 
@@ -58,6 +79,7 @@ class MetaSGD(SGD):
         return torch.zeros_like(tensor)
 
 
+@HEADS.register("path_aware")
 class PathAware(MetaSGD):
     """theta' = theta - Q gradient; after every w-th step theta' = (1 - P) theta' + P theta(j - w), Q and P diagonal.
 
@@ -70,6 +92,17 @@ class PathAware(MetaSGD):
 
     Source: Rajasegaran et al., Meta-learning the learning trends shared across tasks, arXiv 2010.09291.
     """
+
+    fields = frozenset({"path_window"})
+
+    @classmethod
+    def check(cls, config: IAIConfig) -> None:
+        if config.path_window < 1:
+            raise ValueError(f"path_window must be at least 1, got {config.path_window}")
+
+    @classmethod
+    def make(cls, state: nn.Module, config: IAIConfig) -> "PathAware":
+        return cls({name: t.detach() for name, t in state.start.items()}, config.initial_rate, config.path_window)
 
     def __init__(self, start: Tensors, rate: float, window: int) -> None:
         super().__init__(start, rate)

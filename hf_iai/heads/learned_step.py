@@ -9,7 +9,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from .classical import Tensors
+from ..config import IAIConfig
+from ..registry import HEADS
+from .classical import GradientHead, Tensors
 from .guards import first_trust, rms, trusted, updated_trust
 from .step_settings import LearnedStepSettings
 
@@ -17,7 +19,8 @@ KEPT_KINDS = ("momentum", "second", "row", "column")
 TINY = 1e-20
 
 
-class LearnedStep(nn.Module):
+@HEADS.register("learned_optimizer")
+class LearnedStep(GradientHead):
     """theta' = theta - rate P gradient - s rms(theta) u / max(1, rms(u)),        u = d exp(a), (d, a) = net(features)
 
     The features of a coordinate are its gradient, its value, momenta, second moments, their ratios and the row and
@@ -45,6 +48,22 @@ class LearnedStep(nn.Module):
 
     Source: features after Metz et al., arXiv 2203.11860; normed steps after CELO, arXiv 2501.12670.
     """
+
+    fields = fingerprint_if_changed = frozenset({"learned_optimizer"})
+
+    @classmethod
+    def is_default(cls, config: IAIConfig, name: str) -> bool:
+        return getattr(config, name) in (None, LearnedStepSettings().to_dict())
+
+    @classmethod
+    def check(cls, config: IAIConfig) -> None:
+        # All settings are saved, so that new defaults change no trained adapter.
+        config.learned_optimizer = LearnedStepSettings.from_dict(config.learned_optimizer).to_dict()
+
+    @classmethod
+    def make(cls, state: nn.Module, config: IAIConfig) -> "LearnedStep":
+        settings = LearnedStepSettings.from_dict(config.learned_optimizer)
+        return cls({name: state.kind(name) for name in state.start}, config.initial_rate, settings)
 
     def __init__(self, kinds: dict[str, str], rate: float, settings: LearnedStepSettings) -> None:
         super().__init__()

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from ..config import IAIConfig
 from .queries import NO_TARGET
 
 MAX_LOG_PRECISION = 8.0
@@ -123,10 +122,7 @@ class UnitGaussian(Likelihood):
         return 0.5 * (natural - targets.where(real, natural)).square(), real
 
 
-def likelihood_of(config: IAIConfig) -> Likelihood:
-    """What an mlp state says has unit variance, as of a linear state; a base also says how sure it is."""
-    real = UnitGaussian if config.state_type == "mlp" else Gaussian
-    return {"softmax": Softmax, "gaussian": real}[config.likelihood](config.num_outputs)
+LIKELIHOODS = {"softmax": Softmax, "gaussian": Gaussian}  # values of `IAIConfig.likelihood`
 
 
 def vector_targets(labels: Tensor, mask: Tensor) -> Tensor:  # (N, n) or (N, n, o), (N, n)
