@@ -13,8 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from .bases.hub_ids import is_hub_id
 from .heads import KEPT, followed_by, same_outputs
-from .hub.ids import is_hub_id
 from .label_names import Names, in_order, union, with_classes
 
 FORMAT = "hf_iai.task_state.v1"

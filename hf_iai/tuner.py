@@ -34,7 +34,7 @@ class IAITuner(LoraModel):
         base, config = base_of(model), self.peft_config[adapter_name]
         task = task_of(config)
         task.check_base(base)
-        base.prepare(config)
+        base.prepare(config, uses_lora=config.uses_reader)
         STATES[config.state_type].complete_for_base(config, model.config)
         super().inject_adapter(model, adapter_name, **kwargs)
         trained = adapter_name in self.active_adapters and not config.inference_mode

@@ -75,7 +75,7 @@ class Base:
             "AutoModelForSequenceClassification"
         )
 
-    def prepare(self, config: LoraConfig) -> None:
+    def prepare(self, config: LoraConfig, *, uses_lora: bool) -> None:
         """Before LoRA is put in: leave out what it would change without effect."""
         if config.target_modules == "all-linear":
             self._exclude(config, self.uncalled)

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
+from peft import LoraConfig
 from torch import Tensor, nn
 
-from ..config import IAIConfig
 from .base import FEATURES, Base
 from .compat import default_target_modules, encoder_window, leave_out_classifier, prepare_checkpointing
 
@@ -22,9 +22,9 @@ class Encoder(Base):
             "load the base with AutoModelForCausalLM"
         )
 
-    def prepare(self, config: IAIConfig) -> None:
+    def prepare(self, config: LoraConfig, *, uses_lora: bool) -> None:
         leave_out_classifier(config)
-        if config.uses_reader:
+        if uses_lora:
             if config.target_modules is None:
                 config.target_modules = default_target_modules(self.config)
             linear = {name for name, module in self.model.named_modules() if isinstance(module, nn.Linear)}

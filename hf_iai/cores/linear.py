@@ -29,7 +29,7 @@ class LinearCore(RowsCore):
         return ClassRows()
 
     def initial_state(self, base: Encoder, batch_size: int, identity: Identity, num_classes: int = 0) -> TaskState:
-        """theta(0) of tasks without a class; in training of `num_classes` classes, which are called by their numbers."""
+        """theta(0) of tasks without a class; in training of `num_classes` classes, called by their numbers."""
         nothing = super().initial_state(base, batch_size, identity)
         return self.with_classes(nothing, (tuple(map(str, range(num_classes))),) * batch_size)
 

@@ -64,9 +64,10 @@ def evaluate_curve(
         show_progress: show a progress bar, one step per batch.
 
     Raises:
-        ValueError: for an option that has no meaning for the model, a size below 1, unknown baselines, one that reads while `num_chunks` is only 0, or one of slots in regime
-            implicit, no episode, an episode with too few chunks, with several queries or, in regime implicit, with
-            `labels` or a labelled token that is not among its query's last, or text without a tokenizer.
+        ValueError: for an option that has no meaning for the model, a size below 1, unknown baselines, a baseline that
+            reads while `num_chunks` is only 0, a baseline of slots in regime implicit, no episode, an episode with too
+            few chunks, with several queries, or text without a tokenizer. In regime implicit also for an episode with
+            `labels`, or with a labelled token that is not among the last ones of its query.
 
     Example:
         >>> from datasets import Dataset

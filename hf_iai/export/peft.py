@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from ..bases.compat import has_recurrent_layers, key_value_shape
+from ..bases.hub_ids import is_hub_id
 from ..config import IAIConfig
 from ..embedded import is_embedded_base
-from ..hub.ids import is_hub_id
 from ..model import IAIModel
 from ..registry import STATES
 from ..state import TaskState

@@ -11,12 +11,12 @@ import transformers
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from peft import PeftModel
 
+from ..bases.hub_ids import is_hub_id
 from ..bases.vector_base import vector_width
 from ..config import IAIConfig
 from ..embedded import EMBEDDED_NAME
 from ..registry import SIGNALS
 from ..tasks import Task, task_of
-from .ids import is_hub_id
 from .published import data_folder
 
 TAGS = ("hf_iai", "iterative-amortized-inference", "arxiv:2510.11471")

@@ -64,8 +64,8 @@ class Task(Part):
     def check(cls, config: IAIConfig) -> None:
         if (config.state_type == "linear") != (config.task_type == "SEQ_CLS"):
             raise ValueError(
-                f"state_type='linear' and task_type='SEQ_CLS' need each other, got state_type={config.state_type!r} and "
-                f"task_type={getattr(config.task_type, 'value', config.task_type)!r}: set both, or neither"
+                f"state_type='linear' and task_type='SEQ_CLS' need each other, got state_type={config.state_type!r} "
+                f"and task_type={getattr(config.task_type, 'value', config.task_type)!r}: set both, or neither"
             )
 
     @classmethod

@@ -1,4 +1,4 @@
-"""Vectors, with `vector_width`: a chunk is examples (x, y), a query an x, and the base is often a small one of one's own.
+"""Vectors, with `vector_width`: a chunk is examples (x, y), a query is an x, and the base is often a small one.
 
 Axes: B tasks, n examples, N queries, w width, o outputs.
 """
