@@ -15,7 +15,7 @@ import torch
 from huggingface_hub import ModelCard
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
-from test_training import CHUNKS, arguments, episodes, tokenizer
+from samples import CHUNKS, arguments, episodes, tokenizer
 from tiny import make_base, make_model
 from transformers import AutoModelForCausalLM
 

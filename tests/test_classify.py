@@ -6,7 +6,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from test_linear_state import ROWS, TOKENIZER, VERBS, make_classifier, make_encoder
+from samples import BYTES, ROWS, VERBS
+from tiny import make_classifier, make_encoder
 from transformers import pipeline
 from typer.testing import CliRunner
 
@@ -47,7 +48,7 @@ def test_the_curve_is_of_accuracy_and_starts_as_the_nearest_class_mean(tmp_path)
     model = make_classifier(trained=False)
     episodes = [{"support": ROWS[first:] + ROWS[:first], "query": QUERY} for first in (0, 7)]
     curve = evaluate_curve(
-        model, episodes, (1, 2), list(CLASSIFIERS), tokenizer=TOKENIZER, chunk_size=9, show_progress=False
+        model, episodes, (1, 2), list(CLASSIFIERS), tokenizer=BYTES, chunk_size=9, show_progress=False
     )
     assert curve.metric == "accuracy" and curve.methods == ["iai", *CLASSIFIERS]
     for n in (1, 2):
@@ -66,7 +67,7 @@ def test_lora_fine_tuning_is_a_baseline_and_leaves_the_model_as_it_is():
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     episode = {"support": ROWS, "query": QUERY}
     baselines = ["lora_fine_tuning"]
-    curve = evaluate_curve(model, [episode], (2,), baselines, tokenizer=TOKENIZER, chunk_size=12, show_progress=False)
+    curve = evaluate_curve(model, [episode], (2,), baselines, tokenizer=BYTES, chunk_size=12, show_progress=False)
     assert curve.mean("lora_fine_tuning", 2)["mean"] > 0.5
     assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
 
@@ -75,7 +76,7 @@ def test_a_query_of_a_class_not_met_yet_counts_as_wrong():
     model = make_classifier()
     support = [row for row in ROWS if row["label"] in ("cat", "dog")]
     curve = evaluate_curve(
-        model, [{"support": support, "query": QUERY}], (1,), tokenizer=TOKENIZER, chunk_size=10, show_progress=False
+        model, [{"support": support, "query": QUERY}], (1,), tokenizer=BYTES, chunk_size=10, show_progress=False
     )
     unknown = np.array([row["label"] not in ("cat", "dog") for row in QUERY])
     for right in curve.losses.values():
@@ -95,7 +96,7 @@ def test_a_query_of_a_class_not_met_yet_counts_as_wrong():
 def test_what_an_accuracy_curve_refuses(values, message):
     values = {"episodes": [{"support": ROWS, "query": QUERY}]} | values
     with pytest.raises(ValueError, match=message):
-        evaluate_curve(make_classifier(), tokenizer=TOKENIZER, chunk_size=9, show_progress=False, **values)
+        evaluate_curve(make_classifier(), tokenizer=BYTES, chunk_size=9, show_progress=False, **values)
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +104,7 @@ def adapter(tmp_path_factory):
     """A saved adapter and the encoder that it names, tokenizer included."""
     folder = tmp_path_factory.mktemp("adapter")
     make_encoder().save_pretrained(folder / "encoder")
-    TOKENIZER.save_pretrained(folder / "encoder")
+    BYTES.save_pretrained(folder / "encoder")
     model = make_classifier()
     model.active_peft_config.base_model_name_or_path = str(folder / "encoder")
     model.save_pretrained(folder / "adapter")
@@ -179,5 +180,5 @@ def test_an_encoder_that_no_package_carries_is_named_as_it_is():
 
 def test_features_are_of_unit_length():
     model = make_classifier()
-    x = features_of(model, TOKENIZER(["a", "b c"], padding=True, return_tensors="pt"))
+    x = features_of(model, BYTES(["a", "b c"], padding=True, return_tensors="pt"))
     np.testing.assert_allclose(np.linalg.norm(x, axis=1), 1, atol=1e-5)

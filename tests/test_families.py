@@ -1,4 +1,7 @@
-"""Every check of the core on every family and state; examples/maintain/families_table.py makes docs/families.md of a run."""
+"""The core on every family and state.
+
+examples/maintain/families_table.py runs this file and writes docs/families.md.
+"""
 
 from functools import cache
 

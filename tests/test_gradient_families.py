@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from test_gradients import gradient_model
-from tiny import ATTENTION_FAMILIES, RECURRENT_FAMILIES, chunks, ids, largest_difference
+from tiny import ATTENTION_FAMILIES, RECURRENT_FAMILIES, chunks, gradient_model, ids, largest_difference
 
 from hf_iai import TaskState, batch_chunks
 

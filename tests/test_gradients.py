@@ -6,7 +6,7 @@ from itertools import product
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny import REGIMES, chunks, ids, largest_difference, make_base, make_model
+from tiny import REGIMES, chunks, gradient_model, ids, largest_difference, lora_state_model, make_base
 from torch.nn.functional import cross_entropy, rms_norm
 
 from hf_iai import TaskState, batch_chunks
@@ -38,15 +38,6 @@ def case(*values, fast: bool):
 
 
 every_member = pytest.mark.parametrize("member", [case(m, fast=is_fast(m)) for m in MEMBERS])
-
-
-def member_model(family="llama", *args, **config):
-    config = {"state_r": 2, "state_target_modules": "all-linear"} | config
-    return make_model(family, *args, **config)
-
-
-def gradient_model(family="llama", *args, **config):
-    return member_model(family, *args, **({"signal": "gradients"} | config))
 
 
 def inner_loss(model, tensors, text, labels=None):
@@ -248,7 +239,9 @@ def test_the_state_is_bounded(head):
 @every_family
 @every_member
 def test_batches_padding_streams_and_parallel(family, member):
-    model = member_model(family, initial_rate=0.3, **member) if "head" in member else member_model(family, **member)
+    model = (
+        lora_state_model(family, initial_rate=0.3, **member) if "head" in member else lora_state_model(family, **member)
+    )
     one, two = chunks(3, batch=1, seed=4), chunks(2, batch=1, size=7, seed=5)
     together, apart = model.adapt(batch_chunks([one, two])), [model.adapt(one), model.adapt(two)]
     # Learned steps normalise gradients that are nearly 0, rounding and all; that differs between processors.
@@ -281,7 +274,7 @@ GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 @every_family
 @every_member
 def test_generate_and_using(family, member):
-    model, query = member_model(family, **member), ids(2, 6, seed=3)
+    model, query = lora_state_model(family, **member), ids(2, 6, seed=3)
     state = model.adapt(chunks(2))
     expected = model.generate(query, task_state=state, max_new_tokens=4, **GREEDY)
     out = query
@@ -323,7 +316,7 @@ def test_an_episode_trains_everything(member, regime):
         found = []
         for checkpointing in (False, True):
             values = FEW_MODULES | ({"path_window": 2} if member.get("head") == "path_aware" else {})
-            model = member_model(regime=regime, second_order=second_order, **member, **values).train()
+            model = lora_state_model(regime=regime, second_order=second_order, **member, **values).train()
             if checkpointing:
                 model.base_model.model.activation_checkpointing_enable({"use_reentrant": False})
             loss = model(**episode()).loss
@@ -349,7 +342,7 @@ def test_an_episode_trains_everything(member, regime):
 def test_untrained_members_leave_no_parameter_unused(member, objective):
     """As data-parallel training asks; second-order gradients at exact zeros are finite."""
     for second_order in (False, True) if member["signal"] != "observations" else (False,):
-        model = member_model(trained=False, second_order=second_order, **FEW_MODULES, **member).train()
+        model = lora_state_model(trained=False, second_order=second_order, **FEW_MODULES, **member).train()
         model.base_model.objective = Objective(objective, window=2, draw=random.Random(1))
         model(**episode()).loss.backward()
         assert [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
@@ -359,11 +352,11 @@ def test_untrained_members_leave_no_parameter_unused(member, objective):
 @every_member
 def test_bfloat16(member):
     """State and head stay in float32 on a bfloat16 base, and under autocast LoRA still gets gradients."""
-    model = member_model(make_base().to(torch.bfloat16), **member)
+    model = lora_state_model(make_base().to(torch.bfloat16), **member)
     state, query = model.adapt(chunks(2)), ids(2, 6, seed=3)
     assert {t.dtype for t in state.tensors.values()} == {torch.float32}
     assert torch.isfinite(model(input_ids=query, task_state=state).logits).all()
-    model = member_model(**member).train()
+    model = lora_state_model(**member).train()
     for objective in ("greedy", "unrolled"):
         model.base_model.objective = Objective(objective)
         with torch.autocast("cpu", torch.bfloat16):
@@ -377,7 +370,7 @@ def test_bfloat16(member):
 def test_saved_and_loaded(member, tmp_path):
     from peft import PeftModel
 
-    model, query = member_model(**member), ids(2, 6, seed=3)
+    model, query = lora_state_model(**member), ids(2, 6, seed=3)
     state = model.adapt(chunks(2))
     expected = model(input_ids=query, task_state=state).logits
     model.save_pretrained(tmp_path / "adapter")
@@ -392,7 +385,7 @@ def test_saved_and_loaded(member, tmp_path):
 
 @every_member
 def test_inference_mode_changes_nothing(member):
-    model, support = member_model(**member), chunks(3)
+    model, support = lora_state_model(**member), chunks(3)
     expected = model.adapt(support)
     with torch.inference_mode():
         state = model.adapt(chunks(3))
@@ -420,7 +413,7 @@ def test_labels_of_a_chunk():
 def test_both_starts_as_the_average():
     for state_type, delta_rule in [*product(STATES, [False]), ("prefix", True)]:
         states = {
-            signal: member_model(trained=False, state_type=state_type, signal=signal, delta_rule=delta_rule)
+            signal: lora_state_model(trained=False, state_type=state_type, signal=signal, delta_rule=delta_rule)
             for signal in ("both", "observations")
         }
         logits = [m(input_ids=ids(2, 6), task_state=m.adapt(chunks(3))).logits for m in states.values()]
@@ -458,7 +451,7 @@ def test_lora_state_equals_a_lora_adapter(family, regime):
 
 def test_lora_state_starts_without_effect():
     for signal in ("gradients", "observations", "both"):
-        model = member_model(trained=False, state_type="lora", signal=signal)
+        model = lora_state_model(trained=False, state_type="lora", signal=signal)
         query = ids(2, 6)
         assert torch.equal(
             model(input_ids=query, task_state=model.initial_state()).logits, model(input_ids=query).logits

@@ -61,7 +61,7 @@ assert TaskState.from_pretrained("tester/state").step.tolist() == [4, 4]
 
 def test_trainer_pushes_at_every_save(hub, run):
     run("""
-import test_training as t
+import samples as t
 make_base().push_to_hub("tester/base")
 model = make_model(AutoModelForCausalLM.from_pretrained("tester/base"), trained=False)
 args = t.arguments("run", push_to_hub=True, hub_model_id="tester/run", hub_strategy="every_save", hub_always_push=True)
@@ -106,7 +106,7 @@ for revision, hidden in (("{first}", 8), (None, 16)):
 
 def test_pushed_adapters_carry_our_card(hub, run):
     run("""
-import test_training as t
+import samples as t
 from huggingface_hub import ModelCard
 from hf_iai import IAIConfig, embedded_base
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
-from test_training import arguments, tokenizer
+from samples import arguments, tokenizer
 from tiny import ATTENTION_FAMILIES, FAMILIES, VOCAB, WINDOW, chunks, ids, make_base, make_model
 from transformers import (
     AutoModelForCausalLM,

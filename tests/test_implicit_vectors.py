@@ -1,65 +1,27 @@
 """Regime implicit of vectors: (x, y) in chunks, x in queries, on a base made from a configuration."""
 
+from functools import partial
 from itertools import pairwise
 
 import pytest
 import torch
 from datasets import Dataset
-from peft import AutoPeftModelForCausalLM, get_peft_model
-from test_training import arguments
-from tiny import disturb
+from peft import AutoPeftModelForCausalLM
+from samples import arguments
+from samples import vector_examples as examples
+from samples import vector_queries as queries
+from samples import vector_stream as stream
+from tiny import CLASSES, OUTPUTS, TARGETS, VECTOR_BASES, make_vector_base, make_vector_model
+from tiny import VECTOR_WIDTH as WIDTH
 from torch.distributions import Normal
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+from transformers import AutoModelForCausalLM
 
 from hf_iai import IAIConfig, IAITrainer, batch_chunks, chunk_vectors
 from hf_iai.objectives import Objective
 from hf_iai.predictions.vector_answers import RealAnswers
 
-WIDTH, CLASSES, TARGETS, WINDOW = 5, 3, 2, 32
-SIZES = {"vocab_size": 1, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-CONFIGS = {
-    "llama": lambda: LlamaConfig(
-        **SIZES, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=WINDOW, initializer_range=0.2,
-    ),
-    "gpt2": lambda: GPT2Config(
-        **SIZES, n_embd=32, n_layer=2, n_head=4, n_positions=WINDOW, initializer_range=0.2, resid_pdrop=0.0,
-        embd_pdrop=0.0, attn_pdrop=0.0,
-    ),
-}  # fmt: skip
-LIKELIHOODS = {"softmax": CLASSES, "gaussian": TARGETS}
-every_likelihood = pytest.mark.parametrize("likelihood", LIKELIHOODS)
-
-
-def make_vector_base(family="llama"):
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(CONFIGS[family]())
-
-
-def vector_model(base="llama", *, trained=True, likelihood="softmax", **config):
-    base = make_vector_base(base) if isinstance(base, str) else base
-    torch.manual_seed(1)
-    values = {"vector_width": WIDTH, "num_outputs": LIKELIHOODS[likelihood], "r": 8, "target_modules": "all-linear"}
-    values |= {"task_type": "CAUSAL_LM", "regime": "implicit", "likelihood": likelihood} | config
-    model = get_peft_model(base, IAIConfig(**values)).eval()
-    if trained:
-        disturb(model, 0.1)
-    return model
-
-
-def examples(num: int, likelihood: str, seed: int = 0):
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(num, WIDTH, generator=generator)
-    labels = torch.arange(num) % CLASSES  # so that the first three are of class 0, 1 and 2
-    return x, labels if likelihood == "softmax" else torch.randn(num, TARGETS, generator=generator)
-
-
-def stream(likelihood: str, seed: int = 0, num: int = 14, chunk_size: int = 6):
-    return list(chunk_vectors(*examples(num, likelihood, seed), chunk_size=chunk_size))
-
-
-def queries(num: int = 4, seed: int = 9) -> dict:
-    return {"inputs_embeds": torch.randn(num, WIDTH, generator=torch.Generator().manual_seed(seed))}
+every_likelihood = pytest.mark.parametrize("likelihood", OUTPUTS)
+vector_model = partial(make_vector_model, regime="implicit")
 
 
 def refined(model, support, query) -> torch.Tensor:
@@ -172,7 +134,7 @@ def test_precision_never_falls_and_means_stay_near_those_of_the_chunks():
 
 
 @every_likelihood
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", VECTOR_BASES)
 def test_streams_side_by_side_equal_one_by_one(family, likelihood):
     """Chunks of different length; the shorter stream ends first, and its predictions stay, bitwise."""
     model, streams = vector_model(family, likelihood=likelihood), [stream(likelihood), stream(likelihood, 3, num=9)]

@@ -5,8 +5,7 @@ import json
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
-from test_gradients import gradient_model
-from tiny import chunks, ids, largest_difference, make_base, make_model
+from tiny import chunks, gradient_model, ids, largest_difference, make_base, make_model
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 

@@ -6,15 +6,9 @@ import pytest
 import torch
 from peft import AutoPeftModelForSequenceClassification, get_peft_model
 from safetensors import safe_open
-from tiny import disturb, make_base
-from transformers import (
-    AutoModelForSequenceClassification,
-    BertConfig,
-    ByT5Tokenizer,
-    DistilBertConfig,
-    ModernBertConfig,
-    RobertaConfig,
-)
+from samples import BYTES, QUERIES, ROWS, VERBS
+from tiny import ENCODERS, make_base, make_classifier, make_encoder
+from transformers import AutoModelForSequenceClassification
 
 from hf_iai import (
     IAIConfig,
@@ -29,46 +23,6 @@ from hf_iai import (
     export_to_peft,
 )
 
-_COMMON = {
-    "vocab_size": 400,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 64,
-}
-CONFIGS = {
-    "bert": lambda: BertConfig(**_COMMON),
-    "roberta": lambda: RobertaConfig(**_COMMON, pad_token_id=0),
-    "distilbert": lambda: DistilBertConfig(
-        vocab_size=400, dim=32, hidden_dim=48, n_layers=2, n_heads=4, max_position_embeddings=64
-    ),
-    "modernbert": lambda: ModernBertConfig(
-        **_COMMON, pad_token_id=0, bos_token_id=1, eos_token_id=1, cls_token_id=1, sep_token_id=1, local_attention=8
-    ),
-}
-TOKENIZER = ByT5Tokenizer()
-VERBS = {"cat": "purrs", "dog": "barks", "owl": "hoots", "cow": "moos"}
-ROWS = [{"text": f"{verb} " * (1 + i % 3) + str(i), "label": name} for i in range(6) for name, verb in VERBS.items()]
-QUERIES = TOKENIZER([f"{verb} 77" for verb in VERBS.values()] + ["hoots"], padding=True, return_tensors="pt")
-
-
-def make_encoder(family="bert"):
-    torch.manual_seed(0)
-    base = AutoModelForSequenceClassification.from_config(CONFIGS[family]())
-    for parameter in base.parameters():  # features that differ, and no weight at its first value
-        parameter.data.mul_(3.0 if parameter.dim() > 1 else 1.0).add_(0.1 * torch.randn_like(parameter))
-    return base.eval()
-
-
-def make_classifier(family="bert", *, trained=True, **config):
-    base = make_encoder(family) if isinstance(family, str) else family
-    torch.manual_seed(1)
-    model = get_peft_model(base, IAIConfig(**({"task_type": "SEQ_CLS", "state_type": "linear", "r": 2} | config)))
-    if trained:
-        disturb(model)
-    return model.eval()
-
 
 @pytest.fixture(scope="module")
 def model():
@@ -76,7 +30,7 @@ def model():
 
 
 def chunks(rows=ROWS, size=5):
-    return list(chunk_examples(rows, TOKENIZER, chunk_size=size))
+    return list(chunk_examples(rows, BYTES, chunk_size=size))
 
 
 @torch.no_grad()
@@ -91,7 +45,7 @@ def assert_same(one: TaskState, other: TaskState, atol=1e-4):
         torch.testing.assert_close(tensor, other.tensors[name], atol=atol, rtol=1e-4, msg=name)
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", ENCODERS)
 def test_a_batch_is_its_tasks_and_padding_is_nothing(family):
     model = make_classifier(family)
     streams = chunks(), chunks(ROWS[5:9] * 2, size=3)  # 4 classes and 5 chunks; 4 classes, other names first, 3 chunks
@@ -113,7 +67,7 @@ def test_a_batch_is_its_tasks_and_padding_is_nothing(family):
             torch.testing.assert_close(logits(model, state, left)[0], expected, atol=1e-3, rtol=1e-4)
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", ENCODERS)
 @pytest.mark.parametrize("regime", ["parametric", "explicit"])
 def test_saved_and_loaded_is_the_same(family, regime, tmp_path):
     base = make_encoder(family)
@@ -133,12 +87,12 @@ def test_saved_and_loaded_is_the_same(family, regime, tmp_path):
     assert not [n for n, p in model.named_parameters() if p.requires_grad and ("classifier" in n or "pooler" in n)]
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", ENCODERS)
 @pytest.mark.parametrize(("pooling", "regime"), [("mean", "parametric"), ("cls", "explicit")])
 def test_an_export_is_a_plain_classifier_with_the_same_logits(family, pooling, regime, tmp_path):
     model = make_classifier(family, pooling=pooling, regime=regime)
     state = model.adapt(chunks())
-    export_classifier(model, state, tmp_path / "plain", tokenizer=TOKENIZER)
+    export_classifier(model, state, tmp_path / "plain", tokenizer=BYTES)
     plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "plain").eval()
     assert type(plain) is type(model.get_base_model())
     with torch.no_grad():
@@ -155,13 +109,13 @@ def test_untrained_it_is_the_nearest_class_mean():
 
     @torch.no_grad()
     def features(texts):
-        inputs = TOKENIZER(texts, padding=True, return_tensors="pt")
+        inputs = BYTES(texts, padding=True, return_tensors="pt")
         mask = inputs["attention_mask"].unsqueeze(-1)
         pooled = (base.base_model(**inputs).last_hidden_state * mask).sum(1) / mask.sum(1)
         return torch.nn.functional.layer_norm(pooled, pooled.shape[1:], eps=0) / pooled.shape[1] ** 0.5
 
     means = torch.stack([features([r["text"] for r in ROWS if r["label"] == name]).mean(0) for name in VERBS])
-    queries = features([TOKENIZER.decode(row, skip_special_tokens=True) for row in QUERIES["input_ids"]])
+    queries = features([BYTES.decode(row, skip_special_tokens=True) for row in QUERIES["input_ids"]])
     expected = 50 * (queries @ means.T - means.square().sum(1) / 2)
     torch.testing.assert_close(logits(model, model.adapt(chunks())), expected, atol=1e-3, rtol=1e-4)
 
@@ -219,7 +173,7 @@ def test_loss_counts_queries_of_classes_that_were_read(model):
 def test_gradients_reach_lora_through_what_was_read():
     model = make_classifier(regime="explicit", target_modules="all-linear").train()
     episodes = [{"support": ROWS[:9], "query": ROWS[20:22]}, {"support": ROWS[9:20], "query": ROWS[22:]}]
-    batch = LabelledEpisodeCollator(TOKENIZER, chunk_size=5)(episodes)
+    batch = LabelledEpisodeCollator(BYTES, chunk_size=5)(episodes)
     assert batch["chunk_input_ids"].shape[:3] == (2, 3, 5) and batch["labels"].shape == (2, 2)
     assert (batch["chunk_labels"][0, 0] == -100).all() and batch["chunk_labels"][0, 2].tolist()[4] == -100
     outputs = model(**batch)
@@ -240,7 +194,7 @@ def test_trainer_moves_every_parameter(regime, tmp_path):
         gradient_checkpointing=regime == "explicit",
     )  # fmt: skip
     trainer = IAITrainer(
-        make_encoder(), arguments, peft_config=config, processing_class=TOKENIZER, train_dataset=episodes,
+        make_encoder(), arguments, peft_config=config, processing_class=BYTES, train_dataset=episodes,
         eval_dataset=episodes,
     )  # fmt: skip
     before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}

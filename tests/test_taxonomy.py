@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from test_training import CHUNK, arguments, tokenizer
+from samples import CHUNK, arguments, tokenizer
 from tiny import ids, make_base, make_model
 
 from hf_iai import IAIConfig, IAITrainer

@@ -6,38 +6,13 @@ from itertools import product
 import pytest
 import torch
 from datasets import Dataset
-from tiny import MEMBERS, STATES, ids, make_model
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from samples import CHUNK, CHUNKS, arguments, episodes, tokenizer
+from tiny import MEMBERS, STATES, ids, make_base, make_model
 
-from hf_iai import IAIConfig, IAITrainer, IAITrainingArguments
+from hf_iai import IAIConfig, IAITrainer
 from hf_iai.evaluation import evaluate_curve
 from hf_iai.objectives import Objective
 from hf_iai.trainer import last_chunks
-
-CHUNK, CHUNKS = 8, 4
-
-
-def tokenizer() -> PreTrainedTokenizerFast:
-    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, 97)}
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>")
-
-
-def episodes(num: int = 24) -> Dataset:
-    rows = ids(num, (CHUNKS + 1) * CHUNK)
-    support = [[{"input_ids": row[: CHUNKS * CHUNK].tolist()}] for row in rows]
-    return Dataset.from_dict({"support": support, "query": [[{"input_ids": row[-CHUNK:].tolist()}] for row in rows]})
-
-
-def arguments(folder, **values) -> IAITrainingArguments:
-    defaults = {
-        "output_dir": str(folder), "chunk_size": CHUNK, "max_chunks": CHUNKS, "max_steps": 6, "learning_rate": 1e-2,
-        "per_device_train_batch_size": 4, "logging_steps": 1, "save_steps": 3, "report_to": [], "disable_tqdm": True,
-        "use_cpu": True,
-    }  # fmt: skip
-    return IAITrainingArguments(**(defaults | values))
 
 
 def train(folder, resume=None, model=None, **values):
@@ -153,8 +128,6 @@ def test_evaluate_logs_the_curve(tmp_path):
 
 
 def test_model_id_and_peft_config(tmp_path):
-    from tiny import make_base
-
     make_base().save_pretrained(tmp_path / "base")
     tokenizer().save_pretrained(tmp_path / "base")
     config = IAIConfig(task_type="CAUSAL_LM", num_state_tokens=2, target_modules="all-linear")

@@ -1,15 +1,28 @@
 """States of vectors: (x, y) in chunks, x in queries; read by a base in regime explicit, or the weights of an mlp."""
 
+from functools import partial
 from itertools import pairwise
 
 import pytest
 import torch
 from datasets import Dataset
 from peft import AutoPeftModelForCausalLM, get_peft_model
-from test_implicit_vectors import CLASSES, CONFIGS, SIZES, TARGETS, WIDTH, make_vector_base, queries, stream
-from test_implicit_vectors import vector_model as implicit_model
-from test_training import arguments
-from tiny import disturb, make_base
+from samples import arguments
+from samples import vector_examples as examples
+from samples import vector_queries as queries
+from samples import vector_stream as stream
+from tiny import (
+    CLASSES,
+    OUTPUTS,
+    TARGETS,
+    VECTOR_BASES,
+    VECTOR_SIZES,
+    disturb,
+    make_base,
+    make_vector_base,
+    make_vector_model,
+)
+from tiny import VECTOR_WIDTH as WIDTH
 from torch.distributions import Normal
 from torch.nn.functional import cross_entropy, gelu
 from transformers import AutoModelForCausalLM, MambaConfig
@@ -25,22 +38,13 @@ STATES = {
     "mlp": {"state_type": "mlp"},
     "mlp by gradients": {"state_type": "mlp", "signal": "gradients"},
 }
-LIKELIHOODS = {"softmax": CLASSES, "gaussian": TARGETS}
+implicit_model = partial(make_vector_model, regime="implicit")
 every_state = pytest.mark.parametrize("kind", STATES)
-every_likelihood = pytest.mark.parametrize("likelihood", LIKELIHOODS)
+every_likelihood = pytest.mark.parametrize("likelihood", OUTPUTS)
 
 
-def vector_model(kind, likelihood="softmax", base="llama", *, trained=True, **config):
-    base = make_vector_base(base) if isinstance(base, str) else base
-    torch.manual_seed(1)
-    values = {"vector_width": WIDTH, "num_outputs": LIKELIHOODS[likelihood], "likelihood": likelihood}
-    values |= {"task_type": "CAUSAL_LM", "num_state_tokens": 4, "r": 8} | STATES[kind] | config
-    if values.get("signal") != "gradients":
-        values["target_modules"] = "all-linear"
-    model = get_peft_model(base, IAIConfig(**values)).eval()
-    if trained:
-        disturb(model, 0.1)
-    return model
+def vector_model(kind, likelihood="softmax", base="llama", **config):
+    return make_vector_model(base, likelihood=likelihood, **({"num_state_tokens": 4} | STATES[kind] | config))
 
 
 def logits_of(model, state, query=None) -> torch.Tensor:
@@ -54,7 +58,7 @@ def episode(likelihood, num_chunks=2):
     chunks = [
         torch.cat([torch.stack([c[name] for c in s], 1) for s in streams]) for name in ("inputs_embeds", "labels")
     ]
-    asked = [next(chunk_vectors(*_examples(3, likelihood, seed), chunk_size=3)) for seed in (7, 8)]
+    asked = [next(chunk_vectors(*examples(3, likelihood, seed), chunk_size=3)) for seed in (7, 8)]
     inputs = {"inputs_embeds": torch.cat([a["inputs_embeds"] for a in asked])}
     return inputs | {
         "chunk_inputs_embeds": chunks[0],
@@ -63,19 +67,13 @@ def episode(likelihood, num_chunks=2):
     }
 
 
-def _examples(num, likelihood, seed):
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(num, WIDTH, generator=generator)
-    return x, torch.arange(num) % CLASSES if likelihood == "softmax" else torch.randn(num, TARGETS, generator=generator)
-
-
 @every_likelihood
 def test_an_mlp_state_is_the_weights_of_a_network(likelihood):
     model, query = vector_model("mlp", likelihood), queries()
     state = model.adapt(stream(likelihood))
     core = model.base_model.core
     rows = core.corrected(model.base_model._base, state)["rows"][0, 0, 0].detach()  # (h, n + 1 + V)
-    expected = torch.zeros(4, LIKELIHOODS[likelihood])
+    expected = torch.zeros(4, OUTPUTS[likelihood])
     for row in rows:
         unit = gelu(query["inputs_embeds"] @ row[:WIDTH] + row[WIDTH])
         expected += unit[:, None] * row[WIDTH + 1 :]
@@ -137,7 +135,7 @@ def test_an_episode_is_reading_and_then_answering(kind, likelihood):
 
 
 @every_state
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", VECTOR_BASES)
 def test_tasks_side_by_side_equal_one_by_one(kind, family):
     """Chunks of different length, read in one batch or after one another; the shorter stream ends first."""
     model, streams = vector_model(kind, base=family), [stream("softmax"), stream("softmax", 3, num=9)]
@@ -202,7 +200,7 @@ def test_the_gradient_of_an_mlp_state(likelihood, second_order):
 @every_state
 def test_every_parameter_learns(kind):
     """So that data-parallel training finds none unused."""
-    for likelihood in LIKELIHOODS:
+    for likelihood in OUTPUTS:
         model = vector_model(kind, likelihood).train()
         model.base_model.objective = Objective(scored_states="last")
         model(**episode(likelihood)).loss.backward()
@@ -240,7 +238,7 @@ def test_averages_merge():
 def test_a_recurrent_base_reads_vectors(kind):
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "state_size": 4, "num_hidden_layers": 2, "initializer_range": 0.2}
-    base = AutoModelForCausalLM.from_config(MambaConfig(**SIZES | sizes))
+    base = AutoModelForCausalLM.from_config(MambaConfig(**VECTOR_SIZES | sizes))
     model = vector_model(kind, base=base)
     first, second = (logits_of(model, state) for state in list(model.adapt_steps(stream("softmax")))[:2])
     assert (first - second).abs().max() > 1e-4
@@ -440,7 +438,7 @@ def test_other_types_of_labels(kind):
 @pytest.mark.parametrize("kind", ["prefix", "prompt"])
 def test_a_base_whose_only_token_is_padding(kind):
     """Its embeddings are 0, so that slots cannot start as tokens do."""
-    config = CONFIGS["llama"]()
+    config = VECTOR_BASES["llama"]()
     config.pad_token_id = 0
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_config(config)

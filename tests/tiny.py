@@ -1,4 +1,4 @@
-"""Tiny random bases and adapters, built from configurations."""
+"""Tiny random bases and adapters, built from configurations: decoders, encoders, and bases that read vectors."""
 
 from itertools import product
 
@@ -6,6 +6,9 @@ import torch
 from peft import get_peft_model
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    DistilBertConfig,
     FalconConfig,
     FalconMambaConfig,
     Gemma2Config,
@@ -21,6 +24,7 @@ from transformers import (
     MambaConfig,
     MistralConfig,
     MixtralConfig,
+    ModernBertConfig,
     Olmo2Config,
     OlmoHybridConfig,
     OPTConfig,
@@ -30,6 +34,7 @@ from transformers import (
     Qwen3Config,
     Qwen3MoeConfig,
     Qwen3NextConfig,
+    RobertaConfig,
     SmolLM3Config,
     StableLmConfig,
 )
@@ -162,6 +167,18 @@ def make_model(base="llama", attention: str = "sdpa", *, trained: bool = True, *
     return model
 
 
+def gradient_model(family="llama", *args, **config):
+    """An adapter of `signal="gradients"`; a lora state updates all linear layers."""
+    return lora_state_model(family, *args, **({"signal": "gradients"} | config))
+
+
+def lora_state_model(family="llama", *args, **config):
+    """`make_model`, but a lora state is small and updates all linear layers."""
+    if config.get("state_type") == "lora":
+        config = {"state_r": 2, "state_target_modules": "all-linear"} | config
+    return make_model(family, *args, **config)
+
+
 def disturb(model, scale: float = 0.05) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
@@ -179,3 +196,79 @@ def chunks(num: int, batch: int = 2, size: int = 10, seed: int = 0) -> list[dict
 
 def largest_difference(a, b) -> float:
     return max((a.tensors[name] - b.tensors[name]).abs().max().item() for name in a.tensors)
+
+
+# ---------------------------------------------------------------- encoders and their classifiers
+
+_ENCODER = {
+    "vocab_size": 400,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+ENCODERS = {
+    "bert": lambda: BertConfig(**_ENCODER),
+    "roberta": lambda: RobertaConfig(**_ENCODER, pad_token_id=0),
+    "distilbert": lambda: DistilBertConfig(
+        vocab_size=400, dim=32, hidden_dim=48, n_layers=2, n_heads=4, max_position_embeddings=64
+    ),
+    "modernbert": lambda: ModernBertConfig(
+        **_ENCODER, pad_token_id=0, bos_token_id=1, eos_token_id=1, cls_token_id=1, sep_token_id=1, local_attention=8
+    ),
+}
+
+
+def make_encoder(family: str = "bert"):
+    torch.manual_seed(0)
+    base = AutoModelForSequenceClassification.from_config(ENCODERS[family]())
+    for parameter in base.parameters():  # features that differ, and no weight at its first value
+        parameter.data.mul_(3.0 if parameter.dim() > 1 else 1.0).add_(0.1 * torch.randn_like(parameter))
+    return base.eval()
+
+
+def make_classifier(family="bert", *, trained: bool = True, **config):
+    """An adapter with a linear state. `family`: an encoder's name, or a base."""
+    base = make_encoder(family) if isinstance(family, str) else family
+    torch.manual_seed(1)
+    model = get_peft_model(base, IAIConfig(**({"task_type": "SEQ_CLS", "state_type": "linear", "r": 2} | config)))
+    if trained:
+        disturb(model)
+    return model.eval()
+
+
+# ---------------------------------------------------------------- bases that read vectors
+
+VECTOR_WIDTH, CLASSES, TARGETS, VECTOR_WINDOW = 5, 3, 2, 32
+OUTPUTS = {"softmax": CLASSES, "gaussian": TARGETS}
+VECTOR_SIZES = {"vocab_size": 1, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+VECTOR_BASES = {
+    "llama": lambda: LlamaConfig(
+        **VECTOR_SIZES, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=VECTOR_WINDOW, initializer_range=0.2,
+    ),
+    "gpt2": lambda: GPT2Config(
+        **VECTOR_SIZES, n_embd=32, n_layer=2, n_head=4, n_positions=VECTOR_WINDOW, initializer_range=0.2,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+    ),
+}  # fmt: skip
+
+
+def make_vector_base(family: str = "llama"):
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(VECTOR_BASES[family]()).eval()
+
+
+def make_vector_model(base="llama", *, trained: bool = True, likelihood: str = "softmax", **config):
+    """An adapter of `vector_width`. `base`: a family's name, or a model."""
+    base = make_vector_base(base) if isinstance(base, str) else base
+    torch.manual_seed(1)
+    values = {"vector_width": VECTOR_WIDTH, "num_outputs": OUTPUTS[likelihood], "likelihood": likelihood}
+    values |= {"task_type": "CAUSAL_LM", "r": 8} | config
+    if values.get("signal") != "gradients":  # for which no base reads
+        values = {"target_modules": "all-linear"} | values
+    model = get_peft_model(base, IAIConfig(**values)).eval()
+    if trained:
+        disturb(model, 0.1)
+    return model
