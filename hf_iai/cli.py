@@ -1,27 +1,66 @@
-"""The `hf-iai` command: `demo`, `train`, `adapt`, `classify`, `export`."""
+"""The command `hf-iai`: `demo`, `train`, `adapt`, `classify`, `export`. What they do is in `hf_iai.commands`.
 
-import json
+The console script loads this file without the package around it (see `launcher/`), so that `--help` is fast. Hence it
+imports typer and the standard library alone; each command imports what it needs, by its full name.
+"""
+
+import logging
+import warnings
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-if TYPE_CHECKING:
-    from .config import IAIConfig
-
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+# Their notices speak to programmers: a deprecated name inside PEFT, a kernel that bitsandbytes lacks, or a classifier
+# that is "newly initialized", although nothing reads it.
+OTHERS = ("accelerate", "bitsandbytes", "datasets", "huggingface_hub", "peft", "torch", "transformers")
 
 
 class Task(StrEnum):
-    """Of the demo."""
+    """What the demo reads."""
 
     code = "code"
     digits = "digits"
 
 
-# The commands import what they need inside, so that `hf-iai --help` does not wait for torch.
+@contextmanager
+def session() -> Iterator[None]:
+    """Run a command quietly; a value or file that cannot work is one line and exit code 2, not a traceback."""
+    try:
+        with quiet():
+            yield
+    except (ValueError, OSError, ImportError) as error:
+        typer.echo(f"Error: {' '.join(str(error).split())}", err=True)
+        raise typer.Exit(2) from error
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Leave out what other packages have to say, from their import on: warnings, logs below errors, loading bars."""
+    with ExitStack() as stack:
+        stack.callback(logging.disable, logging.root.manager.disable)
+        logging.disable(logging.WARNING)
+        stack.enter_context(warnings.catch_warnings())
+        for package in OTHERS:
+            warnings.filterwarnings("ignore", module=rf"{package}(\.|$)")
+        from huggingface_hub.utils import enable_progress_bars
+        from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
+
+        if is_progress_bar_enabled():
+            stack.callback(enable_progress_bar)
+            disable_progress_bar()  # hides the bars of downloads too, which are useful and only shown on a terminal
+            enable_progress_bars()
+        yield
+
+
+def given(**options) -> dict:
+    """The options that the user gave; the others keep the defaults of the code."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 @app.callback()
@@ -37,100 +76,116 @@ def demo(
     task: Annotated[Task, typer.Option(help="code: read a package; digits: read images of digits.")] = Task.code,
 ) -> None:
     """Train a small adapter, let the published one read a package, and measure what it gained; or read digits."""
-    if task is Task.digits:
-        from .commands.demo_digits import run
-    else:
-        from .commands.demo_code import run
+    with session():
+        if task is Task.digits:
+            from hf_iai.commands.demo_digits import run
+        else:
+            from hf_iai.commands.demo_code import run
 
-    run(output)
+        run(output)
 
 
+# Options without a value are not passed on. The defaults in the help are those of IAIConfig and IAITrainingArguments;
+# tests/test_cli.py compares them.
 @app.command()
 def train(
     data: Annotated[Path, typer.Option(exists=True, help='Folder of text files, or JSON lines with "text".')],
     output: Annotated[Path, typer.Option(help="Folder for the adapter.")],
     model: Annotated[str, typer.Option(help="Hub id or folder of the base.")] = "hf_iai:embedded",
-    num_state_tokens: Annotated[int, typer.Option(min=1, help="Size of the state, in tokens.")] = 16,
-    num_kept_tokens: Annotated[
-        int | None,
-        typer.Option(min=0, help="How many of them keep single tokens; 7 of 8 where a state can, if not given."),
+    state_type: Annotated[
+        str | None, typer.Option(help="What the state is: prefix, prompt or lora.", show_default="prefix")
     ] = None,
-    state_type: Annotated[str, typer.Option(help="What the state is: prefix, prompt or lora.")] = "prefix",
-    signal: Annotated[str, typer.Option(help="Learned from: observations, gradients or both.")] = "observations",
+    num_state_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Size of the state, in tokens.", show_default="16")
+    ] = None,
+    num_kept_tokens: Annotated[
+        int | None, typer.Option(min=0, help="How many of them keep single tokens (prefix only).", show_default="0")
+    ] = None,
+    state_r: Annotated[int | None, typer.Option(min=1, help="Rank of a lora state.", show_default="8")] = None,
+    signal: Annotated[
+        str | None,
+        typer.Option(help="What is learned from: observations, gradients or both.", show_default="observations"),
+    ] = None,
     head: Annotated[
         str | None,
-        typer.Option(help="How gradients refine it: learned_optimizer (default), sgd, meta_sgd or path_aware."),
+        typer.Option(
+            help="How gradients refine the state: learned_optimizer, sgd, meta_sgd or path_aware.",
+            show_default="learned_optimizer",
+        ),
     ] = None,
-    state_r: Annotated[int, typer.Option(min=1, help="Rank of a lora state.")] = 8,
-    chunk_size: Annotated[int, typer.Option(min=1, help="Tokens per chunk.")] = 128,
-    max_chunks: Annotated[int, typer.Option(min=1, help="Most chunks read in a training step.")] = 4,
-    max_steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 1000,
-    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
-    batch_size: Annotated[int, typer.Option(min=1, help="Episodes per training step.")] = 8,
-    seed: int = 0,
+    r: Annotated[int | None, typer.Option("--r", min=1, help="Rank of the adapter's LoRA.", show_default="8")] = None,
+    target_modules: Annotated[
+        str | None,
+        typer.Option(
+            help="Modules with LoRA: names with commas between them, or all-linear.",
+            show_default="PEFT's choice for the base",
+        ),
+    ] = None,
+    chunk_size: Annotated[
+        int | None, typer.Option(min=1, help="Tokens per chunk.", show_default="what the base can read at once")
+    ] = None,
+    max_chunks: Annotated[
+        int | None, typer.Option(min=1, help="Most chunks read in a training step.", show_default="8")
+    ] = None,
+    max_steps: Annotated[
+        int | None, typer.Option(min=1, help="Training steps.", show_default="as many as the epochs have")
+    ] = None,
+    num_train_epochs: Annotated[
+        float | None, typer.Option(min=0, help="Passes over the data.", show_default="3.0")
+    ] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.", show_default="0.001")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Episodes per training step and device.", show_default="8")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the training.", show_default="42")] = None,
 ) -> None:
     """Train an adapter to read the documents in DATA."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from . import IAITrainer, IAITrainingArguments
-    from .data import episodes_from_documents
-
-    chosen = {"state_type": state_type, "signal": signal, "head": head, "state_r": state_r}
-    config = _config(num_state_tokens, num_kept_tokens, **chosen)
-    folder = _base_folder(model)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    arguments = IAITrainingArguments(
-        output_dir=str(output),
-        max_steps=max_steps,
-        max_chunks=max_chunks,
+    config = given(
+        state_type=state_type,
+        num_state_tokens=num_state_tokens,
+        num_kept_tokens=num_kept_tokens,
+        state_r=state_r,
+        signal=signal,
+        head=head,
+        r=r,
+        target_modules=target_modules,
+    )
+    arguments = given(
         chunk_size=chunk_size,
+        max_chunks=max_chunks,
+        max_steps=max_steps,
+        num_train_epochs=num_train_epochs,
         learning_rate=learning_rate,
         per_device_train_batch_size=batch_size,
-        save_strategy="no",
         seed=seed,
     )
-    trainer = IAITrainer(
-        model=AutoModelForCausalLM.from_pretrained(folder),
-        peft_config=config,
-        args=arguments,
-        train_dataset=episodes_from_documents(
-            _documents(data), tokenizer, chunk_size=chunk_size, num_chunks=max_chunks, seed=seed
-        ),
-        processing_class=tokenizer,
-    )
-    trainer.train()
-    trainer.model.save_pretrained(output)
-    trainer.create_model_card(dataset=data.name)
+    with session():
+        from hf_iai.commands.train import train
+
+        train(data, output, model, config, arguments)
     typer.echo(f"adapter written to {output}")
+    typer.echo(f"next: hf-iai adapt --adapter {output} --data FILE --output STATE")
 
 
 @app.command()
 def adapt(
-    adapter: Annotated[str, typer.Option(help="Hub id or folder of a trained adapter.")],
+    adapter: Annotated[str, typer.Option(help="Published name, Hub id or folder of a trained adapter.")],
     data: Annotated[
-        Path, typer.Option(exists=True, dir_okay=False, help="A text file, or JSON lines with one example each.")
+        Path,
+        typer.Option(exists=True, help="A text file, a folder of them, or JSON lines with one example each."),
     ],
     output: Annotated[Path, typer.Option(help="Folder for the task state.")],
-    chunk_size: Annotated[int | None, typer.Option(min=1, help="Tokens per chunk; by default what fits.")] = None,
+    chunk_size: Annotated[
+        int | None, typer.Option(min=1, help="Tokens per chunk.", show_default="what the base can read at once")
+    ] = None,
 ) -> None:
     """Let an adapter read DATA and save the task state."""
-    from peft import AutoPeftModelForCausalLM
-    from transformers import AutoTokenizer
+    with session():
+        from hf_iai.commands.adapt import adapt
 
-    from . import chunk_examples, chunk_text
-
-    model = AutoPeftModelForCausalLM.from_pretrained(adapter)
-    if model.active_peft_config.vector_width is not None:
-        raise typer.BadParameter(
-            "the adapter reads vectors, which DATA cannot hold: use model.adapt(chunk_vectors(...))"
-        )
-    tokenizer = AutoTokenizer.from_pretrained(model.active_peft_config.base_model_name_or_path)
-    cut, source = (
-        (chunk_examples, _json_lines(data)) if data.suffix == ".jsonl" else (chunk_text, data.read_text("utf-8"))
-    )
-    state = model.adapt(cut(source, tokenizer, chunk_size=chunk_size, model=model), show_progress=True)
-    state.save_pretrained(output)
+        state = adapt(adapter, data, output, chunk_size)
     typer.echo(f"read {int(state.num_tokens)} tokens in {int(state.step)} chunks; state written to {output}")
+    typer.echo(f"next: hf-iai export --adapter {adapter} --state {output} --output FOLDER")
 
 
 @app.command()
@@ -140,7 +195,7 @@ def classify(
     test: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, help="Labelled texts to measure the accuracy on.")
     ] = None,
-    adapter: Annotated[str, typer.Option(help="Published adapter, Hub id or folder; its state is linear.")] = (
+    adapter: Annotated[str, typer.Option(help="Published name, Hub id or folder; its state is linear.")] = (
         "minilm-linear"
     ),
     encoder: Annotated[str | None, typer.Option(help="Hub id or folder of the encoder, if not the usual one.")] = None,
@@ -150,78 +205,32 @@ def classify(
     seed: Annotated[int, typer.Option(help="Of the order in which the examples are read.")] = 0,
 ) -> None:
     """Make a classifier of the labelled texts in DATA: no training run; read more of them later."""
-    from .commands.classify import classify as read
-    from .commands.classify import load_reader, read_rows
-    from .hub.published import published_adapter, published_names
+    with session():
+        from hf_iai.commands.classify import classify_files
 
-    try:
-        rows, asked = (None if path is None else read_rows(path, text, label) for path in (data, test))
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
-    folder = published_adapter(adapter) if adapter in published_names() else adapter
-    read(*load_reader(folder, encoder), rows, output, asked, chunk_size=chunk_size, seed=seed)
+        classify_files(data, output, test, adapter, encoder, text=text, label=label, chunk_size=chunk_size, seed=seed)
     typer.echo(f"classifier written to {output / 'classifier'}, state to {output / 'state'}")
 
 
 @app.command()
 def export(
-    adapter: Annotated[str, typer.Option(help="Hub id or folder of the adapter that made the state.")],
+    adapter: Annotated[str, typer.Option(help="Published name, Hub id or folder of the adapter that made the state.")],
     state: Annotated[str, typer.Option(help="Hub id or folder of the task state.")],
     output: Annotated[Path, typer.Option(help="Folder for the export.")],
     type: Annotated[
-        str | None, typer.Option(help="PROMPT_TUNING, PREFIX_TUNING, CARTRIDGE or LORA; by default as the state is.")
+        str | None,
+        typer.Option(
+            help="PROMPT_TUNING, PREFIX_TUNING, CARTRIDGE or LORA.", show_default="the one that fits the state"
+        ),
     ] = None,
 ) -> None:
     """Write a task state as a plain PEFT adapter, which loads without hf_iai."""
-    from peft import AutoPeftModelForCausalLM
+    with session():
+        from hf_iai.commands.export import export
 
-    from . import TaskState, export_to_peft
-
-    model = AutoPeftModelForCausalLM.from_pretrained(adapter)
-    try:
-        export_to_peft(model, TaskState.from_pretrained(state), output, peft_type=type)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
+        export(adapter, state, output, type)
     typer.echo(f"export written to {output}; its README.md says how to load it")
 
 
-def _config(num_state_tokens: int, num_kept_tokens: int | None, **values) -> "IAIConfig":
-    """What the options ask for; a combination that cannot work is a wrong option, not a crash."""
-    from .config import IAIConfig
-
-    if values["state_type"] in ("linear", "mlp"):
-        kind = values["state_type"]
-        raise typer.BadParameter(f"a state of type {kind!r} is not read from texts: train it with IAITrainer")
-    if num_kept_tokens is None:
-        keeps = (values["state_type"], values["signal"]) == ("prefix", "observations")
-        num_kept_tokens = num_state_tokens * 7 // 8 if keeps else 0
-    values |= {"num_state_tokens": num_state_tokens, "num_kept_tokens": num_kept_tokens}
-    try:
-        return IAIConfig(task_type="CAUSAL_LM", r=16, target_modules="all-linear", **values)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
-
-
-def _base_folder(model: str) -> str:
-    from .embedded import EMBEDDED_NAME, embedded_base
-
-    return embedded_base() if model == EMBEDDED_NAME else model
-
-
-def _documents(path: Path) -> Iterator[dict]:
-    """`{"text", "path"}` of every text file in a folder, or of every line of a JSON-lines file."""
-    if path.is_file():
-        yield from ({"path": f"{path.name}:{number}", **row} for number, row in enumerate(_json_lines(path)))
-        return
-    for file in sorted(p for p in path.rglob("*") if p.is_file()):
-        try:
-            text = file.read_text("utf-8")
-        except UnicodeDecodeError:
-            typer.echo(f"left out {file}: not UTF-8 text", err=True)
-            continue
-        yield {"text": text, "path": file.relative_to(path).as_posix()}
-
-
-def _json_lines(path: Path) -> Iterator[dict]:
-    with path.open(encoding="utf-8") as lines:
-        yield from (json.loads(line) for line in lines if line.strip())
+if __name__ == "__main__":
+    app()

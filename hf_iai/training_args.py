@@ -20,6 +20,8 @@ class IAITrainingArguments(TrainingArguments):
         curriculum: share of the training steps over which that bound grows; 0 for none.
         halve_chunks: probability that a step reads its chunks in halves, so that the length varies too.
         objective, truncation_window, scored_states, kl_weight: see `hf_iai.objectives.Objective`.
+        learning_rate: peak learning rate. The default is 1e-3; the 5e-5 of `transformers.TrainingArguments` suits
+            training of a whole model, and hardly moves an adapter.
         state_learning_rate: learning rate of theta(0), which as a prefix or soft prompt wants a larger one than LoRA
             does; None: `learning_rate`.
         eval_chunks: chunk counts of `eval_loss_at_chunks_{n}`; those beyond the episodes are left out.
@@ -42,6 +44,7 @@ class IAITrainingArguments(TrainingArguments):
     truncation_window: int = field(default=4, metadata={"help": "chunks with gradient, objective 'truncated'"})
     scored_states: str = field(default="doubling", metadata={"help": "states with a loss: doubling or last"})
     kl_weight: float = field(default=0.0, metadata={"help": "weight of the KL to the full-context bare base"})
+    learning_rate: float = field(default=1e-3, metadata={"help": "peak learning rate, of everything but theta(0)"})
     state_learning_rate: float | None = field(default=None, metadata={"help": "of theta(0); None: learning_rate"})
     eval_chunks: tuple[int, ...] = field(default=(0, 1, 2, 4, 8, 16), metadata={"help": "chunk counts evaluated"})
     remove_unused_columns: bool = field(default=False, metadata={"help": "must be False: episodes are collated"})

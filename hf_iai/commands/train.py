@@ -1,0 +1,72 @@
+"""What is behind `hf-iai train`: an adapter learns to read documents."""
+
+import sys
+from pathlib import Path
+
+import torch
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ..config import IAIConfig
+from ..data import episodes_from_documents
+from ..embedded import EMBEDDED_NAME, embedded_base
+from ..trainer import IAITrainer
+from ..training_args import IAITrainingArguments
+from .inputs import documents
+
+
+def train(data: Path, output: Path, base: str, config: dict, arguments: dict) -> None:
+    """Train an adapter on documents; write it and its card.
+
+    Args:
+        data: folder of text files, or JSON lines with `"text"`.
+        output: folder for the adapter.
+        base: Hub id or folder of the base model; `"hf_iai:embedded"` is the small one inside the package.
+        config: fields of `IAIConfig` that differ from its defaults.
+        arguments: the same for `IAITrainingArguments`.
+
+    Raises:
+        ValueError: for a value that cannot work, or documents that are too short.
+    """
+    reader = text_config(**config)
+    base = embedded_base() if base == EMBEDDED_NAME else base
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    args = IAITrainingArguments(
+        output_dir=str(output),
+        save_strategy="no",  # the adapter is saved once, below
+        disable_tqdm=not sys.stderr.isatty(),
+        dataloader_pin_memory=torch.accelerator.is_available(),
+        **arguments,
+    )
+    torch.manual_seed(args.seed)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), reader)
+    chunk_size = args.chunk_size or model.max_chunk_size
+    episodes = episodes_from_documents(
+        documents(data), tokenizer, chunk_size=chunk_size, num_chunks=args.max_chunks, seed=args.seed
+    )
+    trainer = IAITrainer(model=model, args=args, train_dataset=episodes, processing_class=tokenizer)
+    trainer.train()
+    trainer.model.save_pretrained(output)
+    trainer.create_model_card(dataset=data.name)
+
+
+def text_config(*, target_modules: str | None = None, **values) -> IAIConfig:
+    """The configuration that the options of `hf-iai train` ask for.
+
+    Args:
+        target_modules: `"all-linear"`, or names with commas between them.
+        values: other fields of `IAIConfig`.
+
+    Raises:
+        ValueError: for a state that is not read from texts, or what `IAIConfig` refuses.
+
+    Example:
+        >>> from hf_iai.commands.train import text_config
+        >>> sorted(text_config(target_modules="q_proj,v_proj", r=4).target_modules)
+        ['q_proj', 'v_proj']
+    """
+    if (state_type := values.get("state_type")) in ("linear", "mlp"):
+        raise ValueError(f"a state of type {state_type!r} is not read from texts: train it with IAITrainer")
+    if target_modules is not None:
+        values["target_modules"] = target_modules if target_modules == "all-linear" else target_modules.split(",")
+    return IAIConfig(task_type="CAUSAL_LM", **values)
