@@ -27,8 +27,8 @@ class LearnedStep(nn.Module):
     The network's features of a coordinate are its gradient, its value, momenta, second moments, their ratios, and the
     row and column means of the squared gradient, each divided by its root mean square over the tensor. A coordinate
     also sees tanh(t / tau - 1) for several times tau, where t is the number of chunks read. So no learned weight
-    belongs to a particular step. P is diagonal: (second moment)^(-p/2), divided by its mean. Rate, s and p are learned
-    for each kind of tensor: `key` and `value` of a prefix, `A` and `B` of a low-rank update.
+    belongs to a particular step. P is diagonal: (second moment / its mean)^(-p/2). Rate, s and p are learned for each
+    kind of tensor: `key` and `value` of a prefix, `A` and `B` of a low-rank update.
 
     The last layer and p start at zero, which is SGD. The network's part has a root mean square of at most s rms(theta).
     If the gradient is zero everywhere, nothing moves.

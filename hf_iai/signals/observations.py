@@ -1,4 +1,4 @@
-"""The signal `observations`: read-outs, that is the hidden states, keys and values of the base after reading a chunk."""
+"""The signal `observations`: read-outs, the base's hidden states, keys and values after it has read a chunk."""
 
 from dataclasses import dataclass
 
