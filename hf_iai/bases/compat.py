@@ -282,7 +282,7 @@ def check_double_backward(model: nn.Module) -> None:
 
 @contextmanager
 def inner_backward(model: nn.Module) -> Iterator[None]:
-    """A context for a backward pass inside the forward pass: FSDP must not reduce gradients or free weights after it."""
+    """A context for a backward pass inside the forward pass: FSDP reduces no gradients and frees no weights in it."""
     if not (shards := _sharding(model)):
         yield
         return

@@ -100,4 +100,3 @@ def _right_padded(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:  # (N, T)
     ids = ids.masked_fill((mask == 0).view(*mask.shape, *[1] * (ids.dim() - 2)), 0)
     mask[:, 0] = 1
     return ids, mask
-
