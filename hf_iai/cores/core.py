@@ -14,6 +14,7 @@ from ..label_names import Names
 from ..predictions.likelihoods import likelihood_of
 from ..state import Identity, TaskState
 from ..states import HypernetworkState, LinearState, LoraState, MLPState, PrefixState, PromptState
+from ..tensors import NO_LOSS
 
 
 class Core(nn.Module, ABC):
@@ -55,7 +56,7 @@ class Core(nn.Module, ABC):
     def read(self, base: Base, ids: Tensor, mask: Tensor, labels: Tensor) -> dict[str, Tensor]:  # (B, C) each
         """Evidence of a chunk that does not depend on the state; `mask` is part of it."""
         # What stands under the mask must not even route: experts compute all tokens that chose them in one batch.
-        return {"ids": ids.masked_fill(mask == 0, 0), "mask": mask, "labels": labels.masked_fill(mask == 0, -100)}
+        return {"ids": ids.masked_fill(mask == 0, 0), "mask": mask, "labels": labels.masked_fill(mask == 0, NO_LOSS)}
 
     def met(self, state: TaskState, names: tuple[Names, ...] | None) -> TaskState:
         """The state with room for the classes of each task that have been met; there are none but of a linear state."""

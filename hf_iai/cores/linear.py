@@ -10,6 +10,7 @@ from ..config import IAIConfig
 from ..heads import ClassRows
 from ..label_names import Names, with_classes
 from ..state import Identity, TaskState
+from ..tensors import NO_LOSS
 from .core import Core, full_precision
 
 
@@ -57,7 +58,7 @@ class LinearCore(Core):
             ids, mask: (B, n, T); vectors in place of ids (B, n, 1, d).
             labels: (B, n), -100 for padding; an example without a token is padding too.
         """
-        labels = labels.masked_fill(~mask.any(-1), -100)
+        labels = labels.masked_fill(~mask.any(-1), NO_LOSS)
         features = self.features(base, ids.flatten(0, 1), mask.flatten(0, 1))
         read = (mask != 0) & (labels >= 0).unsqueeze(-1)
         return {
@@ -120,7 +121,7 @@ class LinearCore(Core):
             )
         seen = (state.tensors["count"] > 0).repeat_interleave(len(labels) // state.batch_size, 0)  # (N, C)
         met = seen.gather(1, labels.clamp_min(0).unsqueeze(1)).squeeze(1) & (labels >= 0)
-        losses = nn.functional.cross_entropy(logits, labels.masked_fill(~met, -100), reduction="sum")
+        losses = nn.functional.cross_entropy(logits, labels.masked_fill(~met, NO_LOSS), reduction="sum")
         return losses / met.sum().clamp_min(1)
 
 

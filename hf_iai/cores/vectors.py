@@ -11,9 +11,10 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from ..bases.base import Base
 from ..config import IAIConfig
-from ..predictions.likelihoods import likelihood_of, vector_targets, zero_linear
+from ..predictions.likelihoods import likelihood_of, vector_targets
 from ..signals import gradients_of
 from ..state import TaskState
+from ..tensors import zero_linear
 from .average import AverageCore
 from .core import Core, full_precision
 from .gradient import GradientCore

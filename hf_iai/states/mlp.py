@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, rms_norm
 
 from ..bases.base import Base, Prefix
-from ..predictions.likelihoods import zero_linear
 from ..signals import Reading
+from ..tensors import zero_linear
 from .slots import SlotState
 
 

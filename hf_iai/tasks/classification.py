@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..label_names import Names, matched, names_of_tasks
 from ..state import TaskState
+from ..tensors import NO_LOSS
 from .inputs import Chunk, Inputs
 
 CHUNK_SIZE = 20  # examples
@@ -79,7 +80,7 @@ class LabelledInputs(Inputs):
                 f"labels of classes must be integers {tuple(examples)}, got {tuple(labels.shape)} of {labels.dtype}: "
                 "real targets need IAIConfig(likelihood='gaussian')"
             )
-        return labels.to(ids.device).masked_fill(~mask.any(-1), -100)
+        return labels.to(ids.device).masked_fill(~mask.any(-1), NO_LOSS)
 
     def matched(
         self, group: list[LabelledChunk], state: TaskState

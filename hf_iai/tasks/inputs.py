@@ -1,17 +1,16 @@
 """Inputs: the chunks and queries that fit a base and its states. Axes: B tasks, C tokens of a chunk, T of a query."""
 
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..bases.base import Base
 from ..config import IAIConfig
+from ..data.examples import Chunk
 from ..state import TaskState
-
-Chunk = Mapping[str, Tensor]
+from ..tensors import NO_LOSS, pad_to
 
 
 @dataclass(frozen=True)
@@ -77,13 +76,13 @@ class Inputs:
     def labels(self, labels: Tensor | None, ids: Tensor, mask: Tensor) -> Tensor:  # of ids' shape
         """Of a chunk; all its tokens by default. Observations have no use for them."""
         if labels is None or self.config.signal == "observations":
-            return ids.masked_fill(mask == 0, -100)
+            return ids.masked_fill(mask == 0, NO_LOSS)
         if labels.shape != ids.shape:
             raise ValueError(
                 f"a chunk's labels must have the shape of its ids {tuple(ids.shape)}, got {tuple(labels.shape)}"
             )
         labels = labels.to(ids.device)
-        self._check_ids(labels.masked_fill((labels == -100) | (mask == 0), 0))
+        self._check_ids(labels.masked_fill((labels == NO_LOSS) | (mask == 0), 0))
         return labels
 
     def query_labels(self, labels: Tensor | None, ids: Tensor, mask: Tensor) -> Tensor | None:
@@ -134,8 +133,6 @@ def batched(group: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
 
 
 def _padded(tensors: tuple[Tensor, ...]) -> list[Tensor]:
-    """All axes but the first as long as the longest; what the mask leaves out may be anything."""
-    sizes = [max(lengths) for lengths in zip(*(t.shape[1:] for t in tensors), strict=True)]
-    room = [[most - length for most, length in zip(sizes, t.shape[1:], strict=True)] for t in tensors]
-    pads = [[side for more in reversed(own) for side in (0, more)] for own in room]
-    return [nn.functional.pad(t, pad) for t, pad in zip(tensors, pads, strict=True)]
+    """Pad all axes but the first to the longest; the mask of padding is 0, so what it holds does not matter."""
+    size = [max(lengths) for lengths in zip(*(t.shape[1:] for t in tensors), strict=True)]
+    return [pad_to(t, size, 0) for t in tensors]

@@ -5,7 +5,8 @@ from torch import Tensor
 
 from ..label_names import Names, are_numbers, names_of_tasks
 from ..predictions.likelihoods import vector_targets
-from ..predictions.queries import NO_TARGET, Queries
+from ..predictions.queries import Queries
+from ..tensors import NO_LOSS
 from .classification import CHUNK_SIZE
 from .inputs import Chunk, Inputs
 from .refined_text import ImplicitInputs, Labels
@@ -45,7 +46,7 @@ class _Vectors(Inputs):
         if labels is not None and not labels.is_floating_point() and labels.shape == mask.shape:
             if chunk.get("label_names") is not None:
                 labels = _as_named(labels, names_of_tasks(chunk["label_names"], (), labels))
-            mask = mask * (labels.to(mask.device) != NO_TARGET)
+            mask = mask * (labels.to(mask.device) != NO_LOSS)
         return vectors, mask, self.labels(labels, vectors, mask)
 
     def labels(self, labels: Tensor | None, ids: Tensor, mask: Tensor) -> Tensor:
@@ -72,7 +73,7 @@ class _Vectors(Inputs):
     def _targets(self, labels: Tensor, vectors: Tensor, mask: Tensor) -> Tensor:  # (..., Q), (..., Q, w), (..., Q)
         """Labels of queries, -100 for none of a class, as the losses want them."""
         classes = not labels.is_floating_point() and labels.shape == mask.shape
-        asked = mask * (labels != NO_TARGET) if classes else mask
+        asked = mask * (labels != NO_LOSS) if classes else mask
         return vector_targets(self.labels(labels, vectors, asked), asked)
 
     def _check_ids(self, ids: Tensor) -> None:
@@ -145,6 +146,6 @@ def _as_named(labels: Tensor, names: tuple[Names, ...]) -> Tensor:  # (B, n)
     rows = []
     for row, own in zip(labels, names, strict=True):
         if own and are_numbers(own):
-            row = torch.tensor([*map(int, own)], device=row.device)[row.clamp_min(0).long()].where(row >= 0, NO_TARGET)
+            row = torch.tensor([*map(int, own)], device=row.device)[row.clamp_min(0).long()].where(row >= 0, NO_LOSS)
         rows.append(row)
     return torch.stack(rows)
