@@ -1,39 +1,24 @@
 """IAIConfig: everything that is saved in `adapter_config.json`."""
 
-import os
+import warnings
 from dataclasses import dataclass, field
+from typing import Any
 
 from peft import LoraConfig
 
+from .bases.compat import UNUSED_CLASSIFIER
 from .bases.registration import IAIType
-from .embedded import EMBEDDED_NAME, embedded_base
-from .heads import LearnedStepSettings
+from .embedded import EMBEDDED_NAME, embedded_base, is_embedded_base
+from .registry import HEADS, SIGNALS, STATES, TASKS, kind_of, own_fields, owners, unused_fields
 
-# What exists, and what the design names but this version does not have yet.
-AVAILABLE = {
-    "regime": (("parametric", "explicit", "implicit"), ()),
-    "state_type": (("prefix", "prompt", "lora", "linear", "mlp"), ()),
-    "signal": (("observations", "gradients", "both"), ()),
-    "accumulation": (("average", "recent"), ()),
-    "task_type": (("CAUSAL_LM", "SEQ_CLS"), ("TOKEN_CLS", "FEATURE_EXTRACTION", "SEQ_2_SEQ_LM")),
-    "pooling": (("mean", "cls"), ()),
-    "likelihood": (("softmax", "gaussian"), ()),
-    "prediction": (("logits", "probabilities", "latent", None), ()),
+# Values of the fields that no part registers itself for, and what the design names but this version does not have yet.
+CHOICES = {
+    "regime": ("parametric", "explicit", "implicit"),
+    "accumulation": ("average", "recent"),
+    "pooling": ("mean", "cls"),
+    "prediction": ("logits", "probabilities", "latent", None),
 }
-# The heads of each signal; the first is the default.
-HEADS = {
-    "observations": ("gated",),
-    "gradients": ("learned_optimizer", "sgd", "meta_sgd", "path_aware"),
-    "both": ("gated",),
-}
-SIGNALS_OF_VECTORS = {"explicit": ("observations",), "parametric": ("observations", "gradients")}
-# What a linear state, which has neither slots nor a gated head, leaves at their defaults.
-NOT_OF_LINEAR = (
-    "num_state_tokens signal head accumulation num_kept_tokens correction delta_rule pin_bos second_order initial_rate "
-    "learned_optimizer"
-).split()
-# What has no meaning where there is no task state.
-NOT_OF_IMPLICIT = (*NOT_OF_LINEAR, *"state_type state_r state_target_modules path_window pooling".split())
+NOT_YET = {"task_type": ("TOKEN_CLS", "FEATURE_EXTRACTION", "SEQ_2_SEQ_LM")}
 
 
 @dataclass
@@ -142,34 +127,50 @@ class IAIConfig(LoraConfig):
     fit_intercept: bool = field(default=True, metadata={"help": "of a linear regression (gaussian linear state)"})
 
     def __post_init__(self) -> None:
-        if self.regime is None:
-            self.regime = "parametric" if self.state_type in ("linear", "mlp") else "explicit"
-        if self.uses_reader:
-            super().__post_init__()
-        else:  # nothing reads with LoRA, so none is created: data-parallel training finds no unused parameter
+        from_file = self.peft_version is not None  # which PEFT writes into every saved configuration
+        self._check_choices()
+        task = kind_of(self)
+        self.regime = task.default_regime(self) if self.regime is None else self.regime
+        parts = task.parts(self)
+        self._refuse_unused(parts, task, only_warn=from_file)
+        for part in parts:
+            part.check(self)
+        if not self.uses_reader:  # without LoRA, data-parallel training finds no unused parameter
             self.target_modules = "dummy-target-modules"
-            super().__post_init__()
+        super().__post_init__()
         self.peft_type = IAIType.IAI
-        for name, (now, later) in AVAILABLE.items():
-            _check_choice(name, getattr(self, name), now, later)
-        if (self.state_type == "linear") != (self.task_type == "SEQ_CLS"):
-            raise ValueError(
-                f"state_type='linear' and task_type='SEQ_CLS' need each other, got state_type={self.state_type!r} and "
-                f"task_type={getattr(self.task_type, 'value', self.task_type)!r}: set both, or neither"
+        self._check_lora()
+        if self.base_model_name_or_path == EMBEDDED_NAME:
+            self.base_model_name_or_path = embedded_base()
+
+    def _check_choices(self) -> None:
+        tasks = TASKS.values()
+        choices = CHOICES | {registry.field: tuple(registry) for registry in (STATES, SIGNALS)}
+        choices |= {"head": (None, *HEADS), "regime": (None, *CHOICES["regime"])}
+        choices["likelihood"] = tuple(dict.fromkeys(name for task in tasks for name in task.likelihoods))
+        choices["task_type"] = tuple(dict.fromkeys(task.task_type for task in tasks))
+        for name, values in choices.items():
+            given = getattr(self, name)
+            given = getattr(given, "value", given)
+            if given not in values:
+                known = [value for value in values if value is not None]
+                if given in NOT_YET.get(name, ()):
+                    raise ValueError(f"{name}={given!r} is not available yet in this version; use one of {known}")
+                raise ValueError(f"{name} must be one of {known}, got {given!r}")
+
+    def _refuse_unused(self, parts: list[type], task: type, *, only_warn: bool) -> None:
+        """A field that nothing uses is a mistake; an adapter that was saved with one still loads."""
+        for name in unused_fields(self, parts):
+            users = f"; it is for {' or '.join(owners(name))}" if owners(name) else ""
+            message = (
+                f"{name}={getattr(self, name)!r} has no meaning for {task.called(self)}: "
+                f"leave it {own_fields(self)[name]!r}{users}"
             )
-        if self.regime != "implicit" and self.prediction is not None:
-            raise ValueError(
-                f"prediction={self.prediction!r} needs regime='implicit', got regime={self.regime!r}: leave it out"
-            )
-        if (self.state_type, self.likelihood) != ("linear", "gaussian"):
-            self._check_unused(("fit_intercept",), "anything but state_type='linear' with likelihood='gaussian'")
-        self._check_vectors()
-        if self.regime == "implicit":
-            self._check_implicit()
-        elif self.state_type == "linear":
-            self._check_unused(NOT_OF_LINEAR, "state_type='linear'")
-        else:
-            self._check_slots()
+            if not only_warn:
+                raise ValueError(message)
+            warnings.warn(f"this saved configuration has a field that is not used: {message}", stacklevel=4)
+
+    def _check_lora(self) -> None:
         if self.bias != "none":
             raise ValueError(f"bias={self.bias!r} would change the bare base: leave it 'none'")
         if isinstance(self.init_lora_weights, str) and self.init_lora_weights not in ("gaussian", "orthogonal"):
@@ -177,147 +178,22 @@ class IAIConfig(LoraConfig):
         for name in ("use_dora", "alora_invocation_tokens", "modules_to_save", "trainable_token_indices"):
             if getattr(self, name):
                 raise ValueError(f"{name}={getattr(self, name)!r} cannot be combined with IAI: leave it unset")
-        if self.base_model_name_or_path == EMBEDDED_NAME:
-            self.base_model_name_or_path = embedded_base()
 
-    def _check_unused(self, names: tuple[str, ...] | list[str], user: str) -> None:
-        for name in names:
-            given, default = getattr(self, name), self.__dataclass_fields__[name].default
-            if given != default:
-                raise ValueError(f"{name}={given!r} has no meaning for {user}: leave it {default!r}")
-
-    def _check_implicit(self) -> None:
-        self._check_unused(NOT_OF_IMPLICIT, "regime='implicit'")
-        self.prediction = self.prediction or "logits"
-        if self.vector_width is None:
-            self._check_unused(("likelihood",), "text")
-        if self.likelihood == "gaussian" and self.prediction != "logits":
-            raise ValueError(
-                f"likelihood='gaussian' keeps natural parameters, got prediction={self.prediction!r}: leave it out"
-            )
-
-    def _check_vectors(self) -> None:
-        width, num = self.vector_width, self.num_outputs
-        if (width is None) != (num is None) or (width is not None and (width < 1 or num < 1)):
-            raise ValueError(
-                f"vector_width and num_outputs must both be at least 1, or both None for text, got {width} and {num}"
-            )
-        if width is None:
-            if self.state_type == "mlp":
-                raise ValueError("state_type='mlp' answers about vectors: pass vector_width and num_outputs")
-            return
-        if self.state_type == "linear":
-            raise ValueError(
-                f"vector_width={width} has no meaning for state_type='linear', which takes any vectors of its base's "
-                "width: leave it out, with vector_base(width) as the base"
-            )
-        if self.regime != "implicit" and (self.regime == "parametric") != (self.state_type == "mlp"):
-            raise ValueError(
-                f"vector_width={width} with regime={self.regime!r} and state_type={self.state_type!r}: the bare base "
-                "says nothing of vectors. Use regime='explicit' with 'prefix', 'prompt' or 'lora', 'parametric' with "
-                "'mlp', or 'implicit'"
-            )
-        if self.regime != "implicit" and self.signal not in (signals := SIGNALS_OF_VECTORS[self.regime]):
-            raise ValueError(f"vectors in regime={self.regime!r} have the signals {signals}, got {self.signal!r}")
-        for name, default in (("accumulation", "average"), ("num_kept_tokens", 0), ("delta_rule", False)):
-            if (given := getattr(self, name)) != default:
-                raise ValueError(f"{name}={given!r} is for text, got vector_width={width}: leave it {default!r}")
-
-    def _check_slots(self) -> None:
-        """Of a state that is read in slots, or behind them."""
-        self.num_state_tokens = 16 if self.num_state_tokens is None else self.num_state_tokens
-        if self.pooling != "mean":
-            raise ValueError(
-                f"pooling={self.pooling!r} needs state_type='linear', got {self.state_type!r}: leave it out"
-            )
-        if self.likelihood != "softmax" and self.vector_width is None:
-            raise ValueError(
-                f"likelihood={self.likelihood!r} needs state_type='linear' or vector_width, got {self.state_type!r}: "
-                "leave it out"
-            )
-        self._check_gradients()
-        if self.state_r < 1:
-            raise ValueError(f"state_r must be at least 1, got {self.state_r}")
-        if self.state_type == "lora" and self.accumulation == "recent":
-            raise ValueError("accumulation='recent' keeps tokens, which state_type='lora' cannot: use 'average'")
-        if self.num_state_tokens < 1:
-            raise ValueError(f"num_state_tokens must be at least 1, got {self.num_state_tokens}")
-        if self.pin_bos and self.accumulation != "recent":
-            raise ValueError(f"pin_bos=True needs accumulation='recent', got accumulation={self.accumulation!r}")
-        if not 0 <= self.num_kept_tokens < self.num_state_tokens:
-            raise ValueError(
-                f"num_kept_tokens must be from 0 to num_state_tokens - 1 = {self.num_state_tokens - 1}, "
-                f"got {self.num_kept_tokens}"
-            )
-        if self.num_kept_tokens and (self.state_type, self.accumulation) != ("prefix", "average"):
-            raise ValueError(
-                f"num_kept_tokens={self.num_kept_tokens} needs state_type='prefix' and accumulation='average', "
-                f"got {self.state_type!r} and {self.accumulation!r}"
-            )
-        if self.delta_rule and (self.state_type, self.accumulation, self.correction) != ("prefix", "average", True):
-            raise ValueError(
-                f"delta_rule=True needs state_type='prefix', accumulation='average' and correction=True, "
-                f"got {self.state_type!r}, {self.accumulation!r} and {self.correction}"
-            )
-
-    def _check_gradients(self) -> None:
-        heads = HEADS[self.signal]
-        self.head = heads[0] if self.head is None else self.head
-        if self.head not in heads:
-            raise ValueError(f"signal={self.signal!r} has the heads {list(heads)}, got head={self.head!r}")
-        if self.signal == "observations":
-            if self.second_order:
-                raise ValueError("second_order=True needs signal='gradients' or 'both', got signal='observations'")
-        elif (self.accumulation, self.num_kept_tokens) != ("average", 0):
-            raise ValueError(
-                f"accumulation='recent' and num_kept_tokens need signal='observations', got signal={self.signal!r} "
-                f"with {self.accumulation!r} and {self.num_kept_tokens}"
-            )
-        elif self.delta_rule and self.signal == "gradients":
-            raise ValueError("delta_rule=True needs signal='observations' or 'both', got signal='gradients'")
-        if self.signal == "both" and not self.correction:
-            raise ValueError("signal='both' uses gradients in the correction, got correction=False: leave it True")
-        if self.initial_rate is not None and (self.signal != "gradients" or self.initial_rate <= 0):
-            raise ValueError(
-                f"initial_rate must be above 0, with signal='gradients', got {self.initial_rate} with {self.signal!r}"
-            )
-        if self.path_window < 1:
-            raise ValueError(f"path_window must be at least 1, got {self.path_window}")
-        self._complete_learned_optimizer()
-
-    def _complete_learned_optimizer(self) -> None:
-        if self.head == "learned_optimizer":  # all of it is saved, so that new defaults change no trained adapter
-            self.learned_optimizer = LearnedStepSettings.from_dict(self.learned_optimizer).to_dict()
-        elif self.learned_optimizer is not None:
-            raise ValueError(
-                f"learned_optimizer={self.learned_optimizer} needs head='learned_optimizer', got head={self.head!r}: "
-                "leave it None"
-            )
+    @property
+    def lora_answers(self) -> bool:
+        """Whether LoRA is active while a query is answered."""
+        return self.regime != "parametric"
 
     @property
     def uses_reader(self) -> bool:
-        """Whether any pass runs with LoRA: a predictor's, or one that reads chunks out."""
-        reads_out = self.state_type != "linear" and self.accumulation == "average" and self.signal != "gradients"
-        return self.regime != "parametric" or reads_out
+        """Whether any pass runs with LoRA: one that answers, or one that reads chunks out."""
+        return self.lora_answers or kind_of(self).reads_out(self)
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """As saved: an adapter of the embedded base names it, not the folder that holds it on this machine."""
         values = super().to_dict()
-        if self.state_type == "linear":
-            values["modules_to_save"] = None  # see `compat.leave_out_classifier`
+        if values.get("modules_to_save") == [UNUSED_CLASSIFIER]:  # see `compat.leave_out_classifier`
+            values["modules_to_save"] = None
         if is_embedded_base(values.get("base_model_name_or_path")):
             values["base_model_name_or_path"] = EMBEDDED_NAME
         return values
-
-
-def is_embedded_base(path: str | None) -> bool:
-    return bool(path) and os.path.realpath(path) == os.path.realpath(embedded_base())
-
-
-def _check_choice(name: str, value: str | None, now: tuple[str, ...], later: tuple[str, ...]) -> None:
-    value = getattr(value, "value", value)
-    if value in now:
-        return
-    if value in later:
-        raise ValueError(f"{name}={value!r} is not available yet in this version; use one of {list(now)}")
-    raise ValueError(f"{name} must be one of {list(now)}, got {value!r}")

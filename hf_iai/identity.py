@@ -9,34 +9,25 @@ import torch
 from torch import Tensor, nn
 
 from .bases.base import Base
-from .config import IAIConfig, is_embedded_base
-from .embedded import EMBEDDED_NAME
-from .heads import LearnedStepSettings
+from .config import IAIConfig
+from .embedded import EMBEDDED_NAME, is_embedded_base
+from .registry import decisive_fields
 from .state import Identity
+from .tasks import task_of
 
 SAMPLED_TENSORS, SAMPLED_VALUES = 16, 64
-# What decides a state's meaning; paths, names and training switches do not.
-CONFIG_FIELDS = (
+# What decides the meaning of every state; paths, names and training switches do not. Parts add their own fields.
+COMMON_FIELDS = (
     "regime state_type signal num_state_tokens accumulation num_kept_tokens correction pin_bos r lora_alpha "
     "use_rslora rank_pattern alpha_pattern layers_to_transform fan_in_fan_out bias"
 ).split()
-# Where a state is made or read with them; other states have the fingerprints that they had before these were known.
-LORA_FIELDS, GRADIENT_FIELDS = ("state_r", "state_target_modules"), ("head", "initial_rate", "path_window")
 
 
 def fingerprint(base: Base, config: IAIConfig, adapter: Iterable[tuple[str, Tensor]]) -> Identity:
     """Hash of the base's architecture, a sample of its weights, and the adapter's weights and configuration."""
     digest = hashlib.sha256()
-    fields = list(CONFIG_FIELDS)
-    fields += ("pooling",) if config.state_type == "linear" else ()
-    fields += ("prediction",) if config.regime == "implicit" else ()
-    fields += ("vector_width", "num_outputs") if config.regime == "implicit" or config.vector_width else ()
-    fields += ("likelihood",) if config.likelihood != "softmax" else ()  # fingerprints from before there was another
-    fields += () if config.fit_intercept else ("fit_intercept",)
-    fields += LORA_FIELDS if config.state_type == "lora" else ()
-    fields += GRADIENT_FIELDS if config.signal != "observations" else ()
-    # Settings that are the defaults leave fingerprints as they were before there were any.
-    fields += ("learned_optimizer",) if config.learned_optimizer not in (None, LearnedStepSettings().to_dict()) else ()
+    task = task_of(config)
+    fields = {*COMMON_FIELDS, *decisive_fields(config, task.parts(config))}
     base_model = base.model
     described = {name: getattr(config, name) for name in fields} | _architecture(base_model)
     digest.update(json.dumps(described, sort_keys=True, default=str).encode())
@@ -53,7 +44,7 @@ def fingerprint(base: Base, config: IAIConfig, adapter: Iterable[tuple[str, Tens
         _update(digest, name, sample.to(torch.bfloat16))
     for name, tensor in sorted(adapter):
         _update(digest, name, tensor.detach())
-    return Identity(digest.hexdigest(), _display_name(base_model, config, digest.hexdigest()))
+    return Identity(digest.hexdigest(), f"{_base_name(base_model)} + {task.display_name()} ({digest.hexdigest()[:8]})")
 
 
 def _architecture(base_model: nn.Module) -> dict:
@@ -66,13 +57,9 @@ def _architecture(base_model: nn.Module) -> dict:
     return described
 
 
-def _display_name(base_model: nn.Module, config: IAIConfig, digest: str) -> str:
+def _base_name(base_model: nn.Module) -> str:
     path = base_model.config._name_or_path
-    base = EMBEDDED_NAME if is_embedded_base(path) else os.path.basename(path.rstrip("/")) or type(base_model).__name__
-    if config.regime == "implicit":
-        return f"{base} + implicit {config.prediction} ({digest[:8]})"
-    size = {"lora": config.state_r, "linear": config.pooling}.get(config.state_type, config.num_state_tokens)
-    return f"{base} + {config.regime} {config.state_type}-{size} ({digest[:8]})"
+    return EMBEDDED_NAME if is_embedded_base(path) else os.path.basename(path.rstrip("/")) or type(base_model).__name__
 
 
 def _update(digest, name: str, tensor: Tensor) -> None:

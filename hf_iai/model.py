@@ -1,24 +1,28 @@
 """IAIModel: reads chunks into a task state, answers queries under it, or refines their predictions."""
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from operator import length_hint
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .objectives import episode_loss, refinement_loss
-from .predictions.answers import Answers
-from .predictions.queries import Queries
+from .bases.recurrent import base_of
+from .data.examples import Chunk
+from .objectives import Objective, episode_loss
 from .state import TaskState
-from .tasks.inputs import Chunk, batched
 from .tasks.refined_text import Labels
+from .tensors import eval_mode
 from .tuner import IAITuner
 
 # Of the base's forward: the state decides them.
 OWN_ARGUMENTS = {"use_cache", "past_key_values", "position_ids"}
+NOT_TEXT = (
+    "a chunk is a mapping with input_ids (batch, tokens), got {given}: use "
+    "model.adapt(chunk_text(text, tokenizer, model=model)), or chunk_examples for a list of examples"
+)
 
 
 class IAIModel(IAITuner):
@@ -46,9 +50,8 @@ class IAIModel(IAITuner):
 
     def initial_state(self, batch_size: int = 1) -> TaskState:
         """theta(0) for `batch_size` tasks: the learned state before anything was read."""
-        self._refuse_when_implicit("initial_state")
-        with torch.no_grad(), self._eval_mode():
-            return self.core.initial_state(self._base, batch_size, self.identity).clone()
+        self.task.check_can("initial_state")
+        return self.reader.initial_state(batch_size, self.identity)
 
     def adapt(
         self,
@@ -80,7 +83,9 @@ class IAIModel(IAITuner):
         """
         last = None
         steps = self.adapt_steps(chunks, state, parallel=parallel)
-        for last in tqdm(steps, total=length_hint(chunks) or None, disable=not show_progress, unit="chunk"):
+        for last in tqdm(
+            steps, total=length_hint(chunks) or None, disable=None if show_progress else True, unit="chunk"
+        ):
             if on_step is not None:
                 on_step(last)
         if last is None:
@@ -91,32 +96,13 @@ class IAIModel(IAITuner):
         self, chunks: Iterable[Chunk], state: TaskState | None = None, *, parallel: int = 1
     ) -> Iterator[TaskState]:
         """The state after each chunk of a stream that may never end; see `adapt`."""
-        self._refuse_when_implicit("adapt")
+        self.task.check_can("adapt")
         self._refuse_when_disabled("adapt")
         if parallel < 1:
             raise ValueError(f"parallel must be at least 1, got {parallel}")
-        if state is not None:
-            state = self._checked_state(state)
-        chunks = iter(chunks)
-        while group := [self._inputs.chunk(chunk) for chunk in islice(chunks, parallel)]:
-            with torch.no_grad(), self._eval_mode():
-                states = self._read_group(group, state)
-            state = states[-1]
-            yield from states
-
-    def _read_group(self, group: list[tuple[Tensor, ...]], state: TaskState | None) -> list[TaskState]:
-        batch = len(group[0][0])
-        state = self.initial_state(batch) if state is None else state
-        for rows in (len(tensors[0]) for tensors in group):
-            if rows != state.batch_size:
-                raise ValueError(f"a state of {state.batch_size} tasks cannot read a chunk of {rows} rows")
-        group, classes = self._inputs.matched(group, state)
-        evidence = self.core.read(self._base, *batched(group))
-        states = []
-        for number, met in enumerate(classes):
-            part = {name: t[number * batch : (number + 1) * batch] for name, t in evidence.items()}
-            states.append(state := self.core.step(self._base, self.core.met(state, met), part))
-        return states
+        state = None if state is None else self.checked_state(state)
+        first = self.initial_state if state is None else lambda batch_size: state
+        yield from self.reader.states(checked_chunks(chunks), first, parallel)
 
     # ---------------------------------------------------------------- refining
 
@@ -169,30 +155,23 @@ class IAIModel(IAITuner):
 
         Source: Mittal et al., arXiv 2510.11471, equation 4.
         """
-        if self._config.regime != "implicit":
-            raise ValueError(
-                f"refine needs regime='implicit', where the state is the query's own prediction, got "
-                f"{self._config.regime!r}: use adapt, and answer under its state"
-            )
+        self.task.check_can("refine")
         self._refuse_when_disabled("refine")
-        queries, answers = self._inputs.asked(query, labels, num_answer_tokens)
-        return self._refined(chunks, queries, answers, with_start)
+        prepared = self.reader.inputs.prepare_query(query, labels, num_answer_tokens)
+        return self._refined(checked_chunks(chunks), prepared, with_start)
 
-    def _refined(
-        self, chunks: Iterable[Chunk], queries: Queries, answers: Answers, with_start: bool
-    ) -> Iterator[Tensor]:
-        with torch.no_grad(), self._eval_mode():
-            state = self.core.first(self._base, queries, answers)
-            logits = self.core.logits(self._base, state)
+    def _refined(self, chunks: Iterable[Chunk], prepared: tuple, with_start: bool) -> Iterator[Tensor]:
+        reader = self.reader
+        core, base = reader.core, reader.base
+        with torch.no_grad(), reader.frozen():
+            start = core.first(base, *prepared)
+            answers = core.answer(base, start)
         if with_start:
-            yield state.answers.output(logits)
-        for chunk in chunks:
-            ids, mask, chunk_labels = self._inputs.chunk(chunk)
-            self._inputs.check_fits(mask, queries, state.answers)
-            with torch.no_grad(), self._eval_mode():
-                state = self.core.step(self._base, state, self.core.read(self._base, ids, mask, chunk_labels))
-                logits = self.core.logits(self._base, state)
-            yield state.answers.output(logits)
+            yield answers
+        for prediction in reader.states(chunks, lambda batch_size: start):
+            with torch.no_grad(), reader.frozen():
+                answers = core.answer(base, prediction)
+            yield answers
 
     # ---------------------------------------------------------------- answering
 
@@ -209,8 +188,9 @@ class IAIModel(IAITuner):
         chunk_inputs_embeds: Tensor | None = None,
         label_input_ids: Tensor | None = None,
         label_attention_mask: Tensor | None = None,
-        **kwargs,
-    ):
+        objective: Objective | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """Answer queries under a state, or go through a whole episode.
 
         Args:
@@ -220,6 +200,7 @@ class IAIModel(IAITuner):
                 in training, which states the loss is taken under. Gradients are of the chunks' labels; see `adapt`.
             inputs_embeds, chunk_inputs_embeds: vectors (Q, d), in an episode (B, Q, d) and (B, K, n, d), in place of
                 ids under a linear state or with `vector_width`.
+            objective: which states of an episode are scored in training, see `hf_iai.objectives`; default: unrolled.
             label_input_ids, label_attention_mask: in an episode of regime implicit, the labels (B, C, L) that each
                 task's answers are of; without them answers are free.
 
@@ -233,68 +214,43 @@ class IAIModel(IAITuner):
             (B, Q, C) of the labels or classes, and `loss` their mean cross-entropy; of real targets means (B, Q, o),
             and `loss` the mean negative log-likelihood.
         """
+        reader = self.reader
         if chunk_input_ids is not None or chunk_inputs_embeds is not None:
             if task_state is not None:
                 raise ValueError("an episode makes its own states: pass chunk_input_ids or task_state, not both")
-            chunks = self._inputs.tokens(chunk_input_ids, chunk_inputs_embeds, chunk_attention_mask)
-            queries = self._inputs.tokens(input_ids, inputs_embeds, attention_mask)
-            if self._config.regime == "implicit":
-                return self._refined_episode(
-                    *queries, labels, *chunks, chunk_labels, label_input_ids, label_attention_mask
-                )
-            return self._episode(*queries, labels, *chunks, chunk_labels)
+            self._refuse_when_disabled("an episode")
+            queries = (*reader.inputs.tokens(input_ids, inputs_embeds, attention_mask), labels)
+            chunks = (*reader.inputs.tokens(chunk_input_ids, chunk_inputs_embeds, chunk_attention_mask), chunk_labels)
+            episode = reader.inputs.episode(queries, chunks, (label_input_ids, label_attention_mask))
+            outputs = episode_loss(reader, objective or Objective(), episode, training=self.training)
+            outputs.logits = outputs.logits.unflatten(0, queries[0].shape[:2])
+            return outputs
         state = self._state_for(task_state)
         if state is None:
-            if not self._disabled or self._config.vector_width is not None:
-                self.core.check_answers_without_state()
-            with self._predictor_lora():
+            reader.core.check_answers_without_state(disabled=self._disabled)
+            with self._predictor_without_state():
                 kwargs |= {"attention_mask": attention_mask, "labels": labels}
                 return self.model(input_ids=input_ids, inputs_embeds=inputs_embeds, **kwargs)
-        ids, mask = self._inputs.tokens(input_ids, inputs_embeds, attention_mask)
-        self._inputs.check_query(ids, state.batch_size)
-        labels = self._inputs.query_labels(labels, ids, mask)
+        ids, mask = reader.inputs.tokens(input_ids, inputs_embeds, attention_mask)
         kwargs = {name: value for name, value in kwargs.items() if name not in OWN_ARGUMENTS}
-        return self._answer(state, ids, mask, labels, **kwargs)
+        return reader.answer(state, ids, mask, labels, **kwargs)
 
-    def _answer(self, state: TaskState, ids: Tensor, mask: Tensor, labels: Tensor | None, **kwargs):
-        with self._predictor_lora():
-            return self.core.answer(self._base, state, ids, mask, labels, **kwargs)
-
-    def _episode(self, ids, mask, labels, chunk_ids, chunk_mask, chunk_labels):  # (B, Q, T) and (B, K, C)
-        self._refuse_when_disabled("an episode")
-        queries = ids.shape
-        ids, mask = ids.flatten(0, 1), mask.flatten(0, 1)  # (B * Q, T)
-        self._inputs.check_episode(ids, chunk_ids)
-        labels = None if labels is None else self._inputs.query_labels(labels.flatten(0, 1), ids, mask)
-        chunks = (chunk_ids, chunk_mask, self._inputs.labels(chunk_labels, chunk_ids, chunk_mask))
-        outputs = episode_loss(self, self.objective, ids, mask, labels, *chunks)
-        outputs.logits = outputs.logits.unflatten(0, queries[:2])
-        return outputs
-
-    def _refined_episode(self, ids, mask, labels, chunk_ids, chunk_mask, chunk_labels, label_ids, label_mask):
-        self._refuse_when_disabled("an episode")  # (B, Q, T), (B, K, C) and (B, C, L)
-        queries, answers, targets = self._inputs.episode(ids, mask, labels, label_ids, label_mask)
-        start = self.core.first(self._base, queries, answers)
-        self._inputs.check_episode_fits(chunk_ids, chunk_mask, start)
-        chunks = (chunk_ids, chunk_mask, self._inputs.labels(chunk_labels, chunk_ids, chunk_mask))
-        outputs = refinement_loss(self, self.objective, start, targets, chunks)
-        outputs.logits = outputs.logits.unflatten(0, ids.shape[:2])
-        return outputs
+    def _predictor_without_state(self) -> AbstractContextManager[None]:
+        """Regime parametric, and inside `disable_adapter()`: the bare base; else base + LoRA."""
+        return base_of(self.model).lora(self._config.lora_answers and not self._disabled)
 
     def generate(self, input_ids: Tensor | None = None, task_state: TaskState | None = None, **kwargs) -> Tensor:
         """`generate` of transformers, under a state; returns prompt and new ids, (B, T + new)."""
-        self._refuse_of_vectors("generate")
+        self.task.check_can("generate")
         state = self._state_for(task_state)
         if state is None:
-            with self._predictor_lora():
+            with self._predictor_without_state():
                 return self.model.generate(input_ids, **kwargs)
         if input_ids is None:
             raise ValueError("generate under a state needs input_ids (B, T); inputs_embeds cannot be used with it")
-        self._inputs.check_query(input_ids, state.batch_size)
         mask = kwargs.pop("attention_mask", None)
         mask = torch.ones_like(input_ids) if mask is None else mask
-        with torch.no_grad(), self._predictor_lora(), self.core.under(self._base, state) as prefix:
-            return self._base.generate(prefix, input_ids, mask, **kwargs)
+        return self.reader.generate(state, input_ids, mask, **kwargs)
 
     @contextmanager
     def using(self, state: TaskState) -> Iterator[None]:
@@ -304,7 +260,7 @@ class IAIModel(IAITuner):
             >>> with model.using(state):  # doctest: +SKIP
             ...     pipeline("text-generation", model=model, tokenizer=tokenizer)("def read(")
         """
-        self._using.append(self._checked_state(state))
+        self._using.append(self.checked_state(state))
         try:
             yield
         finally:
@@ -322,11 +278,11 @@ class IAIModel(IAITuner):
             `kl`: mean over predicted tokens of KL(with state || without), nats; `loss_with`, `loss_without` and
             their difference `loss_difference` (negative: the state helps), nats per token.
         """
-        self._refuse_of_vectors("state_effect")
+        self.task.check_can("state_effect")
         ids = query["input_ids"]
         mask = query.get("attention_mask", torch.ones_like(ids))
         labels = query.get("labels", ids.masked_fill(mask == 0, -100))
-        with self._eval_mode():
+        with eval_mode(self):
             with_state = self.forward(ids, mask, labels, task_state=state)
             using, self._using = self._using, []
             without = self.forward(ids, mask, labels)
@@ -344,10 +300,15 @@ class IAIModel(IAITuner):
         if task_state is None and self._using:
             self._refuse_when_disabled("a task state")
             return self._using[-1]
-        return None if task_state is None else self._checked_state(task_state)
+        return None if task_state is None else self.checked_state(task_state)
 
-    def _checked_state(self, state: TaskState) -> TaskState:
-        self._refuse_when_implicit("adapt")
+    def checked_state(self, state: TaskState) -> TaskState:
+        """The state on the base's device.
+
+        Raises:
+            ValueError: for a state of another base or adapter, or where a state has no meaning.
+        """
+        self.task.check_can("a task state")
         self._refuse_when_disabled("a task state")
         if state.identity != self.identity:
             raise ValueError(
@@ -355,3 +316,23 @@ class IAIModel(IAITuner):
                 "read the chunks again with this model, or load the adapter that made the state"
             )
         return state.to(self.model.device)
+
+
+def checked_chunks(chunks: Iterable[Chunk]) -> Iterable[Chunk]:
+    """What `adapt` and `refine` read; one mapping, such as a tokenizer's output, is a single chunk.
+
+    Raises:
+        ValueError: for text, which has to be cut into chunks first.
+    """
+    if isinstance(chunks, Mapping):
+        return [chunks]
+    if isinstance(chunks, str):
+        raise ValueError(NOT_TEXT.format(given=f"the text {chunks!r:.40}"))
+    return map(_checked_chunk, chunks)
+
+
+def _checked_chunk(chunk: Chunk) -> Chunk:
+    if not isinstance(chunk, Mapping):
+        given = f"the text {chunk!r:.40}" if isinstance(chunk, str) else f"{type(chunk).__name__} {chunk!r:.40}"
+        raise ValueError(NOT_TEXT.format(given=given))
+    return chunk

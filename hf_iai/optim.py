@@ -12,10 +12,10 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from .bases.hub_ids import is_hub_id
 from .heads import LearnedStep, LearnedStepSettings
 from .heads.guards import first_trust, most_rms, rms, trusted, updated_trust
 from .heads.learned_step import KEPT_KINDS
-from .hub.cards import is_hub_id
 
 IN_ADAPTER = "base_model.iai.head."
 KINDS_OF_NAMES = {"A": r"lora_A|_A$", "B": r"lora_B|_B$"}

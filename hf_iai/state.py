@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from .bases.hub_ids import is_hub_id
 from .heads import KEPT, followed_by, same_outputs
 from .label_names import Names, in_order, union, with_classes
 
@@ -62,6 +62,15 @@ class TaskState:
     identity: Identity
     accumulation: str
     class_names: tuple[Names, ...] | None = None
+
+    def __repr__(self) -> str:
+        """One line: how it came about, tasks, chunks and tokens read, bytes, adapter."""
+        counts = [sorted({*t.tolist()}) for t in (self.step, self.num_tokens)]
+        chunks, tokens = (f"{c[0]}" if len(c) == 1 else f"{c[0]}..{c[-1]}" if c else "0" for c in counts)
+        return (
+            f"TaskState({self.accumulation}, tasks={self.batch_size}, chunks={chunks}, tokens={tokens}, "
+            f"bytes={self.nbytes}, adapter={self.identity.name!r})"
+        )
 
     @property
     def label_names(self) -> Names:
@@ -233,7 +242,7 @@ class TaskState:
             ValueError: for another format, a damaged file, or values that are not finite.
             huggingface_hub's own errors: for a repository that is missing, gated, or not cached while offline.
         """
-        if _is_on_hub(folder):
+        if is_hub_id(folder, with_owner=True):
             folder = snapshot_download(folder, revision=revision, token=token, allow_patterns=[CONFIG, WEIGHTS])
         folder = Path(folder)
         for name in (CONFIG, WEIGHTS):
@@ -256,17 +265,6 @@ class TaskState:
         identity = Identity(config["fingerprint"], config["name"])
         names = tuple(map(tuple, config["label_names"])) if "label_names" in config else None
         return cls(tensors, step, num_tokens, identity, config["accumulation"], names)
-
-
-def _is_on_hub(name: str | os.PathLike) -> bool:
-    """Whether this can only be a repository: no folder here, and an id with an owner."""
-    if not isinstance(name, str) or name.count("/") != 1 or name.startswith(".") or os.path.isdir(name):
-        return False
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return True
 
 
 def _same_kind(states: Sequence[TaskState]) -> TaskState:

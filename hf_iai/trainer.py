@@ -3,23 +3,21 @@
 import math
 import random
 import re
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PreTrainedTokenizerBase,
-    Trainer,
-)
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, Trainer
 from transformers.modelcard import extract_hyperparameters_from_trainer
-from transformers.trainer_utils import has_length
+from transformers.trainer_utils import TrainOutput, has_length
 
-from .data import EpisodeCollator, LabelledEpisodeCollator, VectorEpisodeCollator
 from .hub.cards import CardFacts, Measurement, installed_versions, is_edited, model_card
+from .model import IAIModel
+from .tasks import Task, task_of
 from .training_args import IAITrainingArguments
 
 CURVE = re.compile(r"(.+)_loss_at_chunks_(\d+)")  # as `evaluate` logs it
@@ -53,11 +51,10 @@ class IAITrainer(Trainer):
         **kwargs,
     ) -> None:
         if isinstance(model, str):
-            if getattr(peft_config, "vector_width", None) is None:
+            task = None if peft_config is None else task_of(peft_config)
+            if task is None or not task.reads_vectors:
                 processing_class = processing_class or AutoTokenizer.from_pretrained(model)
-            classifies = getattr(peft_config, "state_type", None) == "linear"
-            auto = AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
-            model = auto.from_pretrained(model)
+            model = (Task if task is None else task).auto_class.from_pretrained(model)
         if peft_config is not None:
             if isinstance(model, PeftModel):
                 raise ValueError("peft_config was given, but the model is a PeftModel already: pass one of the two")
@@ -68,50 +65,26 @@ class IAITrainer(Trainer):
                 f"IAITrainer needs an IAI adapter, got {type(model).__name__}: "
                 "pass peft_config=IAIConfig(task_type='CAUSAL_LM')"
             )
-        config = model.active_peft_config
-        linear, implicit = config.state_type == "linear", config.regime == "implicit"
-        if config.vector_width is not None and processing_class is not None:
-            raise ValueError(f"vector_width={config.vector_width} is trained on vectors: leave processing_class out")
-        if processing_class is None and not linear and config.vector_width is None:
-            raise ValueError("processing_class is missing: pass the base model's tokenizer")
+        self.task = task_of(model.active_peft_config)
+        self.task.check_training(args.kl_weight, args.state_learning_rate)
         if args.state_learning_rate is not None and kwargs.get("optimizers", (None, None))[0] is not None:
             raise ValueError("state_learning_rate was given, but optimizers= brings its own rates: pass one of the two")
-        if config.vector_width is not None and args.kl_weight:
-            raise ValueError(f"a base of vectors is no teacher, got kl_weight={args.kl_weight}: leave it out")
-        if (linear or implicit) and (args.kl_weight or args.state_learning_rate):
-            kind = "a linear state" if linear else "regime='implicit'"
-            raise ValueError(
-                f"{kind} has no teacher and no learned theta(0), got kl_weight={args.kl_weight} and "
-                f"state_learning_rate={args.state_learning_rate}: leave them out"
-            )
-        chunk_size = args.chunk_size or model.max_chunk_size
-        if processing_class is None:
-            num_classes = config.num_outputs if config.likelihood == "softmax" else None
-            collator = VectorEpisodeCollator(chunk_size, num_classes=num_classes)
-        else:
-            collator = (LabelledEpisodeCollator if linear else EpisodeCollator)(processing_class, chunk_size)
+        collator = self.task.collator(processing_class, args.chunk_size or model.max_chunk_size)
         kwargs.setdefault("data_collator", collator)
         super().__init__(model=model, args=args, processing_class=processing_class, **kwargs)
         # Our loss is a mean over query tokens: Trainer must not rescale it by its own count of labels.
         self.model_accepts_loss_kwargs = False
         self.loss_is_scaled_for_ga = False
-        self._iai.objective = args.make_objective()
 
     @property
-    def _iai(self):
+    def _iai(self) -> IAIModel:
         return self.accelerator.unwrap_model(self.model).base_model
 
-    @property
-    def _unit(self) -> str:
-        """Of the loss."""
-        config = self.accelerator.unwrap_model(self.model).active_peft_config
-        if config.state_type == "mlp" and config.likelihood == "gaussian":
-            return "half the squared error per target"
-        if config.regime == "implicit" or config.vector_width is not None:
-            return "nats per prediction"
-        if config.state_type != "linear":
-            return "nats per token"
-        return "nats per query" if config.likelihood == "softmax" else "half the squared error per target"
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As in `transformers.Trainer`; the adapter's card then says how it was trained, wherever it is saved."""
+        result = super().train(*args, **kwargs)
+        self._iai.card_facts[self._iai.active_adapters[0]] = self._card_facts()
+        return result
 
     def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
         made_before = self.optimizer is not None
@@ -136,9 +109,9 @@ class IAITrainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch=None) -> Tensor:
         draw = random.Random(f"{self.args.seed} {self.state.global_step}")  # equal on all ranks, and after a resume
-        self._iai.objective.draw = draw
         inputs = self._halved(inputs) if draw.random() < self.args.halve_chunks else inputs
         inputs = last_chunks(inputs, self._draw_num_chunks(draw))
+        inputs["objective"] = self.args.make_objective(draw)
         return super().training_step(model, inputs, num_items_in_batch)
 
     def _draw_num_chunks(self, draw: random.Random) -> int:
@@ -175,7 +148,7 @@ class IAITrainer(Trainer):
         sums = torch.zeros(len(counts), 2, device=self.args.device)  # loss and tokens
         for inputs in self.get_eval_dataloader(dataset):
             inputs = self._prepare_inputs(inputs)
-            tokens = self._scored(inputs).sum().float()
+            tokens = self.task.scored(inputs).sum().float()
             for i, n in enumerate(counts):
                 if n <= _chunked(inputs).shape[1]:
                     with self.compute_loss_context_manager():
@@ -183,17 +156,6 @@ class IAITrainer(Trainer):
                     sums[i] += torch.stack([loss.float() * tokens, tokens])
         sums = self.accelerator.reduce(sums, "sum")
         return {n: (loss / tokens).item() for n, (loss, tokens) in zip(counts, sums, strict=True) if tokens}
-
-    def _scored(self, inputs: dict[str, Tensor]) -> Tensor:
-        """What has a loss: tokens of the queries, or the queries of a linear state and of answers out of a label set.
-
-        Padded queries are those of label -100 or, of real targets, mask 0.
-        """
-        labels = inputs["labels"]
-        if labels.dim() == 3 and not labels.is_floating_point():
-            scored = labels[..., 1:] != -100
-            return scored.any(-1) if "label_input_ids" in inputs else scored
-        return inputs["attention_mask"] != 0 if labels.is_floating_point() else labels != -100
 
     def create_model_card(
         self,
@@ -221,23 +183,29 @@ class IAITrainer(Trainer):
         output = Path(self.args.output_dir)
         if is_edited(output / "README.md"):
             return
-        config = self.accelerator.unwrap_model(self.model).active_peft_config
-        data = ", ".join([*_listed(dataset), *_listed(dataset_args)] or _listed(dataset_tags)) or "data without a name"
-        facts = CardFacts(
+        facts = replace(
+            self._card_facts(", ".join([*_listed(dataset), *_listed(dataset_args)]), _listed(dataset_tags)),
             name=model_name or output.name,
-            model_id=self.hub_model_id or output.name,
+            license=license,
+            language=language,
+            tags=tuple(_listed(tags)),
+        )
+        model_card(self.task.config, facts).save(output / "README.md")
+
+    def _card_facts(self, data: str = "", dataset_tags: Sequence[str] = ()) -> CardFacts:
+        """What this run knows; `data` names the dataset in words."""
+        data = data or ", ".join(dataset_tags) or "data without a name"
+        return CardFacts(
+            name=Path(self.args.output_dir).name,
+            model_id=self.hub_model_id or Path(self.args.output_dir).name,
             chunk_size=self.args.chunk_size,
             training_data=f"{data}{_num_episodes(self.train_dataset)}",
             hyperparameters=self._hyperparameters(),
-            measurements=self._measurements(data, _listed(dataset_tags)),
-            license=license,
-            language=language,
-            datasets=_listed(dataset_tags) or None,
-            tags=tuple(_listed(tags)),
+            measurements=self._measurements(data, list(dataset_tags)),
+            datasets=list(dataset_tags) or None,
             versions=installed_versions(),
             weights=self._iai.identity.fingerprint[:8],
         )
-        model_card(config, facts).save(output / "README.md")
 
     def _hyperparameters(self) -> dict[str, object]:
         own = (
@@ -259,7 +227,7 @@ class IAITrainer(Trainer):
                 rows,
                 data_name=f"the evaluation set `{name}` ({data})",
                 data_type=dataset_tags[0] if dataset_tags else name,
-                unit=self._unit,
+                unit=self.task.unit,
                 measured_by=f"`IAITrainer.evaluate` at step {step} of {self.state.max_steps}",
             )
             for name, (step, rows) in last.items()

@@ -1,5 +1,6 @@
 """IAITrainingArguments."""
 
+import random
 from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
@@ -67,5 +68,7 @@ class IAITrainingArguments(TrainingArguments):
             raise ValueError("remove_unused_columns=True would drop the episodes' columns: leave it False")
         self.make_objective()
 
-    def make_objective(self) -> Objective:
-        return Objective(self.objective, self.truncation_window, self.scored_states, self.kl_weight)
+    def make_objective(self, draw: random.Random | None = None) -> Objective:
+        """The objective of one training step; `draw` is its randomness."""
+        chosen = (self.objective, self.truncation_window, self.scored_states, self.kl_weight)
+        return Objective(*chosen) if draw is None else Objective(*chosen, draw)

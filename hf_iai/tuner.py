@@ -7,19 +7,15 @@ import torch
 from peft.tuners.lora import LoraModel
 from torch import nn
 
-from .bases.base import Base
-from .bases.compat import READ_BY_WEIGHT, default_target_modules, read_by_weight
+from .bases.compat import READ_BY_WEIGHT, read_by_weight
 from .bases.recurrent import base_of
 from .config import IAIConfig
-from .cores import Core, make_core
+from .cores import Core
 from .identity import fingerprint
-from .objectives import Objective
+from .reader import Reader
+from .registry import STATES
 from .state import Identity
-from .tasks.classification import LabelledInputs
-from .tasks.inputs import Inputs
-from .tasks.refined_text import ImplicitInputs
-from .tasks.regression import GaussianInputs
-from .tasks.vectors import RefinedVectorInputs, VectorInputs
+from .tasks import Task, task_of
 
 
 class IAITuner(LoraModel):
@@ -33,21 +29,17 @@ class IAITuner(LoraModel):
     def inject_adapter(self, model: nn.Module, adapter_name: str, **kwargs) -> None:
         if "iai" not in self._modules:  # the first adapter
             self.iai = nn.ModuleDict()
-            self.objective = Objective()
             self._disabled, self._using, self._identities = False, [], {}
+            self.card_facts = {}  # adapter -> what its training said of itself, for its card
         base, config = base_of(model), self.peft_config[adapter_name]
-        if config.regime == "implicit":
-            base.check_implicit()
-        else:
-            base.check_state_type(config.state_type)
-        base.prepare(config)
-        if config.state_type == "lora":
-            # Saved as it is, so that another version of PEFT, which may choose otherwise, loads the same state.
-            targets = config.state_target_modules or default_target_modules(model.config)
-            config.state_target_modules = targets if isinstance(targets, str) else sorted(targets)
+        task = task_of(config)
+        task.check_base(base)
+        base.prepare(config, uses_lora=config.uses_reader)
+        STATES[config.state_type].complete_for_base(config, model.config)
         super().inject_adapter(model, adapter_name, **kwargs)
         trained = adapter_name in self.active_adapters and not config.inference_mode
-        self.iai[adapter_name] = make_core(base, config).requires_grad_(trained)
+        core = task.core(base).to(model.get_input_embeddings().weight.device)
+        self.iai[adapter_name] = core.requires_grad_(trained)
 
     def _check_target_module_compatiblity(self, peft_config: IAIConfig, model: nn.Module, target_name: str) -> None:
         super()._check_target_module_compatiblity(peft_config, model, target_name)
@@ -68,6 +60,7 @@ class IAITuner(LoraModel):
         super().delete_adapter(adapter_name)
         del self.iai[adapter_name]
         self._identities.pop(adapter_name, None)
+        self.card_facts.pop(adapter_name, None)
 
     def disable_adapter_layers(self) -> None:
         super().disable_adapter_layers()
@@ -109,41 +102,36 @@ class IAITuner(LoraModel):
         return self.peft_config[self.active_adapters[0]]
 
     @property
-    def _base(self) -> Base:
-        return base_of(self.model)
+    def task(self) -> Task:
+        """The kind of task that the active adapter was made for."""
+        return task_of(self._config)
+
+    @property
+    def reader(self) -> Reader:
+        """Reads and answers with the active adapter."""
+        return Reader(self.task, base_of(self.model), self.core)
 
     @property
     def window(self) -> int:
         """Positions the base has; `sys.maxsize` for one without positions."""
-        return self._base.window
+        return base_of(self.model).window
 
     @property
     def num_slots(self) -> int:
-        """m, the slots of the state; a linear one has none."""
+        """m, the slots of the state; 0 for states without slots."""
         return self._config.num_state_tokens or 0
 
     @property
-    def _inputs(self) -> Inputs:
-        if self._config.regime == "implicit":
-            kind = ImplicitInputs if self._config.vector_width is None else RefinedVectorInputs
-            return kind(self._base, self._config, slots_in_front=0)
-        if self._config.vector_width is not None:
-            return VectorInputs(self._base, self._config, self.core.state.num_slots_in_front)
-        labelled = {"softmax": LabelledInputs, "gaussian": GaussianInputs}[self._config.likelihood]
-        kind = labelled if self._config.state_type == "linear" else Inputs
-        return kind(self._base, self._config, self.core.state.num_slots_in_front)
-
-    @property
     def max_chunk_size(self) -> int:
-        """window - 2m: a chunk is read between theta(0), which takes no place of a lora state, and m read-out slots.
+        """The longest chunk that fits: window - 2m tokens, for theta(0) and m read-out slots.
 
-        Of a linear state, which any number of examples fits, the usual number: 20; of vectors the same, if it fits. In
-        regime implicit half the window.
+        A lora state takes no positions: window - m tokens, or all of the window with gradients alone. A linear state
+        and vectors read 20 examples, the usual number; regime implicit reads half of the window.
 
         Raises:
             ValueError: for a base without positions, such as Mamba, which has no window.
         """
-        return self._inputs.max_chunk_size
+        return self.reader.inputs.max_chunk_size
 
     @property
     def identity(self) -> Identity:
@@ -155,38 +143,11 @@ class IAITuner(LoraModel):
         norms = torch.stack([p.detach().float().norm() for _, p in adapter]).tolist()
         versions = tuple((p.data_ptr(), p._version, norm) for (_, p), norm in zip(adapter, norms, strict=True))
         if self._identities.get(name, (None,))[0] != versions:
-            self._identities[name] = versions, fingerprint(self._base, self._config, adapter)
+            self._identities[name] = versions, fingerprint(base_of(self.model), self._config, adapter)
         return self._identities[name][1]
 
-    # ---------------------------------------------------------------- switches and checks
-
-    def _predictor_lora(self):
-        """Explicit, implicit: base + LoRA answers. Parametric, and inside `disable_adapter()`: the bare base."""
-        return self._base.lora(self._config.regime != "parametric" and not self._disabled)
-
-    @contextmanager
-    def _eval_mode(self) -> Iterator[None]:
-        training = [module for module in self.modules() if module.training]
-        self.eval()
-        try:
-            yield
-        finally:
-            for module in training:
-                module.training = True
+    # ---------------------------------------------------------------- checks
 
     def _refuse_when_disabled(self, what: str) -> None:
         if self._disabled:
             raise ValueError(f"{what} needs the adapter, but it is disabled: leave disable_adapter() first")
-
-    def _refuse_of_vectors(self, what: str) -> None:
-        if (width := self._config.vector_width) is not None:
-            raise ValueError(
-                f"{what} is for text, but vector_width={width}: ask with model(inputs_embeds=..., task_state=...)"
-            )
-
-    def _refuse_when_implicit(self, what: str) -> None:
-        if self._config.regime == "implicit":
-            raise ValueError(
-                f"{what} makes a task state, which regime='implicit' does not have: the state belongs to the query. "
-                "Use refine(chunks, query), or regime='explicit'"
-            )

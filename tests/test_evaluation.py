@@ -16,7 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from hf_iai import IAIConfig
 from hf_iai.evaluation import Curve, bare_base_losses, bootstrap_mean, evaluate_curve, token_losses
-from hf_iai.evaluation.evaluate import _full_context_counts
+from hf_iai.evaluation.loss_curve import _full_context_counts
 
 VOCAB, WINDOW, CHUNK, SLOTS, QUERY = 64, 48, 8, 4, 10
 

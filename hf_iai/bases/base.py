@@ -25,6 +25,8 @@ from .compat import (
     window_of,
 )
 
+# What a base can offer: next-token predictions, keys and values in every layer, or a feature vector for each text.
+TOKENS, KEYS_VALUES, FEATURES = "tokens", "keys and values", "features"
 LOGITS_AT_ONCE = 1024  # positions; all logits of a long chunk over a large vocabulary would not fit in memory
 KeysValues = list[tuple[Tensor, Tensor]]  # keys and values of every layer, (B, H, m, D) each
 Prefix = KeysValues | Tensor  # what stands in front of a text; for a `RecurrentBase` embeddings (B, m, d)
@@ -42,7 +44,7 @@ class Base:
         ValueError: if the model is of a kind that would be read wrongly; see `compat.check_supported`.
     """
 
-    state_types = ("prefix", "prompt", "lora", "mlp")
+    offers = frozenset({TOKENS, KEYS_VALUES})
 
     def __init__(self, model: nn.Module) -> None:
         self.model, self.config = model, model.config
@@ -62,27 +64,33 @@ class Base:
         """Ends of the names of modules whose weights are used without calling the module."""
         return read_by_weight(self.model)
 
-    def check_state_type(self, state_type: str) -> None:
-        """Refuse a type of state that this kind of base cannot read.
+    def check_offers(self, need: str, what: str) -> None:
+        """Refuse a base that lacks what a task or a state needs.
+
+        Args:
+            need: `TOKENS`, `KEYS_VALUES` or `FEATURES`.
+            what: the setting that needs it, such as `"state_type='linear'"`.
 
         Raises:
-            ValueError: for such a type.
+            ValueError: if this base does not offer it.
         """
-        if state_type not in self.state_types:
-            raise ValueError(
-                f"state_type={state_type!r} needs a sequence classifier, got {type(self.model).__name__}: load the "
-                "base with AutoModelForSequenceClassification"
-            )
+        if need not in self.offers:
+            raise ValueError(self._why_not(what))
 
-    def check_implicit(self) -> None:
-        """Refuse a base that cannot refine predictions (regime `implicit`).
+    def _why_not(self, what: str) -> str:
+        """The error message for a setting that this base cannot serve."""
+        return (
+            f"{what} needs a sequence classifier, got {type(self.model).__name__}: load the base with "
+            "AutoModelForSequenceClassification"
+        )
 
-        Raises:
-            ValueError: for such a base.
+    def prepare(self, config: LoraConfig, *, uses_lora: bool) -> None:
+        """Exclude modules on which LoRA would have no effect. Called before PEFT adds the LoRA layers.
+
+        Args:
+            config: the adapter's configuration, which is changed in place.
+            uses_lora: whether the adapter has LoRA layers at all.
         """
-
-    def prepare(self, config: LoraConfig) -> None:
-        """Exclude modules on which LoRA would have no effect. Called before PEFT adds the LoRA layers."""
         if config.target_modules == "all-linear":
             self._exclude(config, self.uncalled)
 

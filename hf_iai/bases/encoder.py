@@ -3,35 +3,28 @@
 from contextlib import ExitStack
 
 import torch
+from peft import LoraConfig
 from torch import Tensor, nn
 
-from ..config import IAIConfig
 from ..tensors import eval_mode
-from .base import Base
+from .base import FEATURES, Base
 from .compat import default_target_modules, encoder_window, leave_out_classifier, prepare_checkpointing
 
 
 class Encoder(Base):
     """The encoder of an `AutoModelForSequenceClassification`. The model's own head is random and never used."""
 
-    state_types = ("linear",)
+    offers = frozenset({FEATURES})
 
-    def check_state_type(self, state_type: str) -> None:
-        if state_type not in self.state_types:
-            raise ValueError(
-                f"{type(self.model).__name__} is a sequence classifier, which reads state_type='linear' only, got "
-                f"{state_type!r}: load the base with AutoModelForCausalLM"
-            )
-
-    def check_implicit(self) -> None:
-        raise ValueError(
-            f"{type(self.model).__name__} is a sequence classifier, but regime='implicit' predicts tokens: load the "
-            "base with AutoModelForCausalLM"
+    def _why_not(self, what: str) -> str:
+        return (
+            f"{type(self.model).__name__} is a sequence classifier, which reads state_type='linear' only, got {what}: "
+            "load the base with AutoModelForCausalLM"
         )
 
-    def prepare(self, config: IAIConfig) -> None:
+    def prepare(self, config: LoraConfig, *, uses_lora: bool) -> None:
         leave_out_classifier(config)
-        if config.uses_reader:
+        if uses_lora:
             if config.target_modules is None:
                 config.target_modules = default_target_modules(self.config)
             linear = {name for name, module in self.model.named_modules() if isinstance(module, nn.Linear)}

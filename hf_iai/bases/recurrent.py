@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..tensors import NO_LOSS
-from .base import Base, positions_of, without_first
+from .base import TOKENS, Base, positions_of, without_first
 from .compat import has_recurrent_layers, is_classifier, prepare_checkpointing
 from .encoder import Encoder
 
@@ -32,20 +32,12 @@ class RecurrentBase(Base):
         model: a causal language model of transformers, with or without LoRA layers.
     """
 
-    state_types = ("prompt", "lora", "mlp")
+    offers = frozenset({TOKENS})
 
-    def check_state_type(self, state_type: str) -> None:
-        if state_type == "prefix":
-            raise ValueError(
-                f"state_type='prefix' needs keys and values in every layer, which {self.config.model_type!r} does not "
-                "have: use state_type='prompt' or 'lora'"
-            )
-        super().check_state_type(state_type)
-
-    def check_implicit(self) -> None:
-        raise ValueError(
-            "regime='implicit' reads a chunk once for all queries, by its keys and values in every layer, which "
-            f"{self.config.model_type!r} does not have: use regime='explicit' with state_type='prompt'"
+    def _why_not(self, what: str) -> str:
+        return (
+            f"{what} needs keys and values in every layer, which {self.config.model_type!r} does not have: use "
+            "state_type='prompt' or 'lora'"
         )
 
     def no_prefix(self, rows: int) -> Tensor:  # (B, 0, d)

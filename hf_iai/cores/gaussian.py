@@ -8,16 +8,16 @@ from ..bases.encoder import Encoder
 from ..config import IAIConfig
 from ..heads import GaussianRows, with_outputs
 from ..state import Identity, TaskState
-from .core import full_precision
-from .linear import LinearCore
+from .core import EpisodeBatch, Evidence, full_precision
+from .rows import RowsCore
 
 
-class GaussianCore(LinearCore):
-    """`likelihood="gaussian"`: an encoder embeds every example of a chunk, and `heads.GaussianRows` refines the rows.
+class GaussianCore(RowsCore):
+    """`likelihood="gaussian"`: `heads.GaussianRows` refines the rows of a regression.
 
     With x the features of an example, the pooled vector as it is, the predicted mean of a query is W x + b, where W and
-    b are `rows(state)`: at the start those of streaming ridge regression. Only sums are kept, so that the order of the
-    examples has no part in the state.
+    b are `rows(state)`: at the start those of streaming ridge regression. Only sums are kept, so the order of the
+    examples does not matter.
     """
 
     @staticmethod
@@ -25,16 +25,18 @@ class GaussianCore(LinearCore):
         return GaussianRows(fit_intercept=config.fit_intercept)
 
     def initial_state(self, base: Encoder, batch_size: int, identity: Identity, num_outputs: int = 0) -> TaskState:
-        """theta(0) of tasks whose first chunk says how many outputs there are or, in training, of so many."""
-        return self.met(super(LinearCore, self).initial_state(base, batch_size, identity), num_outputs)
+        """theta(0) of tasks whose first chunk says how many outputs there are; in training of `num_outputs`."""
+        return self.with_classes(super().initial_state(base, batch_size, identity), num_outputs)
 
-    def first_of_episode(self, base: Encoder, batch_size: int, *labels: Tensor | None) -> TaskState:
-        return self.initial_state(base, batch_size, Identity("", "in training"), labels[0].shape[-1])
+    def begin(self, base: Encoder, episode: EpisodeBatch) -> TaskState:
+        num_outputs = episode.chunks[2].shape[-1]
+        return self.initial_state(base, episode.num_tasks, Identity("", "in training"), num_outputs)
 
-    def met(self, state: TaskState, num_outputs: int) -> TaskState:
-        return replace(state, tensors=with_outputs(state.tensors, num_outputs))
+    def with_classes(self, state: TaskState, classes: int) -> TaskState:
+        """Room for that many outputs."""
+        return replace(state, tensors=with_outputs(state.tensors, classes))
 
-    def read(self, base: Encoder, ids: Tensor, mask: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    def read(self, base: Encoder, ids: Tensor, mask: Tensor, labels: Tensor) -> Evidence:
         """Features (B, n, d) of the examples, targets (B, n, o), and mask (B, n * T) of the tokens that count.
 
         Args:
@@ -50,9 +52,6 @@ class GaussianCore(LinearCore):
         real = evidence["mask"].unflatten(1, (features.shape[1], -1)).any(-1)  # (B, n)
         with full_precision(state.step):
             return self.head(state.tensors, features, evidence["labels"], real)
-
-    def features(self, base: Encoder, ids: Tensor, mask: Tensor) -> Tensor:  # (N, T) each -> (N, d)
-        return self._pooled(base, ids, mask)
 
     def _loss(self, logits: Tensor, labels: Tensor, mask: Tensor, state: TaskState) -> Tensor:  # (N, o), (N, o), (N, T)
         """Half the squared error, mean over outputs and queries: of unit variance, -log p but for its constant."""

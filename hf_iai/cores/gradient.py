@@ -4,34 +4,44 @@ from torch import Tensor
 
 from ..bases.base import Base
 from ..config import IAIConfig
-from ..heads import SGD, LearnedStep, LearnedStepSettings, MetaSGD, PathAware, bounded
+from ..heads import bounded
+from ..registry import HEADS, SIGNALS
 from ..signals import read_gradients
 from ..state import TaskState
-from .core import Core, full_precision
-
-# What the first rates are; measured with the embedded base, see docs/gradients.md. Of mlp 0.03 to 0.3 learn alike.
-RATES = {"prompt": 3.0, "prefix": 30.0, "lora": 1.0, "mlp": 0.1}
+from .core import full_precision
+from .signal import SignalCore
 
 
-class GradientCore(Core):
+@SIGNALS.register("gradients")
+class GradientCore(SignalCore):
     """`signal="gradients"`: theta(i+1) = head(theta(i), d loss(chunk(i) | theta(i)) / d theta(i))."""
+
+    kind = "gradients"
+    uses_labels = True
+    default_head = "learned_optimizer"
+    in_words = "Each chunk moves the state by the gradient of its loss"
+    fields = frozenset({"head", "second_order", "initial_rate"})
+    fingerprint = frozenset({"head", "initial_rate", "path_window"})
+
+    @classmethod
+    def check(cls, config: IAIConfig) -> None:
+        if config.initial_rate is not None and config.initial_rate <= 0:
+            raise ValueError(f"initial_rate must be above 0, got {config.initial_rate}")
+        if config.num_kept_tokens or config.delta_rule:
+            raise ValueError(
+                "num_kept_tokens and delta_rule need signal='observations' or 'both', got signal='gradients' with "
+                f"{config.num_kept_tokens} and {config.delta_rule}: leave them out"
+            )
+
+    @classmethod
+    def reads_out(cls, config: IAIConfig) -> bool:
+        return False
 
     def __init__(self, base: Base, config: IAIConfig) -> None:
         super().__init__(base, config, reads=False)
         if config.initial_rate is None:  # saved with the adapter: learned rates are relative to it
-            config.initial_rate = RATES[config.state_type]
-        self.head = self._make_head()
-
-    def _make_head(self) -> SGD | LearnedStep:
-        start, config = dict(self.state.start.items()), self.config
-        rate = config.initial_rate
-        if config.head == "learned_optimizer":
-            settings = LearnedStepSettings.from_dict(config.learned_optimizer)
-            return LearnedStep({name: self.state.kind(name) for name in start}, rate, settings)
-        start = {name: t.detach() for name, t in start.items()}
-        if config.head == "path_aware":
-            return PathAware(start, rate, config.path_window)
-        return {"sgd": SGD, "meta_sgd": MetaSGD}[config.head](start, rate)
+            config.initial_rate = self.state.initial_rate
+        self.head = HEADS[config.head].make(self.state, config)
 
     def _initial(self, base: Base, batch_size: int) -> dict[str, Tensor]:
         theta = self.state.initial(batch_size)
@@ -48,5 +58,5 @@ class GradientCore(Core):
 
     def _gradient(self, base: Base, theta: dict[str, Tensor], evidence: dict[str, Tensor]) -> dict[str, Tensor]:
         chunk = (evidence[name] for name in ("ids", "mask", "labels"))
-        with base.lora(self.config.regime == "explicit"):
+        with base.lora(self.config.lora_answers):
             return read_gradients(base, self.state, theta, *chunk, second_order=self.config.second_order)

@@ -1,19 +1,21 @@
 """Regime `implicit`: the state is a query's own prediction, refined by each chunk."""
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_outputs import CausalLMOutput
 
 from ..bases.base import Base
 from ..config import IAIConfig
 from ..predictions.answers import Answers
 from ..predictions.prediction import PREDICTIONS, PassOutput, Prediction
 from ..predictions.queries import Queries, read_keys_values
-from .core import full_precision
+from .core import Core, EpisodeBatch, full_precision
 
 
-class ImplicitCore(nn.Module):
+class ImplicitCore(Core):
     """yhat(i+1) = r_gamma([x, yhat(i)], chunk(i)).
 
     One pass over [chunk][query x][slots] gives all that a step needs. The slots hold the current prediction, as the
@@ -33,16 +35,27 @@ class ImplicitCore(nn.Module):
     """
 
     def __init__(self, base: Base, config: IAIConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.kind = PREDICTIONS[config.prediction]()
         self.slot = nn.Parameter(torch.zeros(base.model.get_input_embeddings().weight.shape[1]))
         self.weight = nn.Parameter(torch.zeros(base.config.hidden_size))
         self.offset = nn.Parameter(torch.zeros(()))
         self.gate = nn.Parameter(torch.zeros(()))
 
-    def check_answers_without_state(self) -> None:
-        """Base and LoRA answer alone, as they do before the first chunk."""
+    def begin(self, base: Base, episode: EpisodeBatch) -> Prediction:
+        """yhat(0) of an episode's queries."""
+        return self.first(base, Queries(episode.ids, episode.mask), episode.answers)
+
+    def score(self, base: Base, states: list[Prediction], episode: EpisodeBatch) -> Any:
+        """`loss` is the mean over the predictions; `logits` are those of the last one."""
+        answers = states[-1].answers
+        logits = [self.logits(base, state) for state in states]
+        losses = [answers.loss(one, episode.labels) for one in logits]
+        return CausalLMOutput(loss=torch.stack(losses).mean(), logits=answers.output(logits[-1]))
+
+    def answer(self, base: Base, state: Prediction) -> Tensor:
+        """What the queries' answers are now, as a caller sees them."""
+        return state.answers.output(self.logits(base, state))
 
     def first(self, base: Base, queries: Queries, answers: Answers) -> Prediction:
         """yhat(0), what base and LoRA say without a chunk.

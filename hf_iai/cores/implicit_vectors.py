@@ -27,12 +27,12 @@ class ImplicitVectorCore(ImplicitCore):
         self.vector = nn.Linear(config.vector_width, width)
         self.answers = {"softmax": ClassAnswers, "gaussian": RealAnswers}[config.likelihood](width, config.num_outputs)
 
-    def check_answers_without_state(self) -> None:
+    def check_answers_without_state(self, *, disabled: bool) -> None:
         raise ValueError("a base says nothing of vectors by itself: use refine(chunks, {'inputs_embeds': vectors})")
 
-    def first(self, base: Base, queries: Queries, answers: Answers | None = None) -> Prediction:
+    def first(self, base: Base, queries: Queries, answers: Answers) -> Prediction:
         """yhat(0) of queries that are vectors (N, 1, n); `answers` are the core's own."""
-        return super().first(base, replace(queries, ids=self._embedded(base, queries.ids)), self.answers)
+        return super().first(base, replace(queries, ids=self._embedded(base, queries.ids)), answers)
 
     def read(self, base: Base, vectors: Tensor, mask: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Of chunks of vectors (B, n, w) and mask (B, n), labels (B, n) or (B, n, o)."""

@@ -6,10 +6,10 @@ from torch import Tensor
 from ..bases.base import Base
 from ..config import IAIConfig
 from ..state import TaskState
-from .core import Core
+from .core import StateCore
 
 
-class RecentCore(Core):
+class RecentCore(StateCore):
     """`accumulation="recent"`: the slots hold what the bare base holds of the m most recent tokens, read alone."""
 
     def __init__(self, base: Base, config: IAIConfig) -> None:

@@ -11,23 +11,23 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from ..bases.base import Base
 from ..config import IAIConfig
-from ..predictions.likelihoods import likelihood_of, vector_targets
+from ..predictions.likelihoods import vector_targets
 from ..signals import gradients_of
 from ..state import TaskState
 from ..tensors import zero_linear
 from .average import AverageCore
-from .core import Core, full_precision
+from .core import StateCore, full_precision
 from .gradient import GradientCore
 
 
-class VectorCore(Core):
-    """Answers about vectors under a state; how a chunk refines it is for the other class of a subclass to say."""
+class VectorCore(StateCore):
+    """Mixin that answers queries that are vectors; combine it with a core that updates the state."""
 
     def __init__(self, base: Base, config: IAIConfig) -> None:
         super().__init__(base, config)
-        self.likelihood = likelihood_of(config)
+        self.likelihood = self.state.likelihood(config)
 
-    def check_answers_without_state(self) -> None:
+    def check_answers_without_state(self, *, disabled: bool) -> None:
         raise ValueError(
             "a base says nothing of vectors by itself: pass task_state=model.adapt(...), or model.initial_state()"
         )

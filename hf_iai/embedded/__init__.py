@@ -1,5 +1,6 @@
 """The embedded base model, a small pretrained language model, and the text it was trained on."""
 
+import os
 from pathlib import Path
 
 from .generated_tasks import generate_task_text
@@ -20,4 +21,16 @@ def embedded_base() -> str:
     return str(Path(__file__).parent / "base")
 
 
-__all__ = ["EMBEDDED_NAME", "HELD_OUT", "embedded_base", "generate_task_text", "library_documents"]
+def is_embedded_base(path: str | None) -> bool:
+    """Whether a path leads to the embedded base."""
+    return bool(path) and os.path.realpath(path) == os.path.realpath(embedded_base())
+
+
+__all__ = [
+    "EMBEDDED_NAME",
+    "HELD_OUT",
+    "embedded_base",
+    "generate_task_text",
+    "is_embedded_base",
+    "library_documents",
+]

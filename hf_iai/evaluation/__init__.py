@@ -2,11 +2,13 @@
 
 from .bootstrap import bootstrap_mean
 from .curve import Curve
-from .evaluate import BASELINES, evaluate_curve
+from .evaluate import EVALUATORS, evaluate_curve
+from .loss_curve import BASELINES
 from .losses import bare_base_losses, state_losses, token_losses
 
 __all__ = [
     "BASELINES",
+    "EVALUATORS",
     "Curve",
     "bare_base_losses",
     "bootstrap_mean",

@@ -85,10 +85,10 @@ def _of_episode(
 
 def _answers(model, chunks: list[dict], query: dict[str, torch.Tensor]) -> Iterator[np.ndarray]:  # (Q,)
     """What each query's label is called, after each chunk."""
-    are_vectors = model.active_peft_config.vector_width is not None
+    numbered = model.base_model.task.reads_vectors
     for chunk, logits in zip(chunks, logits_after_each(model, chunks, query), strict=True):
         names = chunk["label_names"]
-        if are_vectors and are_numbers(names):  # which stay as they are, and need not have been met
+        if numbered and are_numbers(names):  # which stay as they are, and need not have been met
             names = [*map(str, range(logits.shape[-1]))]
         yield np.array(names)[logits[:, : len(names)].argmax(-1).cpu()]
 
@@ -99,12 +99,10 @@ def features_of(model, inputs: dict[str, torch.Tensor]) -> np.ndarray:  # (N, d)
     Args:
         inputs: `input_ids` and `attention_mask` (N, T), or `inputs_embeds` (N, d).
     """
-    if model.active_peft_config.vector_width is not None:
-        return inputs["inputs_embeds"].cpu().numpy()
     tuner = model.base_model
-    ids, mask = tuner._inputs._on_device(inputs)
-    with torch.no_grad(), tuner._eval_mode():
-        return tuner.core.features(tuner._base, ids, mask).cpu().numpy()
+    if tuner.task.reads_vectors:
+        return inputs["inputs_embeds"].cpu().numpy()
+    return tuner.reader.features(inputs).cpu().numpy()
 
 
 def _are_vectors(rows: Sequence[dict]) -> bool:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .render import require_extra
+from .extras import require_extra
 
 Classifier = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]  # (S, d), (S,), (Q, d) -> (Q,)
 FOLDS, STRENGTHS, FEW = 3, (0.1, 1.0, 10.0, 100.0), 10.0  # C of logistic regression, by cross-validation or not

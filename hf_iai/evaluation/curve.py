@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from .bootstrap import bootstrap_mean
-from .render import draw_curve, print_curve, require_extra
+from .extras import require_extra
+from .render import draw_curve, print_curve
 
 NumChunks = int | float  # a fraction where a window was filled by part of a chunk
 Key = tuple[str, NumChunks, int]  # method, number of chunks, training seed

@@ -1,27 +1,15 @@
-"""evaluate_curve: the loss of queries against the number of chunks read, next to baselines."""
+"""evaluate_curve: quality against the number of chunks read, next to baselines.
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
+The kind of task says which metric its curve has, and `EVALUATORS` which function measures it.
+"""
 
-import numpy as np
-import torch
-from torch import Tensor, nn
-from tqdm.auto import tqdm
+from collections.abc import Callable, Iterable, Sequence
 
-from ..data import EpisodeCollator
+from ..tensors import eval_mode
 from .accuracy import accuracy_curve
-from .bootstrap import groups_of
-from .curve import Curve, NumChunks
-from .losses import Batch, bare_base_losses, refined_losses, state_losses
+from .curve import Curve
+from .loss_curve import loss_curve
 from .squared_error import squared_error_curve
-
-BASELINES = ("no_context", "fewer_shots", "last_chunk", "full_context")
-_NEEDS_SLOTS = "fewer_shots"  # as many tokens as the state has slots
-_NEED_CHUNKS = ("fewer_shots", "last_chunk", "full_context")
-
-# (method, number of chunks) -> what turns a batch into its (B, T - 1) losses
-Scorers = dict[tuple[str, NumChunks], Callable[[Batch], Tensor]]
 
 
 def evaluate_curve(
@@ -32,7 +20,7 @@ def evaluate_curve(
     *,
     tokenizer=None,
     chunk_size: int | None = None,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     seed: int = 0,
     method: str = "iai",
     static_model=None,
@@ -68,16 +56,18 @@ def evaluate_curve(
             class mean and logistic regression; or ridge.
         tokenizer: needed unless the examples are tokenised (`{"input_ids"}`).
         chunk_size: C, tokens per chunk; `model.max_chunk_size` by default.
-        batch_size: episodes read at once; changes speed and memory only.
+        batch_size: episodes read at once, 16 by default; changes speed and memory only. Not for labelled examples,
+            which are read episode by episode.
         seed: the training seed of `model`, which labels its rows; `Curve.concat` joins several.
         method: name of the model's rows.
         static_model: another adapted model, trained to use its initial state alone.
         show_progress: show a progress bar, one step per batch.
 
     Raises:
-        ValueError: for unknown baselines, one that reads while `num_chunks` is only 0, or one of slots in regime
-            implicit, no episode, an episode with too few chunks, with several queries or, in regime implicit, with
-            `labels` or a labelled token that is not among its query's last, or text without a tokenizer.
+        ValueError: for an option that has no meaning for the model, a size below 1, unknown baselines, a baseline that
+            reads while `num_chunks` is only 0, a baseline of slots in regime implicit, no episode, an episode with too
+            few chunks, with several queries, or text without a tokenizer. In regime implicit also for an episode with
+            `labels`, or with a labelled token that is not among the last ones of its query.
 
     Example:
         >>> from datasets import Dataset
@@ -94,152 +84,43 @@ def evaluate_curve(
         >>> sorted(curve.losses)[0], curve.losses["iai", 2, 0].shape
         (('fewer_shots', 1, 0), (1, 7))
     """
-    config = model.active_peft_config
-    if config.state_type == "linear" or config.vector_width is not None:
-        names = {"seed": seed, "method": method, "show_progress": show_progress}
-        with _eval_mode([model]):
-            return _curve_of_examples(model, episodes, num_chunks, baselines, tokenizer, chunk_size, **names)
-    implicit = config.regime == "implicit"
-    num_chunks = (0, 1, 2, 4, 8, 16) if num_chunks is None else num_chunks
-    if baselines is None:
-        baselines = [name for name in BASELINES if not (implicit and name == _NEEDS_SLOTS)]
-    if implicit and (_NEEDS_SLOTS in baselines or static_model is not None):
-        raise ValueError(
-            f"a prediction of regime='implicit' has no slots: leave out baseline {_NEEDS_SLOTS!r} and static_model="
-        )
-    counts = _checked_counts(num_chunks, baselines, static_model, method)
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    episodes = list(episodes)
-    if not episodes:
-        raise ValueError("there is no episode to evaluate on")
+    task = model.base_model.task
     chunk_size = model.max_chunk_size if chunk_size is None else chunk_size
-    tokenizer = _NoTokenizer() if tokenizer is None else tokenizer
-    collate = EpisodeCollator(tokenizer, chunk_size, max_chunks=counts[-1])
-    device = next(model.parameters()).device
-    batches = []
-    for start in range(0, len(episodes), batch_size):
-        batch = collate(episodes[start : start + batch_size])
-        _check_batch(batch, start, counts[-1])
-        batches.append(batch)
-    room = model.window - max(batch["input_ids"].shape[-1] for batch in batches)
-
-    losses = refined_losses if implicit else state_losses
-    scorers: Scorers = {(method, n): partial(losses, model, num_chunks=n) for n in counts}
-    scorers |= _baseline_scorers(model, losses, baselines, counts, chunk_size, room)
-    if static_model is not None:
-        scorers["static_state", 0] = partial(state_losses, static_model, num_chunks=0)
-    models = [model] if static_model is None else [model, static_model]
-    found: dict[tuple[str, NumChunks], list[Tensor]] = {key: [] for key in scorers}
-    with _eval_mode(models), torch.no_grad():
-        for batch in tqdm(batches, "evaluating", disable=not show_progress):
-            batch = {name: tensor.to(device) for name, tensor in batch.items()}
-            for key, score in scorers.items():
-                found[key].append(score(batch).cpu())
-    return Curve({(*key, seed): _join(rows) for key, rows in found.items()}, groups_of(episodes))
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+    options = {"tokenizer": tokenizer, "chunk_size": chunk_size, "batch_size": batch_size, "static_model": static_model}
+    with eval_mode(model):
+        return EVALUATORS[task.metric](
+            model, episodes, num_chunks, baselines, **options, seed=seed, method=method, show_progress=show_progress
+        )
 
 
-def _curve_of_examples(
-    model, episodes, num_chunks: Sequence[int] | None, baselines: Sequence[str] | None, tokenizer, chunk_size, **names
-) -> Curve:
-    num_chunks = (1, 2, 5, 10, 20) if num_chunks is None else num_chunks
-    names["chunk_size"] = model.max_chunk_size if chunk_size is None else chunk_size
-    if model.active_peft_config.likelihood == "gaussian":
-        return squared_error_curve(model, episodes, num_chunks, ("ridge",) if baselines is None else baselines, **names)
+def _curve_of_accuracy(model, episodes, num_chunks, baselines, *, batch_size, static_model, **options) -> Curve:
+    _refuse(batch_size=batch_size, static_model=static_model)
+    if model.base_model.task.reads_vectors:
+        _refuse(tokenizer=options["tokenizer"])
+    num_chunks = COUNTS_OF_EXAMPLES if num_chunks is None else num_chunks
     baselines = ("nearest_class_mean", "logistic_regression") if baselines is None else baselines
-    return accuracy_curve(model, episodes, num_chunks, baselines, tokenizer=tokenizer, **names)
+    return accuracy_curve(model, episodes, num_chunks, baselines, **options)
 
 
-def _baseline_scorers(
-    model, losses: Callable, baselines: Sequence[str], counts: list[int], chunk_size: int, room: int
-) -> Scorers:
-    """`losses(model, batch, num_chunks)` are those after reading."""
-    scorers: Scorers = {}
-    if "no_context" in baselines:
-        scorers["no_context", 0] = partial(bare_base_losses, model, num_tokens=0)
-    if "fewer_shots" in baselines:
-        scorers["fewer_shots", 1] = partial(bare_base_losses, model, num_tokens=model.num_slots)
-    if "last_chunk" in baselines:
-        scorers["last_chunk", 1] = partial(losses, model, num_chunks=1)
-    if "full_context" in baselines:
-        for n in _full_context_counts(counts, chunk_size, room):
-            scorers["full_context", n] = partial(bare_base_losses, model, num_tokens=round(n * chunk_size))
-    return scorers
+def _curve_of_squared_error(
+    model, episodes, num_chunks, baselines, *, batch_size, static_model, tokenizer, **options
+) -> Curve:
+    _refuse(batch_size=batch_size, static_model=static_model, tokenizer=tokenizer)
+    num_chunks = COUNTS_OF_EXAMPLES if num_chunks is None else num_chunks
+    return squared_error_curve(model, episodes, num_chunks, ("ridge",) if baselines is None else baselines, **options)
 
 
-def _full_context_counts(counts: list[int], chunk_size: int, room: int) -> list[NumChunks]:
-    """0, the counts that leave the query its place, and what fills the window if some do not."""
-    fitting: list[NumChunks] = sorted({0, *(n for n in counts if n * chunk_size <= room)})
-    filled = room // chunk_size if room % chunk_size == 0 else room / chunk_size
-    return [*fitting, filled] if counts[-1] > filled > fitting[-1] else fitting
+def _refuse(**options) -> None:
+    for name, given in options.items():
+        if given is not None:
+            raise ValueError(f"{name}={given!r:.60} has no meaning for this model's curve: leave it out")
 
 
-def _checked_counts(num_chunks: Sequence[int], baselines: Sequence[str], static_model, method: str) -> list[int]:
-    counts = sorted(set(num_chunks))
-    if not counts or counts[0] < 0:
-        raise ValueError(f"num_chunks must be one or more counts of at least 0, got {list(num_chunks)}")
-    if "static_state" in baselines and static_model is None:
-        raise ValueError("baseline 'static_state' needs static_model=, a model trained to use its initial state alone")
-    known = (*BASELINES, "static_state")
-    unknown = [name for name in baselines if name not in known]
-    if unknown:
-        raise ValueError(f"unknown baselines {unknown}; use any of {list(known)}")
-    if method in known:
-        raise ValueError(f"method={method!r} is the name of a baseline: choose another")
-    reading = [name for name in baselines if name in _NEED_CHUNKS]
-    if reading and counts[-1] == 0:
-        raise ValueError(f"baselines {reading} read chunks, but num_chunks is only 0: leave them out or add a count")
-    return counts
-
-
-def _check_batch(batch: Batch, start: int, needed: int) -> None:
-    real = batch["chunk_attention_mask"].any(-1).sum(1)  # (B,)
-    if (real < needed).any():
-        row = int((real < needed).nonzero()[0])
-        raise ValueError(
-            f"the support of episode {start + row} fills {int(real[row])} chunks, but {needed} are needed: "
-            "use longer episodes, a smaller chunk_size or fewer num_chunks"
-        )
-    if "label_input_ids" in batch:
-        raise ValueError(
-            "episodes have labels to choose among, and a curve scores free answers: leave `labels` out, or see the "
-            "losses that IAITrainer.evaluate logs"
-        )
-    if batch["input_ids"].shape[1] != 1:
-        raise ValueError(
-            f"an episode among {start}..{start + len(real) - 1} has {batch['input_ids'].shape[1]} queries, expected 1: "
-            "make an episode of each query"
-        )
-
-
-def _join(batches: list[Tensor]) -> np.ndarray:  # (E, T - 1), NaN after the end of shorter queries
-    longest = max(losses.shape[1] for losses in batches)
-    padded = [nn.functional.pad(losses, (0, longest - losses.shape[1]), value=float("nan")) for losses in batches]
-    return torch.cat(padded).numpy()
-
-
-class _NoTokenizer:
-    """Stands in where all examples are tokenised; whatever only a tokenizer can do is then an error that says so."""
-
-    eos_token_id, pad_token_id = None, 0
-
-    def decode(self, ids: list[int]) -> str:
-        return f"tokens {ids}"
-
-    def __call__(self, *args, **kwargs):
-        raise ValueError("the episodes hold text: pass tokenizer=, or examples that are tokenised already")
-
-    def __getattr__(self, name: str):
-        return self()
-
-
-@contextmanager
-def _eval_mode(models: list[nn.Module]) -> Iterator[None]:
-    modes = [(module, module.training) for model in models for module in model.modules()]
-    for model in models:
-        model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
+COUNTS_OF_EXAMPLES = (1, 2, 5, 10, 20)
+EVALUATORS: dict[str, Callable[..., Curve]] = {
+    "loss": loss_curve,
+    "accuracy": _curve_of_accuracy,
+    "squared_error": _curve_of_squared_error,
+}

@@ -37,7 +37,7 @@ def labelled_curve(
     if not episodes:
         raise ValueError("there is no episode to evaluate on")
     rows: dict[Key, list[np.ndarray]] = {(name, n, seed): [] for name in methods for n in counts}
-    for index, episode in enumerate(tqdm(episodes, "evaluating", disable=not show_progress)):
+    for index, episode in enumerate(tqdm(episodes, "evaluating", disable=None if show_progress else True)):
         needed = counts[-1] * chunk_size
         if len(episode["support"]) < needed:
             raise ValueError(
@@ -69,10 +69,10 @@ def checked_counts(num_chunks: Sequence[int], baselines: Sequence[str], method: 
 def logits_after_each(model, chunks: list[dict], query: dict[str, Tensor]) -> Iterator[Tensor]:  # (Q, C) or (Q, o)
     """What a model says of queries after each chunk: under its state or, in regime implicit, as refined."""
     query = {name: tensor.to(model.device) for name, tensor in query.items()}
-    if model.active_peft_config.regime == "implicit":
-        yield from model.refine(chunks, query)
-    else:
+    if model.base_model.task.makes_states:
         yield from (model(**query, task_state=state).logits for state in model.adapt_steps(chunks))
+    else:
+        yield from model.refine(chunks, query)
 
 
 def _join(rows: list[np.ndarray]) -> np.ndarray:  # (E, Q), NaN after the end of episodes with fewer queries

@@ -1,31 +1,16 @@
 """How a curve looks: as a table on the terminal and as a PNG."""
 
 import os
-from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-if TYPE_CHECKING:
-    from .curve import Curve
+from .extras import require_extra
 
 
-def require_extra(module: str, extra: str = "plots"):
-    """Import a module of an extra.
-
-    Raises:
-        ImportError: naming the extra, when it is not installed.
-    """
-    try:
-        return import_module(module)
-    except ImportError as error:
-        raise ImportError(f"{module} is not installed: pip install 'hf_iai[{extra}]'") from error
-
-
-def print_curve(curve: "Curve", from_token: int) -> None:
+def print_curve(curve, from_token: int) -> None:
     counts = sorted({n for method in curve.methods for n in curve.counts(method)})
     tokens = "all query tokens" if from_token == 0 else f"query tokens {from_token}+"
     what = f"Loss in nats, {tokens}" if curve.metric == "loss" else curve.metric.replace("_", " ").capitalize()
@@ -44,7 +29,7 @@ def _cell(interval: dict) -> str:
     return f"{interval['mean']:.4f}\n±{(interval['high'] - interval['low']) / 2:.3f}"
 
 
-def draw_curve(curve: "Curve", path: str | os.PathLike, from_token: int) -> None:
+def draw_curve(curve, path: str | os.PathLike, from_token: int) -> None:
     figure = require_extra("matplotlib.figure").Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for color, method in enumerate(curve.methods):
@@ -63,7 +48,7 @@ def draw_curve(curve: "Curve", path: str | os.PathLike, from_token: int) -> None
     os.replace(temporary, path)
 
 
-def _draw_method(axes, curve: "Curve", method: str, from_token: int, color: str) -> None:
+def _draw_method(axes, curve, method: str, from_token: int, color: str) -> None:
     counts = curve.counts(method)
     points = [curve.mean(method, n, from_token) for n in counts]
     means = [point["mean"] for point in points]

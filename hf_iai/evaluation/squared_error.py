@@ -12,8 +12,8 @@ import torch
 from ..data import chunk_vectors
 from .accuracy import features_of
 from .curve import Curve
+from .extras import require_extra
 from .labelled_curve import Value, checked_counts, labelled_curve, logits_after_each
-from .render import require_extra
 
 Regressor = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]  # (S, d), (S, o), (Q, d) -> (Q, o)
 PENALTIES, NEIGHBOURS = tuple(10.0**k for k in range(-4, 4)), 5

@@ -4,8 +4,9 @@ from huggingface_hub import ModelCard, ModelCardData
 from peft import LoraConfig, PeftConfig
 
 from ..config import IAIConfig
-from ..hub.cards import TASK, base_in_words, base_on_hub
+from ..hub.cards import base_in_words, base_on_hub
 from ..state import TaskState
+from ..tasks import task_of
 from .vllm import vllm_remarks
 
 MARK = "<!-- Written by hf_iai.export_to_peft, which replaces this folder when asked to write to it again. -->"
@@ -43,7 +44,10 @@ def export_card(
         has_base: whether the predictor lies in `base`.
     """
     data = ModelCardData(
-        library_name="peft", pipeline_tag=TASK, base_model=base_on_hub(config), tags=["hf_iai", "task-state"]
+        library_name="peft",
+        pipeline_tag=task_of(config).pipeline_tag,
+        base_model=base_on_hub(config),
+        tags=["hf_iai", "task-state"],
     )
     parts = [
         f"---\n{data.to_yaml()}\n---\n\n{MARK}\n# {name}",
@@ -60,9 +64,9 @@ def export_card(
 def _facts(config: IAIConfig, adapter: PeftConfig, state: TaskState, dtype: str) -> list[str]:
     read = [f"{n} tokens in {k} chunks" for n, k in zip(state.num_tokens.tolist(), state.step.tolist(), strict=True)]
     tasks = "" if state.batch_size == 1 else f"; one adapter per task, in `0` to `{state.batch_size - 1}`"
-    answers = "the base with the adapter's LoRA merged" if config.regime == "explicit" else "the bare base"
+    answers = "the base with the adapter's LoRA merged" if config.lora_answers else "the bare base"
     if isinstance(adapter, LoraConfig):
-        joined = config.regime == "explicit"
+        joined = config.lora_answers
         size = f"rank {adapter.r}" + (f", {config.state_r} of it the task's and the rest the predictor's" * joined)
         answers = "the base with this adapter"
     else:
@@ -83,7 +87,7 @@ def _use(name: str, num_tasks: int, has_base: bool) -> str:
 
 
 def _limits(config: IAIConfig, adapter: PeftConfig, dtype: str, has_base: bool) -> list[str]:
-    method, merged = adapter.peft_type.value, has_base and config.regime == "explicit"
+    method, merged = adapter.peft_type.value, has_base and config.lora_answers
     limits = ["It cannot read any further: read on with the adapter that made the state, and export again."]
     if isinstance(adapter, LoraConfig):
         limits += ["`base` holds the weights of the base: its licence holds for them."] * has_base

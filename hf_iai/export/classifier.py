@@ -87,18 +87,18 @@ def export_classifier(
         >>> pipeline("text-classification", "intents")("what will it cost")  # doctest: +SKIP
     """
     tuner = getattr(model, "base_model", None)
-    if not isinstance(tuner, IAIModel) or model.active_peft_config.state_type != "linear":
+    if not isinstance(tuner, IAIModel) or "classifier" not in tuner.task.exports:
         raise ValueError(f"export_classifier needs an IAI model with a linear state, got {type(model).__name__}")
     config, path = model.active_peft_config, Path(os.path.abspath(path))
     family = _checked_family(tuner.model)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise FileExistsError(f"{path} exists and is not empty: choose another path, or remove it")
-    state = tuner._checked_state(state).to("cpu")
+    state = tuner.checked_state(state).to("cpu")
     names = state.label_names
     if not names:
         raise ValueError("this state has no classes: let it read labelled examples first")
     rows, bias = (t[0].detach().double().cpu() for t in tuner.core.rows(state.to(tuner.model.device)))
-    classifier = _classifier(unwrapped(tuner, merged=config.regime == "explicit"), family, config, names)
+    classifier = _classifier(unwrapped(tuner, merged=config.lora_answers), family, config, names)
     _set_head(classifier, family, rows, bias)
     source = config.base_model_name_or_path
     if tokenizer is None and source and Path(source, "tokenizer_config.json").is_file():

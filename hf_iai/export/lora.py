@@ -25,10 +25,10 @@ def lora_adapters(tuner: IAIModel, state: TaskState) -> tuple[LoraConfig, list[d
     Raises:
         ValueError: for a predictor with LoRA on other modules than linear ones.
     """
-    state = tuner._checked_state(state)
-    with tuner._eval_mode():
-        updates = tuner.core.state.update(tuner.core.corrected(tuner._base, state))
-    predictor = _predictor(tuner) if tuner._config.regime == "explicit" else {}
+    state, reader = tuner.checked_state(state), tuner.reader
+    with reader.frozen():
+        updates = reader.core.state.update(reader.core.corrected(reader.base, state))
+    predictor = _predictor(tuner) if tuner.task.config.lora_answers else {}
     tasks = []
     for task in range(state.batch_size):
         own = {path: (down[task], up[task]) for path, (down, up) in updates.items()}

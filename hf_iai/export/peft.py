@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from ..bases.compat import has_recurrent_layers, key_value_shape
-from ..config import IAIConfig, is_embedded_base
-from ..hub.cards import is_hub_id
+from ..bases.hub_ids import is_hub_id
+from ..config import IAIConfig
+from ..embedded import is_embedded_base
 from ..model import IAIModel
+from ..registry import STATES
 from ..state import TaskState
 from .card import MARK, export_card
 from .lora import lora_adapters
@@ -25,12 +27,6 @@ CONFIGS = {
     "PROMPT_TUNING": PromptTuningConfig,
     "PREFIX_TUNING": PrefixTuningConfig,
     "CARTRIDGE": CartridgeConfig,
-}
-# What a state can become; the first is the default. A soft prompt that was encoded once is a prefix too.
-POSSIBLE = {
-    "prompt": ["PROMPT_TUNING", "PREFIX_TUNING", "CARTRIDGE"],
-    "prefix": ["PREFIX_TUNING", "CARTRIDGE"],
-    "lora": ["LORA"],
 }
 # Their cache has a name of its own, so PEFT takes every step of generate for the first one.
 WRONG_IN_PEFT = ("mamba", "mamba2", "falcon_mamba")
@@ -75,14 +71,8 @@ def export_to_peft(
     if not isinstance(tuner, IAIModel):
         raise ValueError(f"export_to_peft needs an IAI model, got {type(model).__name__}: pass the one of the state")
     config, path = model.active_peft_config, Path(os.path.abspath(path))
-    if config.state_type == "linear":
-        raise ValueError("a linear state is a classifier, not an adapter: use export_classifier")
-    if config.vector_width is not None:
-        raise ValueError(
-            f"vector_width={config.vector_width}: answers about vectors are read out by a learned map, or by the state "
-            "itself, and PEFT has neither: keep the adapter, and the state with state.save_pretrained"
-        )
-    peft_type = _checked_type(peft_type, config.state_type, tuner.model.config)
+    tuner.task.check_can("export_to_peft")
+    peft_type = _checked_type(peft_type, config, tuner.model.config)
     _check_free(path)
     if peft_type == "LORA":
         adapter, tasks = lora_adapters(tuner, state)
@@ -120,19 +110,21 @@ def _put_in_place(new: Path, path: Path, old: Path) -> None:
         raise
 
 
-def _checked_type(peft_type: str | None, state_type: str, base: PreTrainedConfig) -> str:
-    if base.model_type in WRONG_IN_PEFT and state_type != "lora":
+def _checked_type(peft_type: str | None, config: IAIConfig, base: PreTrainedConfig) -> str:
+    possible = STATES[config.state_type].exports
+    of_tokens = possible != ("LORA",)
+    if base.model_type in WRONG_IN_PEFT and of_tokens:
         raise ValueError(
             f"PEFT generates wrongly behind virtual tokens on {base.model_type!r}: answer with hf_iai instead"
         )
-    possible = POSSIBLE[state_type]
-    if has_recurrent_layers(base) and state_type != "lora":
-        possible = ["PROMPT_TUNING"]  # not all layers have keys and values
+    if has_recurrent_layers(base) and of_tokens:
+        possible = ("PROMPT_TUNING",)  # not all layers have keys and values
     peft_type = possible[0] if peft_type is None else getattr(peft_type, "value", peft_type)
     if peft_type not in possible:
         why = ", since 'LORA' needs a lora state" if peft_type == "LORA" else ""
         raise ValueError(
-            f"a {state_type} state of {base.model_type!r} cannot become {peft_type!r}{why}: pass one of {possible}"
+            f"a {config.state_type} state of {base.model_type!r} cannot become {peft_type!r}{why}: "
+            f"pass one of {list(possible)}"
         )
     return peft_type
 
@@ -156,8 +148,9 @@ def _is_export(path: Path) -> bool:
 @torch.no_grad()
 def _virtual_tokens(tuner: IAIModel, state: TaskState, peft_type: str) -> Tensor:  # (B, m, columns)
     """PEFT's `prompt_embeddings` of every task, in the type that the base reads them in."""
-    state, base = tuner._checked_state(state), tuner._base
-    with tuner._eval_mode(), tuner._predictor_lora():
+    state, reader = tuner.checked_state(state), tuner.reader
+    base = reader.base
+    with reader.frozen(), base.lora(tuner.task.config.lora_answers):
         if peft_type == "PROMPT_TUNING":
             rows = tuner.core.corrected(base, state)["prompt"][:, 0, 0]  # (B, m, d)
         else:
@@ -203,7 +196,7 @@ def _name_of_base(config: IAIConfig) -> str | None:
 
 def _is_merged(config: IAIConfig) -> bool:
     """Whether the predictor's LoRA goes into the base; into the adapter, beside a lora state."""
-    return config.regime == "explicit" and config.state_type != "lora"
+    return config.lora_answers and STATES[config.state_type].exports != ("LORA",)
 
 
 def _check_writable(tuner: IAIModel, config: IAIConfig) -> None:

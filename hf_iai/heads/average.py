@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from ..config import IAIConfig
+from ..registry import HEADS, Part
 from ..tensors import clamp_with_gradient
 
 MAX_LOG_PRECISION = 6.0  # so one chunk outweighs another by at most exp(2 * 6)
@@ -11,7 +13,8 @@ EXPONENT_SCALE, RATE_SCALE = 10.0, 0.03
 MIN_MASS = 1e-4
 
 
-class RunningAverage(nn.Module):
+@HEADS.register("gated")
+class RunningAverage(nn.Module, Part):
     """A weighted mean of the read-outs of all chunks, with learned weights for every slot, layer and head:
 
         slot(n) = sum_i w_i readout_i / sum_i w_i
@@ -31,6 +34,19 @@ class RunningAverage(nn.Module):
         num_slots: P, how many slots are averaged.
         width: d, width of the base's hidden states.
     """
+
+    signals = frozenset({"observations", "both"})
+    fields = frozenset({"accumulation", "correction", "pin_bos"})
+
+    @classmethod
+    def check(cls, config: IAIConfig) -> None:
+        if config.pin_bos and config.accumulation != "recent":
+            raise ValueError(f"pin_bos=True needs accumulation='recent', got accumulation={config.accumulation!r}")
+
+    @classmethod
+    def describe(cls, config: IAIConfig) -> str:
+        """A description in words, for model cards."""
+        return f"accumulation: {config.accumulation}" + (", delta rule" if config.delta_rule else "")
 
     def __init__(self, num_layers: int, num_heads: int, num_slots: int, width: int) -> None:
         super().__init__()

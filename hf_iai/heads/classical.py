@@ -14,6 +14,8 @@ It returns the next theta and the next `kept`.
 import torch
 from torch import Tensor, nn
 
+from ..config import IAIConfig
+from ..registry import HEADS, Part
 from ..tensors import clamp_with_gradient
 
 # Rates are learned as logarithms. The factor lets them train well at the learning rate of the weight matrices.
@@ -21,7 +23,29 @@ LOG_SCALE = 10.0
 Tensors = dict[str, Tensor]
 
 
-class SGD(nn.Module):
+class GradientHead(nn.Module, Part):
+    """Base of the heads that move a state by the gradients of its chunks."""
+
+    signals = frozenset({"gradients"})
+
+    @classmethod
+    def make(cls, state: nn.Module, config: IAIConfig) -> "GradientHead":
+        """Make the head of an adapter.
+
+        Args:
+            state: one of `hf_iai.states`.
+            config: the adapter's configuration.
+        """
+        return cls({name: t.detach() for name, t in state.start.items()}, config.initial_rate)
+
+    @classmethod
+    def describe(cls, config: IAIConfig) -> str:
+        """A description in words, for model cards."""
+        return f"head: {config.head}, {'second' if config.second_order else 'first'} order in training"
+
+
+@HEADS.register("sgd")
+class SGD(GradientHead):
     """theta' = theta - rate * gradient, with one learned rate per tensor. Together with a learned theta(0) it is MAML.
 
     Rates are learned as logarithms, so they stay above 0.
@@ -57,6 +81,7 @@ class SGD(nn.Module):
         return f"initial_rate={self.initial_rate}"
 
 
+@HEADS.register("meta_sgd")
 class MetaSGD(SGD):
     """theta' = theta - rate * gradient, with one learned rate per coordinate.
 
@@ -67,6 +92,7 @@ class MetaSGD(SGD):
         return torch.zeros_like(tensor)
 
 
+@HEADS.register("path_aware")
 class PathAware(MetaSGD):
     """Meta-SGD that after every w-th step also moves back towards theta as it was w steps before:
 
@@ -84,6 +110,17 @@ class PathAware(MetaSGD):
 
     Source: Rajasegaran et al., Meta-learning the learning trends shared across tasks, arXiv 2010.09291.
     """
+
+    fields = frozenset({"path_window"})
+
+    @classmethod
+    def check(cls, config: IAIConfig) -> None:
+        if config.path_window < 1:
+            raise ValueError(f"path_window must be at least 1, got {config.path_window}")
+
+    @classmethod
+    def make(cls, state: nn.Module, config: IAIConfig) -> "PathAware":
+        return cls({name: t.detach() for name, t in state.start.items()}, config.initial_rate, config.path_window)
 
     def __init__(self, start: Tensors, rate: float, window: int) -> None:
         super().__init__(start, rate)

@@ -9,8 +9,10 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from ..config import IAIConfig
+from ..registry import HEADS
 from ..tensors import zero_linear
-from .classical import Tensors
+from .classical import GradientHead, Tensors
 from .guards import first_trust, rms, trusted, updated_trust
 from .step_settings import LearnedStepSettings
 
@@ -18,7 +20,8 @@ KEPT_KINDS = ("momentum", "second", "row", "column")
 TINY = 1e-20
 
 
-class LearnedStep(nn.Module):
+@HEADS.register("learned_optimizer")
+class LearnedStep(GradientHead):
     """A learned optimizer for the tensors of a state:
 
         theta' = theta - rate P gradient - s rms(theta) u / max(1, rms(u))
@@ -49,6 +52,22 @@ class LearnedStep(nn.Module):
 
     Source: features after Metz et al., arXiv 2203.11860; normed steps after CELO, arXiv 2501.12670.
     """
+
+    fields = fingerprint_if_changed = frozenset({"learned_optimizer"})
+
+    @classmethod
+    def is_default(cls, config: IAIConfig, name: str) -> bool:
+        return getattr(config, name) in (None, LearnedStepSettings().to_dict())
+
+    @classmethod
+    def check(cls, config: IAIConfig) -> None:
+        # All settings are saved, so that later changes of the defaults leave trained adapters as they are.
+        config.learned_optimizer = LearnedStepSettings.from_dict(config.learned_optimizer).to_dict()
+
+    @classmethod
+    def make(cls, state: nn.Module, config: IAIConfig) -> "LearnedStep":
+        settings = LearnedStepSettings.from_dict(config.learned_optimizer)
+        return cls({name: state.kind(name) for name in state.start}, config.initial_rate, settings)
 
     def __init__(self, kinds: dict[str, str], rate: float, settings: LearnedStepSettings) -> None:
         super().__init__()

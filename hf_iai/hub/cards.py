@@ -2,33 +2,28 @@
 
 import math
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import peft
 import torch
 import transformers
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 from peft import PeftModel
 
+from ..bases.hub_ids import is_hub_id
 from ..bases.vector_base import vector_width
 from ..config import IAIConfig
 from ..embedded import EMBEDDED_NAME
+from ..registry import SIGNALS
+from ..tasks import Task, task_of
 from .published import data_folder
 
 TAGS = ("hf_iai", "iterative-amortized-inference", "arxiv:2510.11471")
-TASK, LINEAR_TASK, REGRESSION_TASK = "text-generation", "text-classification", "tabular-regression"
 RENDERED = "<!-- Rendered by hf_iai; rendered again when the configuration changes: delete this line to keep edits. -->"
 WEIGHTS = "- Weights: {}"
 PLACEHOLDER = "# Model Card for Model ID"  # the title that PEFT and transformers give to a card that nobody wrote
 
-GRADIENTS = {
-    "observations": "No gradient is taken",
-    "gradients": "Each chunk moves the state by the gradient of its loss",
-    "both": "The state also follows the gradient of each chunk's loss",
-}
 LABELS = {
     "no_context": "bare base, no context",
     "fewer_shots": "fewer shots: bare base, sees as many of the latest tokens as the state has slots",
@@ -95,7 +90,7 @@ class Measurement:
             lines.append([label, *(f"{sum(v) / len(v):.3f}" if v else "" for v in values)])
         return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
-    def eval_results(self, task: str = TASK) -> list[EvalResult]:
+    def eval_results(self, task: str = "text-generation") -> list[EvalResult]:
         of = f", mean of {len(self.seeds)} training seeds" if len(self.seeds) > 1 else ""
         return [
             EvalResult(
@@ -171,14 +166,11 @@ def model_card(config: IAIConfig, facts: CardFacts) -> ModelCard:
 
     Source: https://huggingface.co/docs/hub/model-cards
     """
-    linear = config.state_type == "linear"
-    regression = config.likelihood == "gaussian"
-    of_vectors = "tabular-classification" if config.vector_width else TASK
-    task = REGRESSION_TASK if regression else LINEAR_TASK if linear else of_vectors
-    results = [result for measurement in facts.measurements for result in measurement.eval_results(task)]
+    task = task_of(config)
+    results = [result for measurement in facts.measurements for result in measurement.eval_results(task.pipeline_tag)]
     data = ModelCardData(
         library_name="peft",
-        pipeline_tag=task,
+        pipeline_tag=task.pipeline_tag,
         base_model=base_on_hub(config),
         license=facts.license,
         language=facts.language,
@@ -193,15 +185,25 @@ def model_card(config: IAIConfig, facts: CardFacts) -> ModelCard:
         template_path=str(data_folder("model_cards") / "template.md"),
         facts=facts,
         adapter="\n".join([describe(config), *([WEIGHTS.format(facts.weights)] if facts.weights else [])]),
-        gradients=GRADIENTS[config.signal],
-        chunking=f"chunk_size={facts.chunk_size}" if facts.chunk_size else "model=model",
+        intro=task.card_intro,
+        gradients=SIGNALS[config.signal].in_words,
+        example=_example(task, config, facts),
         rendered=RENDERED,
-        linear=linear,
-        implicit=config.regime == "implicit",
-        reads_vectors=config.vector_width,
+    )
+
+
+def _example(task: Task, config: IAIConfig, facts: CardFacts) -> str:
+    """The code that loads and uses the adapter."""
+    given_width = vector_width(config.base_model_name_or_path)
+    code = task.card_example if given_width is None else task.card_example_of_vectors
+    return code.format(
+        model_id=facts.model_id or facts.name,
+        text=facts.text,
+        prompt=facts.prompt,
+        chunking=f"chunk_size={facts.chunk_size}" if facts.chunk_size else "model=model",
+        examples_per_chunk=facts.chunk_size or 20,
+        width=given_width or config.vector_width,
         num_outputs=config.num_outputs,
-        regression=regression,
-        vector_width=vector_width(config.base_model_name_or_path),
     )
 
 
@@ -220,7 +222,10 @@ def update_card(model: PeftModel, folder: str | os.PathLike, name: str) -> None:
     weights = model.base_model.identity.fingerprint[:8]
     stale = describe(config) not in card.text or (WEIGHTS.format("") in card.text and weights not in card.text)
     if PLACEHOLDER in card.text or (RENDERED in card.text and stale):
-        facts = CardFacts(name.split("/")[-1], name, weights=weights, tags=tuple(tags), versions=installed_versions())
+        trained = model.base_model.card_facts.get(model.active_adapter)
+        known = trained if trained is not None and trained.weights == weights else CardFacts(name)
+        own = {"name": name.split("/")[-1], "model_id": name, "weights": weights, "versions": installed_versions()}
+        facts = replace(known, **own, tags=tuple(dict.fromkeys([*known.tags, *tags])))
         model_card(config, facts).save(path)
         return
     data.library_name = "peft"
@@ -237,51 +242,7 @@ def is_edited(path: Path) -> bool:
 
 def describe(config: IAIConfig) -> str:
     """The adapter's configuration as a markdown list."""
-    read = []
-    if config.vector_width is not None:
-        targets = {"softmax": "classes", "gaussian": "real targets"}[config.likelihood]
-        read = [f"Reads vectors of {config.vector_width} numbers; answers: {config.num_outputs} {targets}"]
-    if config.regime == "implicit":
-        lines = [
-            f"Base: {base_in_words(config)}",
-            "Regime: implicit (base and LoRA refine each query's own prediction; there is no task state)",
-            f"Prediction: kept as {config.prediction}",
-            *read,
-        ]
-        return "\n".join(f"- {line}" for line in lines)
-    if config.state_type == "linear":
-        rows = {"softmax": "classifier", "gaussian": "regression"}
-        embeds = {"explicit": "encoder and LoRA embed examples and queries", "parametric": "the encoder is frozen"}
-        lines = [
-            f"Base: {base_in_words(config)}",
-            f"Regime: {config.regime} ({embeds[config.regime]})",
-            f"State: linear, the rows of a {rows[config.likelihood]}; pooling: {config.pooling}",
-        ]
-        return "\n".join(f"- {line}" for line in lines)
-    answers = {
-        "explicit": "base and LoRA answer a query under the state",
-        "parametric": "the bare base answers a query under the state",
-    }
-    kept = f", {config.num_kept_tokens} of which keep single tokens" if config.num_kept_tokens else ""
-    rule = ", delta rule" if config.delta_rule else ""
-    state = f"{config.state_type} with {config.num_state_tokens} slots{kept}"
-    if config.state_type == "lora":
-        state = f"lora of rank {config.state_r}"
-    if config.state_type == "mlp":
-        state = f"mlp of {config.num_state_tokens} hidden units"
-        answers["parametric"] = "a query is answered by the state"
-    if config.signal == "gradients":
-        order = "second order" if config.second_order else "first order"
-        learned = f"head: {config.head}, {order} in training"
-    else:
-        learned = f"accumulation: {config.accumulation}{rule}"
-    lines = [
-        f"Base: {base_in_words(config)}",
-        f"Regime: {config.regime} ({answers[config.regime]})",
-        f"State: {state}; {learned}",
-        f"Signal: {config.signal}",
-        *read,
-    ]
+    lines = [f"Base: {base_in_words(config)}", *task_of(config).describe()]
     return "\n".join(f"- {line}" for line in lines)
 
 
@@ -309,13 +270,3 @@ def base_on_hub(config: IAIConfig) -> str | None:
     """The Hub refuses a card whose `base_model` is no Hub id, and with it the whole upload."""
     name = config.to_dict()["base_model_name_or_path"]
     return name if is_hub_id(name) else None
-
-
-def is_hub_id(name: str | None) -> bool:
-    if not name or os.path.isdir(name):
-        return False
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return True

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from ..config import IAIConfig
 from ..tensors import NO_LOSS
 
 MAX_LOG_PRECISION = 8.0
@@ -125,10 +124,7 @@ class UnitGaussian(Likelihood):
         return 0.5 * (natural - targets.where(real, natural)).square(), real
 
 
-def likelihood_of(config: IAIConfig) -> Likelihood:
-    """The likelihood of a configuration. Real targets have variance 1 with an mlp state, else a predicted variance."""
-    real = UnitGaussian if config.state_type == "mlp" else Gaussian
-    return {"softmax": Softmax, "gaussian": real}[config.likelihood](config.num_outputs)
+LIKELIHOODS = {"softmax": Softmax, "gaussian": Gaussian}  # values of `IAIConfig.likelihood`
 
 
 def vector_targets(labels: Tensor, mask: Tensor) -> Tensor:  # (N, n) or (N, n, o), (N, n)

@@ -6,5 +6,6 @@ from .lora import LoraState
 from .mlp import MLPState
 from .prefix import PrefixState
 from .prompt import PromptState
+from .slots import SlotState
 
-__all__ = ["HypernetworkState", "LinearState", "LoraState", "MLPState", "PrefixState", "PromptState"]
+__all__ = ["HypernetworkState", "LinearState", "LoraState", "MLPState", "PrefixState", "PromptState", "SlotState"]

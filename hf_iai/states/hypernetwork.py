@@ -31,6 +31,8 @@ class HypernetworkState(SlotState):
     Source: hypernetworks, Ha et al., arXiv 1609.09106; refining a code, Rusu et al., arXiv 1807.05960.
     """
 
+    packed_name = "code"
+
     def __init__(self, base: Base, token_ids: Tensor, rank: int, target_modules: str | list[str]) -> None:
         super().__init__()
         num_slots, embeddings = len(token_ids), base.embed(token_ids).detach().float()
@@ -69,12 +71,3 @@ class HypernetworkState(SlotState):
         hidden = nn.functional.rms_norm(reading.hidden, reading.hidden.shape[-1:])  # (B, P, d)
         mass = reading.mask.sum(1).clamp_min(1).float().view(-1, 1, 1, 1)
         return {"code": self.project(hidden)[:, None, None]}, mass
-
-    @staticmethod
-    def pack(tensors: dict[str, Tensor]) -> Tensor:
-        """(B, 1, 1, P, k) -> (B, P, 1, 1, k)."""
-        return tensors["code"].permute(0, 3, 1, 2, 4)
-
-    @staticmethod
-    def unpack(packed: Tensor) -> dict[str, Tensor]:  # (B, P, 1, 1, k)
-        return {"code": packed.permute(0, 2, 3, 1, 4)}

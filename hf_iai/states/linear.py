@@ -1,22 +1,48 @@
-"""A linear model's sums: not in front of a text, but behind its features."""
+"""A linear model's sums: a state that stands behind the features of a text, not in front of the text."""
 
 from torch import nn
 
+from ..bases.base import FEATURES
+from ..bases.encoder import Encoder
+from ..config import IAIConfig
+from ..registry import STATES
+from .slots import SlotState
 
-class LinearState(nn.Module):
-    """State tensors that `heads.ClassRows` and `heads.GaussianRows` make rows of.
 
-    Of C classes, in float32, `count` (B, C), `total` and `correction` (B, C, d), `moment` (B, d, d): weighted numbers
-    of examples and sums of features of each class, the sum of x x' over all examples, and the learned correction of
-    each class's row times its number of examples. Of a regression with o outputs, in float64, `count` (B,), `total`
-    (B, d), `moment` (B, d, d), `target` and `square` (B, o), `cross` (B, o, d): n, sum x, sum x x', sum y, sum y^2 and
-    sum y x'. theta(0) is nothing read: all 0, and none of it is learned.
+@STATES.register("linear")
+class LinearState(SlotState):
+    """State tensors that `heads.ClassRows` and `heads.GaussianRows` turn into the rows of a linear model.
+
+    A classifier of C classes keeps, in float32:
+
+        count (B, C)                     weighted number of examples of each class
+        total, correction (B, C, d)      sum of their features; learned correction of the row, times the count
+        moment (B, d, d)                 sum of x x' over all examples
+
+    A regression with o outputs keeps, in float64:
+
+        count (B,), total (B, d), moment (B, d, d)       n, sum of x, sum of x x'
+        target, square (B, o), cross (B, o, d)           sum of y, of y^2, of y x'
+
+    theta(0) means that nothing was read: all tensors are 0, and nothing of it is learned.
 
     Args:
         width: d, of the features.
     """
 
-    num_slots_in_front = 0
+    needs = FEATURES
+
+    @classmethod
+    def make(cls, base: Encoder, config: IAIConfig, *, reads: bool) -> "LinearState":
+        return cls(base.width)
+
+    @classmethod
+    def default_regime(cls) -> str:
+        return "parametric"
+
+    @classmethod
+    def size(cls, config: IAIConfig) -> str:
+        return config.pooling
 
     def __init__(self, width: int) -> None:
         super().__init__()

@@ -7,10 +7,15 @@ import torch
 from torch import Tensor, nn
 
 from ..bases.base import Base, Prefix
+from ..bases.compat import default_target_modules
 from ..bases.low_rank import linear_modules, low_rank_updates
-from .slots import SlotState
+from ..config import IAIConfig
+from ..registry import STATES
+from .hypernetwork import HypernetworkState
+from .slots import SlotState, check_slots, first_slots
 
 
+@STATES.register("lora")
 class LoraState(SlotState):
     """State tensors `{module}_A` (B, r, I) and `{module}_B` (B, O, r) for each module `W x` of the base, in float32:
 
@@ -24,6 +29,39 @@ class LoraState(SlotState):
         rank: r.
         target_modules: see `low_rank.linear_modules`.
     """
+
+    fields = fingerprint = frozenset({"num_state_tokens", "state_r", "state_target_modules"})
+    initial_rate = 1.0
+    exports = ("LORA",)
+
+    @classmethod
+    def check(cls, config: IAIConfig) -> None:
+        check_slots(config)
+        if config.state_r < 1:
+            raise ValueError(f"state_r must be at least 1, got {config.state_r}")
+        if config.accumulation == "recent":
+            raise ValueError("accumulation='recent' keeps tokens, which state_type='lora' cannot: use 'average'")
+
+    @classmethod
+    def complete_for_base(cls, config: IAIConfig, base_config) -> None:
+        # Saved as it is: another version of PEFT, which may choose other modules, then loads the same state.
+        targets = config.state_target_modules or default_target_modules(base_config)
+        config.state_target_modules = targets if isinstance(targets, str) else sorted(targets)
+
+    @classmethod
+    def make(cls, base: Base, config: IAIConfig, *, reads: bool) -> SlotState:
+        token_ids = first_slots(base, config)  # drawn without `reads` too: random draws decide what a seed gives
+        if reads:
+            return HypernetworkState(base, token_ids, config.state_r, config.state_target_modules)
+        return cls(base, config.state_r, config.state_target_modules)
+
+    @classmethod
+    def describe(cls, config: IAIConfig) -> str:
+        return f"lora of rank {config.state_r}"
+
+    @classmethod
+    def size(cls, config: IAIConfig) -> int:
+        return config.state_r
 
     def __init__(self, base: Base, rank: int, target_modules: str | list[str]) -> None:
         super().__init__()

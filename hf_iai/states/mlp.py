@@ -11,11 +11,15 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, rms_norm
 
 from ..bases.base import Base, Prefix
+from ..config import IAIConfig
+from ..predictions.likelihoods import Likelihood, UnitGaussian
+from ..registry import STATES
 from ..signals import Reading
 from ..tensors import zero_linear
-from .slots import SlotState
+from .slots import SlotState, check_slots
 
 
+@STATES.register("mlp")
 class MLPState(SlotState):
     """State tensor `rows` (B, 1, 1, h, n + 1 + V): of each hidden unit its weights a, its bias b, and what it adds, c.
 
@@ -33,6 +37,35 @@ class MLPState(SlotState):
 
     Source: weights as tokens, Mittal et al., arXiv 2510.11471, section 3.
     """
+
+    fields = fingerprint = frozenset({"num_state_tokens"})
+    initial_rate = 0.1  # 0.03 to 0.3 learn alike
+    packed_name = "rows"
+
+    @classmethod
+    def check(cls, config: IAIConfig) -> None:
+        check_slots(config)
+        if config.vector_width is None:
+            raise ValueError("state_type='mlp' answers about vectors: pass vector_width and num_outputs")
+
+    @classmethod
+    def make(cls, base: Base, config: IAIConfig, *, reads: bool) -> "MLPState":
+        embeddings = base.model.get_input_embeddings().weight
+        widths = (embeddings.shape[1], base.config.hidden_size) if reads else None
+        return cls(config.vector_width, config.num_state_tokens, cls.likelihood(config).num_scores, widths)
+
+    @classmethod
+    def likelihood(cls, config: IAIConfig) -> Likelihood:
+        """Real targets have unit variance: the state does not say how sure it is."""
+        return UnitGaussian(config.num_outputs) if config.likelihood == "gaussian" else super().likelihood(config)
+
+    @classmethod
+    def default_regime(cls) -> str:
+        return "parametric"
+
+    @classmethod
+    def describe(cls, config: IAIConfig) -> str:
+        return f"mlp of {config.num_state_tokens} hidden units"
 
     def __init__(self, width: int, num_units: int, num_scores: int, base_widths: tuple[int, int] | None) -> None:
         super().__init__()
@@ -63,12 +96,3 @@ class MLPState(SlotState):
         """Of the queries of each task."""
         weight, bias, added = tensors["rows"][:, 0, 0].split(self.sizes, -1)  # (B, h, ...)
         return gelu(vectors @ weight.mT + bias.mT) @ added
-
-    @staticmethod
-    def pack(tensors: dict[str, Tensor]) -> Tensor:
-        """(B, 1, 1, h, n + 1 + V) -> (B, h, 1, 1, n + 1 + V)."""
-        return tensors["rows"].permute(0, 3, 1, 2, 4)
-
-    @staticmethod
-    def unpack(packed: Tensor) -> dict[str, Tensor]:
-        return {"rows": packed.permute(0, 2, 3, 1, 4)}

@@ -6,12 +6,15 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ..bases.base import Base, KeysValues, ages_of, positions_of
+from ..bases.base import KEYS_VALUES, Base, KeysValues, ages_of, positions_of
+from ..config import IAIConfig
 from ..heads import KEPT, NEVER, WRITES, keep_tokens, trace
+from ..registry import STATES
 from ..signals import Reading, TokenPooling
-from .slots import SlotState
+from .slots import SlotState, check_slots, first_slots
 
 
+@STATES.register("prefix")
 class PrefixState(SlotState):
     """State tensors `key` and `value`, (B, L, H, P, D) each, keys as the base stores them at positions 0..P-1.
 
@@ -21,6 +24,40 @@ class PrefixState(SlotState):
     theta(0) starts as the keys/values of m real tokens, so that it looks to the base like text. `reads`: whether there
     are read-out slots.
     """
+
+    fields = frozenset({"num_state_tokens", "num_kept_tokens", "delta_rule"})
+    fingerprint = frozenset({"num_state_tokens", "num_kept_tokens"})
+    needs = KEYS_VALUES
+    initial_rate = 30.0
+    exports = ("PREFIX_TUNING", "CARTRIDGE")
+
+    @classmethod
+    def check(cls, config: IAIConfig) -> None:
+        check_slots(config)
+        averages = config.accumulation == "average"
+        if not 0 <= config.num_kept_tokens < config.num_state_tokens:
+            raise ValueError(
+                f"num_kept_tokens must be from 0 to num_state_tokens - 1 = {config.num_state_tokens - 1}, "
+                f"got {config.num_kept_tokens}"
+            )
+        if config.num_kept_tokens and not averages:
+            raise ValueError(
+                f"num_kept_tokens={config.num_kept_tokens} needs accumulation='average', got {config.accumulation!r}"
+            )
+        if config.delta_rule and not (averages and config.correction):
+            raise ValueError(
+                "delta_rule=True needs accumulation='average' and correction=True, "
+                f"got {config.accumulation!r} and {config.correction}"
+            )
+
+    @classmethod
+    def make(cls, base: Base, config: IAIConfig, *, reads: bool) -> "PrefixState":
+        return cls(base, first_slots(base, config), config.num_kept_tokens, reads=reads)
+
+    @classmethod
+    def describe(cls, config: IAIConfig) -> str:
+        kept = f", {config.num_kept_tokens} of which keep single tokens" if config.num_kept_tokens else ""
+        return super().describe(config) + kept
 
     def __init__(self, base: Base, token_ids: Tensor, num_kept: int, *, reads: bool) -> None:  # (m,)
         super().__init__()

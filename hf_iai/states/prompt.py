@@ -7,16 +7,33 @@ import torch
 from torch import Tensor, nn
 
 from ..bases.base import Base, Prefix
+from ..config import IAIConfig
+from ..registry import STATES
 from ..signals import Reading
-from .slots import SlotState
+from .slots import SlotState, check_slots, first_slots
 
 
+@STATES.register("prompt")
 class PromptState(SlotState):
     """State tensor `prompt` (B, 1, 1, m, d): the axes of a prefix with one layer and one head.
 
     A read-out is the last hidden state of its slot, brought to the length of a token embedding and through a linear
     map that starts as the identity.
     """
+
+    fields = fingerprint = frozenset({"num_state_tokens"})
+    initial_rate = 3.0
+    # A soft prompt that was encoded once is a prefix too.
+    exports = ("PROMPT_TUNING", "PREFIX_TUNING", "CARTRIDGE")
+    packed_name = "prompt"
+
+    @classmethod
+    def check(cls, config: IAIConfig) -> None:
+        check_slots(config)
+
+    @classmethod
+    def make(cls, base: Base, config: IAIConfig, *, reads: bool) -> "PromptState":
+        return cls(base, first_slots(base, config), reads=reads)
 
     def __init__(self, base: Base, token_ids: Tensor, *, reads: bool) -> None:  # (m,)
         super().__init__()
@@ -43,12 +60,3 @@ class PromptState(SlotState):
     def of_tokens(self, base: Base, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:  # (B, m) each
         """The embeddings of m tokens."""
         return {"prompt": base.embed(ids)[:, None, None]}
-
-    @staticmethod
-    def pack(tensors: dict[str, Tensor]) -> Tensor:
-        """(B, 1, 1, m, d) -> (B, m, 1, 1, d)."""
-        return tensors["prompt"].permute(0, 3, 1, 2, 4)
-
-    @staticmethod
-    def unpack(packed: Tensor) -> dict[str, Tensor]:  # (B, m, 1, 1, d)
-        return {"prompt": packed.permute(0, 2, 3, 1, 4)}

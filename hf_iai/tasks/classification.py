@@ -1,16 +1,26 @@
-"""LabelledInputs: chunks of labelled examples and queries that fit an encoder.
+"""Classification: chunks are labelled texts or vectors, and the state is a linear classifier of their features.
 
 Axes: B tasks, n examples, T tokens, d width of a vector. A given vector is a text of one token whose embedding it is:
 where ids are (..., T), floating vectors (..., 1, d) may stand, with a mask (..., 1).
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
+from ..bases.base import Base
+from ..config import IAIConfig
+from ..cores import Core, LinearCore
+from ..data import LabelledEpisodeCollator, VectorEpisodeCollator
+from ..data.examples import Chunk
 from ..label_names import Names, matched, names_of_tasks
+from ..registry import STATES, TASKS, Part
 from ..state import TaskState
 from ..tensors import NO_LOSS
-from .inputs import Chunk, Inputs
+from .inputs import Inputs
+from .task import Task, is_linear
 
 CHUNK_SIZE = 20  # examples
 
@@ -19,7 +29,7 @@ LabelledChunk = tuple[Tensor, Tensor, Tensor, object]
 
 
 class LabelledInputs(Inputs):
-    """Checks what a model with a linear state is given."""
+    """Checks labelled examples and queries for a linear state, and lays them out."""
 
     @property
     def max_chunk_size(self) -> int:
@@ -57,7 +67,7 @@ class LabelledInputs(Inputs):
         return vectors.unsqueeze(-2), mask.unsqueeze(-1)
 
     def chunk(self, chunk: Chunk) -> LabelledChunk:
-        ids, mask = self._on_device(chunk)
+        ids, mask = self.on_device(chunk)
         if mask.dim() != 3 or chunk.get("labels") is None:
             raise ValueError(
                 "a chunk of a linear state has input_ids (batch, examples, tokens), or inputs_embeds (batch, examples, "
@@ -82,11 +92,20 @@ class LabelledInputs(Inputs):
             )
         return labels.to(ids.device).masked_fill(~mask.any(-1), NO_LOSS)
 
-    def matched(
+    def align_labels(
+        self, group: list[LabelledChunk], state: TaskState
+    ) -> tuple[list[tuple[Tensor, ...]], list[tuple[Names, ...]]]:
+        super().align_labels(group, state)
+        if len({ids.is_floating_point() for ids, *_ in group}) > 1:
+            raise ValueError(
+                "input_ids and inputs_embeds cannot be read in one batch: use parallel=1, or separate calls"
+            )
+        return self._aligned(group, state)
+
+    def _aligned(
         self, group: list[LabelledChunk], state: TaskState
     ) -> tuple[list[tuple[Tensor, ...]], list[tuple[Names, ...]]]:
         """Chunks with the state's own numbers of classes, and what each task has met after each of them."""
-        check_one_kind(group)
         known, numbered, met = state.class_names, [], []
         for ids, mask, labels, given in group:
             labels, known = matched(labels, names_of_tasks(given, known, labels), known)
@@ -133,13 +152,99 @@ class LabelledInputs(Inputs):
             )
 
 
-def check_one_kind(group: list[LabelledChunk]) -> None:
-    """Of chunks that are to be read as one batch."""
-    if len({ids.is_floating_point() for ids, *_ in group}) > 1:
-        raise ValueError("input_ids and inputs_embeds cannot be read in one batch: use parallel=1, or separate calls")
-
-
 def _given(ids: Tensor) -> str:
     if ids.is_floating_point():
         return f"inputs_embeds of shape {tuple(ids.squeeze(-2).shape)}"
     return f"input_ids of shape {tuple(ids.shape)}"
+
+
+CARD_EXAMPLE = """\
+import hf_iai  # registers the method with PEFT
+from hf_iai import chunk_examples
+from peft import AutoPeftModelForSequenceClassification
+from transformers import AutoTokenizer
+
+examples = [{{"text": "where is my card", "label": "arrival"}}, {{"text": "what does it cost", "label": "fee"}}]
+model = AutoPeftModelForSequenceClassification.from_pretrained("{model_id}")  # Hub id, or folder
+tokenizer = AutoTokenizer.from_pretrained(model.active_peft_config.base_model_name_or_path)
+state = model.adapt(chunk_examples(examples, tokenizer, chunk_size={examples_per_chunk}))
+query = tokenizer("is it on its way", return_tensors="pt")
+print(state.label_names[model(**query, task_state=state).logits.argmax()])
+"""
+CARD_EXAMPLE_OF_VECTORS = """\
+import torch
+from hf_iai import chunk_vectors, vector_base  # registers the method with PEFT
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(vector_base({width}), "{model_id}")  # Hub id, or folder
+vectors = torch.randn(100, {width})  # any number of examples
+labels = ["left" if x < 0 else "right" for x in vectors[:, 0]]
+state = model.adapt(chunk_vectors(vectors, labels, chunk_size={examples_per_chunk}))
+logits = model(inputs_embeds=vectors[:3], task_state=state).logits
+print([state.label_names[c] for c in logits.argmax(-1)])
+"""
+
+
+@TASKS.register("classification")
+class Classification(Task):
+    """A linear state of classes, `state_type="linear"`: a classifier of the features of an encoder."""
+
+    fields = frozenset({"regime", "state_type", "pooling"})
+    fingerprint = frozenset({"pooling"})
+    task_type = "SEQ_CLS"
+    metric, unit, pipeline_tag = "accuracy", "nats per query", "text-classification"
+    exports = frozenset({"classifier"})
+    auto_class = AutoModelForSequenceClassification
+    has_teacher = learns_start = False
+    refuses = {
+        "refine": "refine needs regime='implicit', where the state is the query's own prediction, got "
+        "{config.regime!r}: use adapt, and answer under its state",
+        "export_to_peft": "a linear state is a classifier, not an adapter: use export_classifier",
+    }
+    card_example, card_example_of_vectors = CARD_EXAMPLE, CARD_EXAMPLE_OF_VECTORS
+    rows = "classifier"
+
+    @classmethod
+    def matches(cls, config: IAIConfig) -> bool:
+        return config.regime != "implicit" and is_linear(config) and config.likelihood in cls.likelihoods
+
+    @classmethod
+    def parts(cls, config: IAIConfig) -> list[type[Part]]:
+        return [cls, STATES["linear"]]
+
+    @classmethod
+    def default_regime(cls, config: IAIConfig) -> str:
+        return STATES["linear"].default_regime()
+
+    @classmethod
+    def reads_out(cls, config: IAIConfig) -> bool:
+        return False
+
+    @classmethod
+    def called(cls, config: IAIConfig) -> str:
+        return "state_type='linear'"
+
+    def core(self, base: Base) -> Core:
+        return LinearCore(base, self.config)
+
+    def inputs(self, base: Base, core: Core) -> Inputs:
+        return LabelledInputs(base, core)
+
+    def collator(self, tokenizer: PreTrainedTokenizerBase | None, chunk_size: int) -> Any:
+        """Of texts with a tokenizer, and else of vectors."""
+        if tokenizer is None:
+            return VectorEpisodeCollator(chunk_size)
+        return LabelledEpisodeCollator(tokenizer, chunk_size)
+
+    def scored(self, batch: dict[str, Tensor]) -> Tensor:
+        return batch["labels"] != NO_LOSS
+
+    def describe(self) -> list[str]:
+        regime, pooling = self.config.regime, self.config.pooling
+        return [
+            f"Regime: {regime} ({self.who_answers()})",
+            f"State: linear, the rows of a {self.rows}; pooling: {pooling}",
+        ]
+
+    def who_answers(self) -> str:
+        return "encoder and LoRA embed examples and queries" if self.config.lora_answers else "the encoder is frozen"

@@ -8,31 +8,44 @@ from torch import Tensor
 
 from ..bases.base import Base
 from ..config import IAIConfig
+from ..cores import Core, EpisodeBatch, State
 from ..data.examples import Chunk
-from ..state import TaskState
+from ..registry import kind_of
 from ..tensors import NO_LOSS, pad_to
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Checks what a model is given.
+    """Checks chunks and queries of texts, and lays them out for the core.
 
     Args:
         base: decides the window and the vocabulary.
-        config: of the adapter.
-        slots_in_front: of a text: m, or none of a lora state.
+        core: of the adapter; its state says how many slots stand in front of a text.
     """
 
     base: Base
-    config: IAIConfig
-    slots_in_front: int
+    core: Core
+
+    @property
+    def config(self) -> IAIConfig:
+        return self.core.config
+
+    @property
+    def slots_in_front(self) -> int:
+        """Positions that the state takes in front of a text: m, or none."""
+        return self.core.state.num_slots_in_front
+
+    @property
+    def reads_out(self) -> bool:
+        """Whether the base reads chunks out into slots."""
+        return kind_of(self.config).reads_out(self.config)
 
     @property
     def slots_around(self) -> int:
-        """Of a chunk: theta(0), and at most m read-out slots."""
+        """Positions beside a chunk: theta(0), and at most m read-out slots."""
         if self.slots_in_front:
             return 2 * self.config.num_state_tokens
-        return 0 if self.config.signal == "gradients" else self.config.num_state_tokens
+        return self.config.num_state_tokens if self.reads_out else 0
 
     @property
     def max_chunk_size(self) -> int:
@@ -52,7 +65,7 @@ class Inputs:
 
     def chunk(self, chunk: Chunk) -> tuple[Tensor, Tensor, Tensor]:
         """ids, mask and labels (B, C) of a chunk that fits, on the base's device, without columns that are padding."""
-        ids, mask = self._on_device(chunk)
+        ids, mask = self.on_device(chunk)
         if ids.dim() != 2:
             labelled = "; labelled examples are for a linear state" if ids.dim() == 3 else ""
             raise ValueError(f"a chunk's input_ids must be (batch, chunk), got shape {tuple(ids.shape)}{labelled}")
@@ -64,18 +77,25 @@ class Inputs:
         self._check_chunk_length(ids.shape[1])
         return ids, mask, labels
 
-    def _on_device(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
+    def on_device(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
         given = (chunk.get(name) for name in ("input_ids", "inputs_embeds", "attention_mask"))
         ids, mask = self.tokens(*(None if t is None else t.to(self.base.model.device) for t in given))
         return ids, mask.long()
 
-    def matched(self, group: list[tuple[Tensor, ...]], state: TaskState) -> tuple[list[tuple[Tensor, ...]], list]:
-        """The chunks as the state numbers their classes, and the classes met after each: here there are none."""
+    def align_labels(self, group: list[tuple[Tensor, ...]], state: State) -> tuple[list[tuple[Tensor, ...]], list]:
+        """The chunks with the state's own numbers of classes, and the classes met after each; here there are none.
+
+        Raises:
+            ValueError: for a chunk of another number of tasks.
+        """
+        for rows in (len(chunk[0]) for chunk in group):
+            if rows != state.batch_size:
+                raise ValueError(f"a state of {state.batch_size} tasks cannot read a chunk of {rows} rows")
         return group, [None] * len(group)
 
     def labels(self, labels: Tensor | None, ids: Tensor, mask: Tensor) -> Tensor:  # of ids' shape
         """Of a chunk; all its tokens by default. Observations have no use for them."""
-        if labels is None or self.config.signal == "observations":
+        if labels is None or not self.core.uses_labels:
             return ids.masked_fill(mask == 0, NO_LOSS)
         if labels.shape != ids.shape:
             raise ValueError(
@@ -95,6 +115,21 @@ class Inputs:
         if num_tasks not in (1, len(ids)):
             raise ValueError(f"a state of {num_tasks} tasks with {len(ids)} queries: pass 1 or {len(ids)} tasks")
         self._check_query_length(ids.shape[1])
+
+    def episode(
+        self,
+        queries: tuple[Tensor, Tensor, Tensor | None],  # ids, mask and labels (B, Q, T)
+        chunks: tuple[Tensor, Tensor, Tensor | None],  # (B, K, C)
+        label_set: tuple[Tensor | None, Tensor | None],
+    ) -> EpisodeBatch:
+        """A batch of episodes, checked; a label set is for regime implicit."""
+        (ids, mask, labels), (chunk_ids, chunk_mask, chunk_labels) = queries, chunks
+        num_queries = ids.shape[1]
+        ids, mask = ids.flatten(0, 1), mask.flatten(0, 1)  # (B * Q, T)
+        self.check_episode(ids, chunk_ids)
+        labels = None if labels is None else self.query_labels(labels.flatten(0, 1), ids, mask)
+        chunks = (chunk_ids, chunk_mask, self.labels(chunk_labels, chunk_ids, chunk_mask))
+        return EpisodeBatch(chunks, ids, mask, labels, num_queries)
 
     def check_episode(self, ids: Tensor, chunk_ids: Tensor) -> None:  # (B * Q, T), (B, K, C)
         self._check_ids(ids)
@@ -128,11 +163,9 @@ class Inputs:
 
 
 def batched(group: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-    """ids, mask and labels of chunks of B rows each as one batch, chunk after chunk, padded to the longest."""
-    return tuple(torch.cat(_padded(tensors)) for tensors in zip(*group, strict=True))
-
-
-def _padded(tensors: tuple[Tensor, ...]) -> list[Tensor]:
-    """Pad all axes but the first to the longest; the mask of padding is 0, so what it holds does not matter."""
-    size = [max(lengths) for lengths in zip(*(t.shape[1:] for t in tensors), strict=True)]
-    return [pad_to(t, size, 0) for t in tensors]
+    """ids, mask and labels of several chunks of B rows each as one batch, chunk after chunk, padded to the longest."""
+    batch = []
+    for tensors in zip(*group, strict=True):
+        size = [max(lengths) for lengths in zip(*(t.shape[1:] for t in tensors), strict=True)]
+        batch.append(torch.cat([pad_to(t, size, 0) for t in tensors]))  # what the mask leaves out may be anything
+    return tuple(batch)

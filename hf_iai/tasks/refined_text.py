@@ -1,4 +1,4 @@
-"""ImplicitInputs: chunks and queries of regime `implicit`.
+"""Refined text (regime `implicit`): each query keeps a prediction of its own answer, and each chunk refines it.
 
 Axes: B tasks, C tokens of a chunk, N queries of T tokens.
 """
@@ -8,16 +8,27 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..bases.base import KEYS_VALUES, Base
+from ..config import IAIConfig
+from ..cores import Core, EpisodeBatch, ImplicitCore
+from ..data.examples import Chunk
 from ..predictions.answers import Answers, FreeAnswer, LabelSet, label_tensors
 from ..predictions.prediction import Prediction
 from ..predictions.queries import Queries, prompts_of
-from .inputs import Chunk, Inputs
+from ..registry import TASKS, Part
+from ..tensors import NO_LOSS
+from .inputs import Inputs
+from .task import Task, is_linear
 
 Labels = Sequence[Sequence[int]]  # token ids of each
 
 
 class ImplicitInputs(Inputs):
-    """Checks what a model whose state is a query's own prediction is given."""
+    """Checks chunks and queries whose predictions are refined, and lays them out."""
+
+    @property
+    def slots_in_front(self) -> int:
+        return 0
 
     @property
     def max_chunk_size(self) -> int:
@@ -27,9 +38,11 @@ class ImplicitInputs(Inputs):
     def _check_chunk_length(self, length: int) -> None:
         """Checked together with the query."""
 
-    def asked(self, query: Chunk, labels: Labels | None, num_answer_tokens: int | None) -> tuple[Queries, Answers]:
+    def prepare_query(
+        self, query: Chunk, labels: Labels | None, num_answer_tokens: int | None
+    ) -> tuple[Queries, Answers]:
         """The prompts (N, T) of `refine`, and what may be answered."""
-        ids, mask = self._on_device(query)
+        ids, mask = self.on_device(query)
         if ids.dim() != 2 or not ids.numel():
             raise ValueError(f"query needs input_ids (queries, tokens), got shape {tuple(ids.shape)}")
         self._check_ids(ids)
@@ -61,9 +74,10 @@ class ImplicitInputs(Inputs):
         times = num_queries // len(ids)
         return LabelSet(ids.repeat_interleave(times, 0), mask.repeat_interleave(times, 0))
 
-    def check_episode_fits(self, chunk_ids: Tensor, chunk_mask: Tensor, start: Prediction) -> None:  # (B, K, C)
-        self._check_ids(chunk_ids)
-        self.check_fits(chunk_mask[:, :1].flatten(1), start.queries, start.answers)
+    def align_labels(self, group: list[tuple[Tensor, ...]], state: Prediction) -> tuple[list[tuple[Tensor, ...]], list]:
+        for _, mask, _ in group:
+            self.check_fits(mask, state.queries, state.answers)
+        return group, [None] * len(group)
 
     def check_fits(self, chunk_mask: Tensor, queries: Queries, answers: Answers) -> None:  # (B, C)
         """
@@ -82,15 +96,27 @@ class ImplicitInputs(Inputs):
 
     def episode(
         self,
-        ids: Tensor,  # (B, Q, T), as mask and labels
-        mask: Tensor,
-        labels: Tensor,
-        label_ids: Tensor | None,  # (B, C, L), as their mask
-        label_mask: Tensor | None,
+        queries: tuple[Tensor, Tensor, Tensor | None],  # ids, mask and labels (B, Q, T)
+        chunks: tuple[Tensor, Tensor, Tensor | None],  # (B, K, C)
+        label_set: tuple[Tensor | None, Tensor | None],  # ids and mask (B, C, L)
+    ) -> EpisodeBatch:
+        """A batch of episodes, checked. Its `labels` are the targets (B * Q, S)."""
+        if queries[2] is None:
+            raise ValueError(
+                "an episode of regime='implicit' needs labels of the queries, (B, Q, T) of texts or (B, Q) of vectors: "
+                "they say what the answer is"
+            )
+        chunk_ids, chunk_mask, chunk_labels = chunks
+        prompts, answers, targets = self._targets_of_episode(*queries, *label_set)
+        self._check_ids(chunk_ids)
+        self.check_fits(chunk_mask[:, :1].flatten(1), prompts, answers)
+        chunks = (chunk_ids, chunk_mask, self.labels(chunk_labels, chunk_ids, chunk_mask))
+        return EpisodeBatch(chunks, prompts.ids, prompts.mask, targets, queries[0].shape[1], answers)
+
+    def _targets_of_episode(
+        self, ids: Tensor, mask: Tensor, labels: Tensor, label_ids: Tensor | None, label_mask: Tensor | None
     ) -> tuple[Queries, Answers, Tensor]:
-        """An episode's prompts, what may be answered, and the targets (B * Q, S)."""
-        if labels is None:
-            raise ValueError("an episode of regime='implicit' needs labels (B, Q, T): they say where the answer begins")
+        """The prompts, what may be answered, and the targets (B * Q, S)."""
         self._check_ids(ids)
         queries, answers = prompts_of(*(t.flatten(0, 1) for t in (ids, mask, labels)))
         if label_ids is None:
@@ -99,3 +125,81 @@ class ImplicitInputs(Inputs):
             label_mask = torch.ones_like(label_ids) if label_mask is None else label_mask
             space = self.label_set(label_ids, label_mask, len(queries))
         return queries, space, space.targets(answers)
+
+
+CARD_EXAMPLE = """\
+import hf_iai  # registers the method with PEFT
+from hf_iai import chunk_text
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer
+
+text = {text}  # what the task is learned from, of any length
+prompt = {prompt}
+model = AutoPeftModelForCausalLM.from_pretrained("{model_id}")  # its Hub id, or its folder
+tokenizer = AutoTokenizer.from_pretrained(model.active_peft_config.base_model_name_or_path)
+query = tokenizer(prompt, return_tensors="pt")
+for logits in model.refine(chunk_text(text, tokenizer, {chunking}), query):
+    print(tokenizer.decode(logits[0].argmax(-1)))  # the next token, after each chunk
+"""
+
+
+@TASKS.register("refined_text")
+class RefinedText(Task):
+    """`regime="implicit"` of text: there is no task state; chunks refine each query's own prediction."""
+
+    fields = frozenset({"regime", "prediction"})
+    fingerprint = frozenset({"prediction", "vector_width", "num_outputs"})
+    unit = "nats per prediction"
+    makes_states = has_teacher = learns_start = False
+    refuses = dict.fromkeys(
+        ("adapt", "initial_state", "a task state", "export_to_peft"),
+        "{method} needs a task state, which regime='implicit' does not have: the state belongs to the query. Use "
+        "refine(chunks, query), or regime='explicit'",
+    )
+    card_intro = "the base reads a task chunk by chunk, and each query refines its own prediction by each of them."
+    card_example = CARD_EXAMPLE
+
+    @classmethod
+    def matches(cls, config: IAIConfig) -> bool:
+        return config.regime == "implicit" and config.vector_width is None and config.num_outputs is None
+
+    @classmethod
+    def parts(cls, config: IAIConfig) -> list[type[Part]]:
+        return [cls]
+
+    @classmethod
+    def check(cls, config: IAIConfig) -> None:
+        if is_linear(config):
+            raise ValueError("regime='implicit' predicts tokens, got task_type='SEQ_CLS': use task_type='CAUSAL_LM'")
+        config.prediction = config.prediction or "logits"
+
+    @classmethod
+    def reads_out(cls, config: IAIConfig) -> bool:
+        return False
+
+    @classmethod
+    def called(cls, config: IAIConfig) -> str:
+        return "regime='implicit'"
+
+    def check_base(self, base: Base) -> None:
+        base.check_offers(KEYS_VALUES, "regime='implicit'")  # a chunk is read once for all queries
+
+    def core(self, base: Base) -> Core:
+        return ImplicitCore(base, self.config)
+
+    def inputs(self, base: Base, core: Core) -> Inputs:
+        return ImplicitInputs(base, core)
+
+    def scored(self, batch: dict[str, Tensor]) -> Tensor:
+        """The tokens of free answers; of label sets, the queries."""
+        scored = batch["labels"][..., 1:] != NO_LOSS
+        return scored.any(-1) if "label_input_ids" in batch else scored
+
+    def display_name(self) -> str:
+        return f"implicit {self.config.prediction}"
+
+    def describe(self) -> list[str]:
+        return [
+            "Regime: implicit (base and LoRA refine each query's own prediction; there is no task state)",
+            f"Prediction: kept as {self.config.prediction}",
+        ]

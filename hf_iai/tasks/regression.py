@@ -1,13 +1,19 @@
-"""GaussianInputs: chunks of examples with real targets. Axes: B tasks, n examples, T tokens, o outputs."""
+"""Regression: chunks are examples with real targets, and the state is a linear regression of their features.
+
+Axes: B tasks, n examples, T tokens, o outputs.
+"""
 
 from torch import Tensor
 
+from ..bases.base import Base
+from ..cores import Core, GaussianCore
+from ..registry import TASKS
 from ..state import TaskState
-from .classification import LabelledChunk, LabelledInputs, check_one_kind
+from .classification import Classification, LabelledChunk, LabelledInputs
 
 
 class GaussianInputs(LabelledInputs):
-    """Checks what a model with a linear state of likelihood `"gaussian"` is given."""
+    """Checks examples with real targets for a linear state, and lays them out."""
 
     def labels(self, labels: Tensor, ids: Tensor, mask: Tensor) -> Tensor:  # (B, n[, o]), (B, n, T) -> (B, n, o)
         """Targets in float32, 0 for padding."""
@@ -26,9 +32,8 @@ class GaussianInputs(LabelledInputs):
             raise ValueError("labels hold values that are not finite: leave those examples out, with attention_mask 0")
         return labels
 
-    def matched(self, group: list[LabelledChunk], state: TaskState) -> tuple[list[tuple[Tensor, ...]], list[int]]:
+    def _aligned(self, group: list[LabelledChunk], state: TaskState) -> tuple[list[tuple[Tensor, ...]], list[int]]:
         """The chunks, and how many outputs the state has after each of them: as many as the first one's."""
-        check_one_kind(group)
         num_outputs = state.tensors["target"].shape[1] or group[0][2].shape[-1]
         for _, _, labels, _ in group:
             if labels.shape[-1] != num_outputs:
@@ -37,3 +42,51 @@ class GaussianInputs(LabelledInputs):
                     "read others into a state of their own"
                 )
         return [(ids, mask, labels) for ids, mask, labels, _ in group], [num_outputs] * len(group)
+
+
+CARD_EXAMPLE = """\
+import hf_iai  # registers the method with PEFT
+import torch
+from hf_iai import chunk_vectors
+from peft import AutoPeftModelForSequenceClassification
+
+model = AutoPeftModelForSequenceClassification.from_pretrained("{model_id}")  # Hub id, or folder
+vectors = torch.randn(100, model.config.hidden_size)  # any number of examples
+targets = vectors[:, 0] - vectors[:, 1]
+state = model.adapt(chunk_vectors(vectors, targets, chunk_size={examples_per_chunk}))
+print(model(inputs_embeds=vectors[:3], task_state=state).logits)  # means of the targets
+"""
+CARD_EXAMPLE_OF_VECTORS = """\
+import torch
+from hf_iai import chunk_vectors, vector_base  # registers the method with PEFT
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(vector_base({width}), "{model_id}")  # Hub id, or folder
+vectors = torch.randn(100, {width})  # any number of examples
+targets = vectors[:, 0] - vectors[:, 1]
+state = model.adapt(chunk_vectors(vectors, targets, chunk_size={examples_per_chunk}))
+print(model(inputs_embeds=vectors[:3], task_state=state).logits)  # means of the targets
+"""
+
+
+@TASKS.register("regression")
+class Regression(Classification):
+    """A linear state of real targets, `likelihood="gaussian"`: a linear regression of the features of an encoder."""
+
+    fields = Classification.fields | {"likelihood", "fit_intercept"}
+    fingerprint = frozenset({"pooling", "likelihood"})
+    fingerprint_if_changed = frozenset({"fit_intercept"})
+    likelihoods = ("gaussian",)
+    metric, unit, pipeline_tag = "squared_error", "half the squared error per target", "tabular-regression"
+    exports = frozenset()
+    card_example, card_example_of_vectors = CARD_EXAMPLE, CARD_EXAMPLE_OF_VECTORS
+    rows = "regression"
+
+    def core(self, base: Base) -> Core:
+        return GaussianCore(base, self.config)
+
+    def inputs(self, base: Base, core: Core) -> GaussianInputs:
+        return GaussianInputs(base, core)
+
+    def scored(self, batch: dict[str, Tensor]) -> Tensor:
+        return batch["attention_mask"] != 0

@@ -1,19 +1,30 @@
-"""Chunks of (x, y) and queries x, with `vector_width`. Axes: B tasks, n examples, N queries, w width, o outputs."""
+"""Vectors, with `vector_width`: a chunk is examples (x, y), a query is an x, and the base is often a small one.
+
+Axes: B tasks, n examples, N queries, w width, o outputs.
+"""
+
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
+from ..bases.base import Base
+from ..config import IAIConfig
+from ..cores import Core, ExplicitVectorCore, MLPCore, MLPGradientCore
+from ..data import VectorEpisodeCollator
+from ..data.examples import Chunk
 from ..label_names import Names, are_numbers, names_of_tasks
 from ..predictions.likelihoods import vector_targets
-from ..predictions.queries import Queries
+from ..registry import TASKS
 from ..tensors import NO_LOSS
 from .classification import CHUNK_SIZE
-from .inputs import Chunk, Inputs
-from .refined_text import ImplicitInputs, Labels
+from .inputs import Inputs
+from .task import Task
 
 
-class _Vectors(Inputs):
-    """What an observation is."""
+class VectorExamples(Inputs):
+    """Checks examples that are vectors, and lays them out."""
 
     def tokens(self, ids: Tensor | None, vectors: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         width = self.config.vector_width
@@ -38,7 +49,7 @@ class _Vectors(Inputs):
 
         Classes of `label_names` that are whole numbers are those numbers; others are numbered as they are.
         """
-        vectors, mask = self._on_device(chunk)
+        vectors, mask = self.on_device(chunk)
         if vectors.dim() != 3:
             raise ValueError(f"a chunk's inputs_embeds must be (tasks, examples, width), got {tuple(vectors.shape)}")
         self._check_chunk_length(vectors.shape[1])
@@ -80,19 +91,19 @@ class _Vectors(Inputs):
         """Vectors are not of a vocabulary."""
 
 
-class VectorInputs(_Vectors):
-    """Checks what a model with a state of vectors is given."""
+class VectorInputs(VectorExamples):
+    """Checks chunks and queries of vectors for a task state."""
 
     @property
     def max_chunk_size(self) -> int:
         """The usual number of examples, if as many fit the window."""
         most = self.base.window - self.slots_around
-        if most < 1 and self.config.signal != "gradients":
+        if most < 1 and self.reads_out:
             raise ValueError(f"no example fits a window of {self.base.window} beside {self.slots_around} slots")
-        return CHUNK_SIZE if self.config.signal == "gradients" else min(CHUNK_SIZE, most)
+        return CHUNK_SIZE if not self.reads_out else min(CHUNK_SIZE, most)
 
     def _check_chunk_length(self, length: int) -> None:
-        if self.config.signal != "gradients":  # for which no base reads
+        if self.reads_out:
             super()._check_chunk_length(length)
 
     def check_query(self, ids: Tensor, num_tasks: int) -> None:  # (N, w)
@@ -115,32 +126,6 @@ class VectorInputs(_Vectors):
         return None if labels is None else self._targets(labels, ids, mask).unsqueeze(1)
 
 
-class RefinedVectorInputs(_Vectors, ImplicitInputs):
-    """Checks what a model of regime `implicit` with vectors is given."""
-
-    @property
-    def max_chunk_size(self) -> int:
-        """The usual number of examples, if as many fit the window with a query."""
-        return min(CHUNK_SIZE, self.base.window - 2)
-
-    def asked(self, query: Chunk, labels: Labels | None, num_answer_tokens: int | None) -> tuple[Queries, None]:
-        if labels is not None or num_answer_tokens is not None:
-            raise ValueError("labels and num_answer_tokens are for texts: num_outputs says what a vector's answers are")
-        vectors, mask = self._on_device(query)
-        if vectors.dim() != 2:
-            raise ValueError(f"query needs inputs_embeds (queries, width), got shape {tuple(vectors.shape)}")
-        return Queries(vectors.unsqueeze(1), mask.unsqueeze(1).clamp_min(1)), None
-
-    def episode(self, ids: Tensor, mask: Tensor, labels: Tensor, *label_set: Tensor | None):
-        """An episode's queries, None for the answers, which are the core's, and the targets (B * Q, 1[, o])."""
-        if any(given is not None for given in label_set):
-            raise ValueError("label_input_ids are for texts: num_outputs says what a vector's answers are")
-        if labels is None:
-            raise ValueError("an episode of regime='implicit' needs labels (B, Q) of the queries")
-        queries, _ = self.asked({"inputs_embeds": ids.flatten(0, 1)}, None, None)
-        return queries, None, self._targets(labels, ids, mask).flatten(0, 1).unsqueeze(1)
-
-
 def _as_named(labels: Tensor, names: tuple[Names, ...]) -> Tensor:  # (B, n)
     """The numbers that names are, where all of a task are whole numbers."""
     rows = []
@@ -149,3 +134,148 @@ def _as_named(labels: Tensor, names: tuple[Names, ...]) -> Tensor:  # (B, n)
             row = torch.tensor([*map(int, own)], device=row.device)[row.clamp_min(0).long()].where(row >= 0, NO_LOSS)
         rows.append(row)
     return torch.stack(rows)
+
+
+# What answers about vectors, where texts need no such method of the model.
+REFUSED = dict.fromkeys(
+    ("generate", "state_effect"),
+    "{method} is for text, but vector_width={config.vector_width}: ask with model(inputs_embeds=..., task_state=...)",
+)
+CARD_DATA = """\
+import torch
+from hf_iai import chunk_vectors  # registers the method with PEFT
+from peft import AutoPeftModelForCausalLM
+
+model = AutoPeftModelForCausalLM.from_pretrained("{model_id}")  # its Hub id, or its folder
+vectors = torch.randn(100, {width})  # any number of examples
+"""
+CARD_CLASSES = "labels = torch.randint({num_outputs}, (100,))  # numbered as they come\n"
+CARD_TARGETS = "targets = torch.randn(100, {num_outputs})\n"
+CARD_ANSWER = """\
+state = model.adapt(chunk_vectors(vectors, {labels}))
+print(model(inputs_embeds=vectors[:3], task_state=state).logits)  # {meaning}
+"""
+
+
+@TASKS.register("vectors")
+class Vectors(Task):
+    """A state of vectors: slots or a LoRA that a base reads them under, or the weights of a small network."""
+
+    fields = frozenset({"regime", "state_type", "signal", "vector_width", "num_outputs", "likelihood"})
+    fingerprint = frozenset({"vector_width", "num_outputs"})
+    fingerprint_if_changed = frozenset({"likelihood"})
+    likelihoods = ("softmax", "gaussian")
+    reads_vectors, has_teacher = True, False
+    refuses = REFUSED | {
+        "refine": "refine needs regime='implicit', where the state is the query's own prediction, got "
+        "{config.regime!r}: use adapt, and answer under its state",
+        "export_to_peft": "vector_width={config.vector_width}: answers about vectors are read out by a learned map, or "
+        "by the state itself, and PEFT has neither: keep the adapter, and the state with state.save_pretrained",
+    }
+
+    @classmethod
+    def matches(cls, config: IAIConfig) -> bool:
+        of_vectors = config.vector_width is not None or config.num_outputs is not None
+        return config.regime != "implicit" and of_vectors and config.state_type != "linear"
+
+    @classmethod
+    def check(cls, config: IAIConfig) -> None:
+        super().check(config)
+        check_sizes(config)
+        if (config.regime == "parametric") != (config.state_type == "mlp"):
+            raise ValueError(
+                f"vector_width={config.vector_width} with regime={config.regime!r} and state_type="
+                f"{config.state_type!r}: the bare base says nothing of vectors. Use regime='explicit' with 'prefix', "
+                "'prompt' or 'lora', 'parametric' with 'mlp', or 'implicit'"
+            )
+        signals = {"explicit": ("observations",), "parametric": ("observations", "gradients")}[config.regime]
+        if config.signal not in signals:
+            raise ValueError(f"vectors in regime={config.regime!r} have the signals {signals}, got {config.signal!r}")
+        for name, default in (("accumulation", "average"), ("num_kept_tokens", 0), ("delta_rule", False)):
+            if (given := getattr(config, name)) != default:
+                raise ValueError(
+                    f"{name}={given!r} is for text, got vector_width={config.vector_width}: leave it {default!r}"
+                )
+
+    def core(self, base: Base) -> Core:
+        if self.config.regime == "explicit":
+            return ExplicitVectorCore(base, self.config)
+        return {"observations": MLPCore, "gradients": MLPGradientCore}[self.config.signal](base, self.config)
+
+    def inputs(self, base: Base, core: Core) -> Inputs:
+        return VectorInputs(base, core)
+
+    def collator(self, tokenizer: PreTrainedTokenizerBase | None, chunk_size: int) -> Any:
+        return vector_collator(self.config, tokenizer, chunk_size)
+
+    def scored(self, batch: dict[str, Tensor]) -> Tensor:
+        return scored_vectors(batch)
+
+    @property
+    def metric(self) -> str:
+        return metric_of(self.config)
+
+    @property
+    def pipeline_tag(self) -> str:
+        return pipeline_tag_of(self.config)
+
+    @property
+    def unit(self) -> str:
+        answers_by_itself = self.config.state_type == "mlp" and self.config.likelihood == "gaussian"
+        return "half the squared error per target" if answers_by_itself else "nats per prediction"
+
+    @property
+    def card_example(self) -> str:
+        if self.config.likelihood == "gaussian":
+            return CARD_DATA + CARD_TARGETS + CARD_ANSWER.replace("{labels}", "targets").replace("{meaning}", "means")
+        classes = CARD_ANSWER.replace("{labels}", "labels").replace("{meaning}", "of the classes")
+        return CARD_DATA + CARD_CLASSES + classes
+
+    def describe(self) -> list[str]:
+        return [*super().describe(), describe_answers(self.config)]
+
+    def who_answers(self) -> str:
+        return "a query is answered by the state" if self.config.state_type == "mlp" else super().who_answers()
+
+
+def check_sizes(config: IAIConfig) -> None:
+    """
+    Raises:
+        ValueError: for one of the two sizes without the other, or below 1.
+    """
+    width, num = config.vector_width, config.num_outputs
+    if width is None or num is None or width < 1 or num < 1:
+        raise ValueError(
+            f"vector_width and num_outputs must both be at least 1, or both None for text, got {width} and {num}"
+        )
+
+
+def vector_collator(
+    config: IAIConfig, tokenizer: PreTrainedTokenizerBase | None, chunk_size: int
+) -> VectorEpisodeCollator:
+    """
+    Raises:
+        ValueError: for a tokenizer, which vectors have no use for.
+    """
+    if tokenizer is not None:
+        raise ValueError(f"vector_width={config.vector_width} is trained on vectors: leave processing_class out")
+    return VectorEpisodeCollator(chunk_size, num_classes=config.num_outputs if config.likelihood == "softmax" else None)
+
+
+def scored_vectors(batch: dict[str, Tensor]) -> Tensor:  # (B, Q)
+    """Which queries have a loss; of real targets the mask says it."""
+    labels = batch["labels"]
+    return batch["attention_mask"] != 0 if labels.is_floating_point() else labels != NO_LOSS
+
+
+def metric_of(config: IAIConfig) -> str:
+    return "squared_error" if config.likelihood == "gaussian" else "accuracy"
+
+
+def pipeline_tag_of(config: IAIConfig) -> str:
+    return "tabular-regression" if config.likelihood == "gaussian" else "tabular-classification"
+
+
+def describe_answers(config: IAIConfig) -> str:
+    targets = {"softmax": "classes", "gaussian": "real targets"}[config.likelihood]
+    return f"Reads vectors of {config.vector_width} numbers; answers: {config.num_outputs} {targets}"

@@ -1,0 +1,126 @@
+"""Reader: the one loop that reads chunks into a state, and the one place that answers under it.
+
+A state is a `TaskState`, or in regime `implicit` the `Prediction` of each query.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .bases.base import Base
+from .cores import Core, EpisodeBatch, State
+from .cores.core import Chunks
+from .data.examples import Chunk
+from .state import Identity, TaskState
+from .tasks import Task
+from .tasks.inputs import batched
+from .tensors import eval_mode
+
+
+class Reader:
+    """Reads, steps and answers with one adapter on one base.
+
+    Not a module: it owns no parameters and is made anew for each use.
+
+    Args:
+        task: the kind of task.
+        base: the pretrained model.
+        core: what the adapter learns besides LoRA.
+    """
+
+    def __init__(self, task: Task, base: Base, core: Core) -> None:
+        self.task, self.base, self.core = task, base, core
+        self.inputs = task.inputs(base, core)
+
+    def frozen(self) -> AbstractContextManager[None]:
+        """Passes inside run in eval mode, as reading and answering do outside of training."""
+        return eval_mode(self.base.model, self.core)
+
+    # ---------------------------------------------------------------- reading
+
+    def initial_state(self, batch_size: int, identity: Identity) -> TaskState:
+        """theta(0) for `batch_size` tasks."""
+        with torch.no_grad(), self.frozen():
+            return self.core.initial_state(self.base, batch_size, identity).clone()
+
+    def states(self, chunks: Iterable[Chunk], first: Callable[[int], State], parallel: int = 1) -> Iterator[State]:
+        """The state after each chunk; nothing that grows is kept.
+
+        Args:
+            chunks: any number of them.
+            first: makes the state before the first chunk, given the number of rows of that chunk.
+            parallel: how many chunks the base reads in one batch.
+        """
+        chunks, state = iter(chunks), None
+        while group := [self.inputs.chunk(chunk) for chunk in islice(chunks, parallel)]:
+            state = first(len(group[0][0])) if state is None else state
+            with torch.no_grad(), self.frozen():
+                states = self._read_group(group, state)
+            state = states[-1]
+            yield from states
+
+    def _read_group(self, group: list[tuple[Tensor, ...]], state: State) -> list[State]:
+        group, classes = self.inputs.align_labels(group, state)
+        batch, states = len(group[0][0]), []
+        evidence = self.core.read(self.base, *batched(group))
+        for number, met in enumerate(classes):
+            part = {name: t[number * batch : (number + 1) * batch] for name, t in evidence.items()}
+            state = self.core.step(self.base, self.core.with_classes(state, met), part)
+            states.append(state)
+        return states
+
+    # ---------------------------------------------------------------- in training
+
+    def read_on(self, state: State, chunks: Chunks) -> State:
+        """The state after K chunks (B, K, C), one after the other, with gradient where it is recorded."""
+        for ids, mask, labels in zip(*(t.unbind(1) for t in chunks), strict=True):
+            state = self.core.step(self.base, state, self.core.read(self.base, ids, mask, labels))
+        return state
+
+    def after_last(self, state: State, chunks: Chunks, counts: list[int]) -> list[State]:
+        """The states after the last n chunks, for each n of `counts`; all chunks are read in one batch."""
+        batch, num_chunks = chunks[0].shape[:2]
+        evidence = self.core.read(self.base, *(t.flatten(0, 1) for t in chunks))  # (B * K, ...)
+        evidence = {name: t.unflatten(0, (batch, num_chunks)).unbind(1) for name, t in evidence.items()}
+        evidence = [dict(zip(evidence, chunk, strict=True)) for chunk in zip(*evidence.values(), strict=True)]
+        states = []
+        for count in counts:
+            after = state
+            for chunk in evidence[num_chunks - count :]:
+                after = self.core.step(self.base, after, chunk)
+            states.append(after)
+        return states
+
+    def score(self, states: list[State], episode: EpisodeBatch) -> Any:
+        """transformers' output: `loss` over the queries under all states, `logits` under the last one."""
+        with self.base.lora(self.task.config.lora_answers):
+            return self.core.score(self.base, states, episode)
+
+    # ---------------------------------------------------------------- answering
+
+    def answer(self, state: TaskState, ids: Tensor, mask: Tensor, labels: Tensor | None, **kwargs: Any) -> Any:
+        """transformers' output for queries (N, T) under a task state."""
+        self.inputs.check_query(ids, state.batch_size)
+        labels = self.inputs.query_labels(labels, ids, mask)
+        with self.base.lora(self.task.config.lora_answers):
+            return self.core.answer(self.base, state, ids, mask, labels, **kwargs)
+
+    def generate(self, state: TaskState, ids: Tensor, mask: Tensor, **kwargs: Any) -> Tensor:
+        """Prompt and new ids, (B, T + new)."""
+        self.inputs.check_query(ids, state.batch_size)
+        with (
+            torch.no_grad(),
+            self.base.lora(self.task.config.lora_answers),
+            self.core.under(self.base, state) as prefix,
+        ):
+            return self.base.generate(prefix, ids, mask, **kwargs)
+
+    def features(self, inputs: Chunk) -> Tensor:  # (N, d)
+        """What a linear state sees of texts (N, T) or vectors (N, d)."""
+        ids, mask = self.inputs.on_device(inputs)
+        with torch.no_grad(), self.frozen():
+            return self.core.features(self.base, ids, mask)

@@ -1,0 +1,123 @@
+"""Refined vectors (regime `implicit` with `vector_width`): chunks of examples refine the prediction of each query.
+
+Axes: B tasks, N queries, w width, o outputs.
+"""
+
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from ..bases.base import Base
+from ..config import IAIConfig
+from ..cores import Core, ImplicitVectorCore
+from ..data.examples import Chunk
+from ..predictions.answers import Answers
+from ..predictions.queries import Queries
+from ..registry import TASKS
+from .classification import CHUNK_SIZE
+from .inputs import Inputs
+from .refined_text import ImplicitInputs, Labels, RefinedText
+from .vectors import (
+    CARD_CLASSES,
+    CARD_DATA,
+    CARD_TARGETS,
+    REFUSED,
+    VectorExamples,
+    check_sizes,
+    describe_answers,
+    metric_of,
+    pipeline_tag_of,
+    scored_vectors,
+    vector_collator,
+)
+
+
+class RefinedVectorInputs(VectorExamples, ImplicitInputs):
+    """Checks chunks and queries that are vectors and whose predictions are refined."""
+
+    @property
+    def max_chunk_size(self) -> int:
+        """The usual number of examples, if as many fit the window with a query."""
+        return min(CHUNK_SIZE, self.base.window - 2)
+
+    def prepare_query(
+        self, query: Chunk, labels: Labels | None, num_answer_tokens: int | None
+    ) -> tuple[Queries, Answers]:
+        if labels is not None or num_answer_tokens is not None:
+            raise ValueError("labels and num_answer_tokens are for texts: num_outputs says what a vector's answers are")
+        vectors, mask = self.on_device(query)
+        if vectors.dim() != 2:
+            raise ValueError(f"query needs inputs_embeds (queries, width), got shape {tuple(vectors.shape)}")
+        return Queries(vectors.unsqueeze(1), mask.unsqueeze(1).clamp_min(1)), self.core.answers
+
+    def _targets_of_episode(
+        self, ids: Tensor, mask: Tensor, labels: Tensor, *label_set: Tensor | None
+    ) -> tuple[Queries, Answers, Tensor]:
+        """The queries, the core's answers, and the targets (B * Q, 1[, o])."""
+        if any(given is not None for given in label_set):
+            raise ValueError("label_input_ids are for texts: num_outputs says what a vector's answers are")
+        queries, answers = self.prepare_query({"inputs_embeds": ids.flatten(0, 1)}, None, None)
+        return queries, answers, self._targets(labels, ids, mask).flatten(0, 1).unsqueeze(1)
+
+
+CARD_MEANS = """\
+for means in model.refine(chunk_vectors(vectors, targets), {{"inputs_embeds": vectors[:3]}}):
+    print(means)  # after each chunk
+"""
+CARD_LOGITS = """\
+for logits in model.refine(chunk_vectors(vectors, labels), {{"inputs_embeds": vectors[:3]}}):
+    print(logits.argmax(-1))  # after each chunk
+"""
+
+
+@TASKS.register("refined_vectors")
+class RefinedVectors(RefinedText):
+    """`regime="implicit"` of vectors: examples refine each query's own class or real targets."""
+
+    fields = RefinedText.fields | {"vector_width", "num_outputs", "likelihood"}
+    fingerprint_if_changed = frozenset({"likelihood"})
+    likelihoods = ("softmax", "gaussian")
+    reads_vectors = True
+    refuses = RefinedText.refuses | REFUSED
+
+    @classmethod
+    def matches(cls, config: IAIConfig) -> bool:
+        return config.regime == "implicit" and (config.vector_width is not None or config.num_outputs is not None)
+
+    @classmethod
+    def check(cls, config: IAIConfig) -> None:
+        super().check(config)
+        check_sizes(config)
+        if config.likelihood == "gaussian" and config.prediction != "logits":
+            raise ValueError(
+                f"likelihood='gaussian' keeps natural parameters, got prediction={config.prediction!r}: leave it out"
+            )
+
+    def core(self, base: Base) -> Core:
+        return ImplicitVectorCore(base, self.config)
+
+    def inputs(self, base: Base, core: Core) -> Inputs:
+        return RefinedVectorInputs(base, core)
+
+    def collator(self, tokenizer: PreTrainedTokenizerBase | None, chunk_size: int) -> Any:
+        return vector_collator(self.config, tokenizer, chunk_size)
+
+    def scored(self, batch: dict[str, Tensor]) -> Tensor:
+        return scored_vectors(batch)
+
+    @property
+    def metric(self) -> str:
+        return metric_of(self.config)
+
+    @property
+    def pipeline_tag(self) -> str:
+        return pipeline_tag_of(self.config)
+
+    @property
+    def card_example(self) -> str:
+        regression = self.config.likelihood == "gaussian"
+        return CARD_DATA + (CARD_TARGETS + CARD_MEANS if regression else CARD_CLASSES + CARD_LOGITS)
+
+    def describe(self) -> list[str]:
+        return [*super().describe(), describe_answers(self.config)]

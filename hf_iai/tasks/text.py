@@ -1,0 +1,48 @@
+"""Text: documents and examples are tokens, a query is a text, and the base's own output layer answers."""
+
+from ..bases.base import Base
+from ..config import IAIConfig
+from ..cores import Core
+from ..registry import SIGNALS, TASKS
+from .inputs import Inputs
+from .task import Task, is_linear
+
+CARD_EXAMPLE = """\
+import hf_iai  # registers the method with PEFT
+from hf_iai import chunk_text
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer
+
+text = {text}  # what the task is learned from, of any length
+prompt = {prompt}
+model = AutoPeftModelForCausalLM.from_pretrained("{model_id}")  # its Hub id, or its folder
+tokenizer = AutoTokenizer.from_pretrained(model.active_peft_config.base_model_name_or_path)
+state = model.adapt(chunk_text(text, tokenizer, {chunking}))
+query = tokenizer(prompt, return_tensors="pt")
+tokens = model.generate(**query, task_state=state, max_new_tokens=64)
+print(tokenizer.decode(tokens[0]))
+"""
+
+
+@TASKS.register("text")
+class Text(Task):
+    """A state of text: a prefix, a soft prompt or a LoRA for each task."""
+
+    fields = frozenset({"regime", "state_type", "signal"})
+    exports = frozenset({"peft"})
+    refuses = {
+        "refine": "refine needs regime='implicit', where the state is the query's own prediction, got "
+        "{config.regime!r}: use adapt, and answer under its state"
+    }
+    card_example = CARD_EXAMPLE
+
+    @classmethod
+    def matches(cls, config: IAIConfig) -> bool:
+        of_vectors = config.vector_width is not None or config.num_outputs is not None
+        return config.regime != "implicit" and not of_vectors and not is_linear(config)
+
+    def core(self, base: Base) -> Core:
+        return SIGNALS[self.config.signal].make(base, self.config)
+
+    def inputs(self, base: Base, core: Core) -> Inputs:
+        return Inputs(base, core)
