@@ -120,6 +120,7 @@ def key_value_shape(config) -> tuple[int, int, int]:
 
 
 def has_longrope(config) -> bool:
+    """Whether rotary embeddings change once a text is longer than the model's original window (longrope)."""
     return (getattr(config, "rope_parameters", None) or {}).get("rope_type") == "longrope"
 
 

@@ -66,6 +66,7 @@ class SGD(GradientHead):
         return tensor.new_zeros(1)  # FSDP takes no scalars
 
     def rate(self, name: str) -> Tensor:
+        """The learned rate of a tensor."""
         return self.initial_rate * (LOG_SCALE * self.log_rate[name]).exp()
 
     def initial(self, theta: Tensors) -> Tensors:

@@ -56,6 +56,15 @@ class Correction(nn.Module):
         num_tokens: Tensor,  # (B,)
         gradient: Tensor | None = None,  # (B, m, L, H, W)
     ) -> Tensor:  # (B, m, L, H, W)
+        """The corrected slots theta_hat.
+
+        Args:
+            slots: theta, all slots of the state.
+            weight: weight of each slot in the average, or the age of a kept token.
+            step: number of chunks read.
+            num_tokens: number of tokens read.
+            gradient: mean gradient of the chunks' losses with respect to the slots; None if gradients are not used.
+        """
         rms = slots.square().mean(-1, keepdim=True).add(1e-6).sqrt()  # (B, m, L, H, 1)
         counts = torch.stack([step, num_tokens], 1).float()[:, None].expand(-1, slots.shape[1], -1)  # (B, m, 2)
         weight = weight.permute(0, 3, 1, 2)  # (B, m, L, H)

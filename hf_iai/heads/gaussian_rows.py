@@ -64,7 +64,7 @@ class GaussianRows(nn.Module):
     def __init__(self, hidden: int = 16, fit_intercept: bool = True) -> None:
         super().__init__()
         self.fit_intercept = fit_intercept
-        last = zero_linear(hidden, 1)  # made before the first layer: the order of random draws fixes what a seed gives
+        last = zero_linear(hidden, 1)  # made before the first layer, since the order of the layers decides their draws
         self.of_task = nn.Sequential(nn.Linear(4 + 2 * len(PROBES), hidden), nn.GELU(), last)
 
     @staticmethod

@@ -14,7 +14,7 @@ from .answers import Answers
 from .likelihoods import Gaussian
 from .queries import Queries
 
-SHARPNESS = 16.0  # of the softplus that keeps a chunk's precision above 0
+SHARPNESS = 16.0  # beta of the softplus that keeps the precision g of a chunk above 0
 FARTHEST = 4.0  # bound of the step past a chunk's mean m_i, in units of the distance from the prior's mean m(0) to m_i
 
 
