@@ -1,4 +1,4 @@
-"""Names of a linear state's classes, and what they are good for: numbers of one chunk or state as those of another.
+"""Names of a linear state's classes. By them, class numbers of one chunk or state are translated to those of another.
 
 Axes: B tasks, n examples of a chunk, C classes. Class c of a task is `names[c]`; a task may have fewer than C names.
 """
@@ -9,20 +9,23 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-Names = tuple[str, ...]  # of one task
-OF_CLASSES = ("count", "total", "correction")  # the tensors (B, C, ...) of a state
+from .tensors import NO_LOSS
+
+Names = tuple[str, ...]  # class names of one task
+OF_CLASSES = ("count", "total", "correction")  # the tensors of a state with shape (B, C, ...)
 
 
 def names_of_tasks(given: Sequence | None, known: tuple[Names, ...], labels: Tensor) -> tuple[Names, ...]:  # (B, n)
-    """What the numbers in `labels` are called, for each task.
+    """The class names that belong to the numbers in `labels`, for each task.
 
     Args:
-        given: a chunk's `label_names`, one for each number: of the only task, or the same for all, or of each task.
-            None: numbers are those of the state, and one beyond is called as it reads, such as "5".
-        known: of the state.
+        given: a chunk's `label_names`, one name for each class number: one list for all tasks, or a list of each task's
+            names. None: class numbers are those of the state, and a new number is its own name, such as "5".
+        known: the state's class names, for each task.
+        labels: class numbers; -100 for padding.
 
     Raises:
-        ValueError: for a label without a name, a name that occurs twice, or names for another number of tasks.
+        ValueError: if a label has no name, a name occurs twice, or there are names for another number of tasks.
     """
     if given is None:
         most = [max(-1, *row) + 1 for row in labels.tolist()]
@@ -36,15 +39,23 @@ def names_of_tasks(given: Sequence | None, known: tuple[Names, ...], labels: Ten
     for row, own in zip(labels.tolist(), names, strict=True):
         if len(set(own)) < len(own) or not all(isinstance(name, str) for name in own):
             raise ValueError(f"label_names must be different strings, got {list(own)[:20]}")
-        if not -100 <= min(row, default=0) <= max(row, default=-1) < len(own) or any(-100 < x < 0 for x in row):
+        if not NO_LOSS <= min(row, default=0) <= max(row, default=-1) < len(own) or any(NO_LOSS < x < 0 for x in row):
             raise ValueError(f"labels must be -100 or from 0 to {len(own) - 1}, one for each of label_names, got {row}")
     return names
 
 
 def matched(labels: Tensor, names: tuple[Names, ...], known: tuple[Names, ...]) -> tuple[Tensor, tuple[Names, ...]]:
-    """Labels (B, n) of classes `names` as numbers of `known`, to which names not yet there are appended.
+    """Translate labels to the class numbers of a state, and append classes that the state has not met yet.
 
-    A task without a label in this chunk learns no names.
+    A task without a label in this chunk gets no new names.
+
+    Args:
+        labels: class numbers of the chunk, (B, n); -100 for padding.
+        names: the chunk's class names, for each task.
+        known: the state's class names, for each task.
+
+    Returns:
+        The state's class numbers (B, n), and its class names with the new ones.
 
     Example:
         >>> labels, known = matched(torch.tensor([[0, 1, -100]]), (("dog", "cat"),), (("cat",),))
@@ -58,14 +69,18 @@ def matched(labels: Tensor, names: tuple[Names, ...], known: tuple[Names, ...]) 
 
 
 def union(known: Sequence[Names], more: Sequence[Names]) -> tuple[tuple[Names, ...], list[list[int]]]:
-    """Names of both for each task, the known ones first, and which number each of the others has among them."""
+    """Unite two sets of class names for each task.
+
+    Returns:
+        All names, the known ones first; and for each name of `more` its number among them.
+    """
     united = tuple(tuple(dict.fromkeys([*old, *new])) for old, new in zip(known, more, strict=True))
     places = [{name: c for c, name in enumerate(row)} for row in united]
     return united, [[own[name] for name in new] for own, new in zip(places, more, strict=True)]
 
 
 def with_classes(tensors: dict[str, Tensor], num_classes: int) -> dict[str, Tensor]:
-    """The same sums with room for C classes; those beyond are empty, and dropped."""
+    """Give a state's sums exactly C classes. New classes are empty; classes beyond C must be empty and are dropped."""
     sized = {}
     for name, tensor in tensors.items():
         if name in OF_CLASSES:
@@ -75,7 +90,7 @@ def with_classes(tensors: dict[str, Tensor], num_classes: int) -> dict[str, Tens
 
 
 def in_order(tensors: dict[str, Tensor], numbers: list[list[int]], num_classes: int) -> dict[str, Tensor]:
-    """The same sums with class c of task b as number `numbers[b][c]` of C."""
+    """Renumber the classes of a state's sums: class c of task b becomes number `numbers[b][c]` of C."""
     ordered = {}
     for name, tensor in tensors.items():
         if name in OF_CLASSES:
@@ -88,5 +103,5 @@ def in_order(tensors: dict[str, Tensor], numbers: list[list[int]], num_classes: 
 
 
 def are_numbers(names: Iterable[str]) -> bool:
-    """Whether all classes are called by whole numbers, which models of vectors keep as they are."""
+    """Whether all class names are whole numbers. Models with `vector_width` keep such numbers."""
     return all(name.isdecimal() for name in names)

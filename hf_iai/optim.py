@@ -1,4 +1,4 @@
-"""A learned-optimizer head, trained as part of an IAI adapter, as an ordinary optimizer of any parameters."""
+"""LearnedOptimizer: the learned optimizer of an IAI adapter as a torch optimizer for any parameters."""
 
 import json
 import os
@@ -22,27 +22,31 @@ KINDS_OF_NAMES = {"A": r"lora_A|_A$", "B": r"lora_B|_B$"}
 
 
 class LearnedOptimizer(torch.optim.Optimizer):
-    """theta' = theta + lr (step(theta, gradient) - theta), the step being that of `heads.LearnedStep`.
+    """A torch optimizer that takes the steps of a trained `heads.LearnedStep`:
 
-    It steps as the adapter's states do: the prompt or low-rank update of a plain PEFT model takes the step that reading
-    the same text as a chunk would have made. Each parameter is a tensor of its own. Where the adapter has rates for
-    several kinds of tensor, that which the parameter's name tells is used, or else the mean of their logarithms.
+        theta' = theta + lr (step(theta, gradient) - theta)
+
+    The prompt or low-rank update of a plain PEFT model moves as the adapter's state would if it read the same text as a
+    chunk. Every parameter is handled as a tensor of its own. The adapter may have learned different rates for several
+    kinds of tensor. Then the name of a parameter decides which of them applies; if it does not tell, the mean of their
+    logarithms is used.
+
+    `state_dict` contains the start of the parameters, the running averages in the parameters' type, and the network
+    with its settings. So a run can be continued, bitwise equal and without the adapter.
 
     Args:
-        params: parameters, groups of them, pairs of name and parameter, or a model: its trainable parameters. Names
-            tell `A` from `B` of a LoRA; a Trainer gives them with `{"model": model}` among its keywords.
-        weights: a folder or the Hub id of an IAI adapter of `signal="gradients"`, `head="learned_optimizer"`.
-        lr: share of the step that is taken; 1 is the step that was trained.
-        revision, token: of the Hub, as in `huggingface_hub.snapshot_download`.
+        params: parameters, parameter groups, pairs of name and parameter, or a model (its trainable parameters). Names
+            tell the `A` of a LoRA from its `B`. A Trainer passes names on if `{"model": model}` is among its keywords.
+        weights: the folder or Hub id of an IAI adapter with `signal="gradients"` and `head="learned_optimizer"`.
+        lr: share of the step that is taken; 1 is the step as it was trained.
+        revision: revision of the Hub repository, as in `huggingface_hub.snapshot_download`.
+        token: access token for the Hub, as in `huggingface_hub.snapshot_download`.
 
     Raises:
-        ValueError: for weights of something else, a negative `lr`, weight decay, which a learned step leaves no room
-            for, or a gradient that is sparse.
-        FileNotFoundError: when the folder holds no adapter.
+        ValueError: if the weights are not of such an adapter, `lr` is negative, weight decay is set (it cannot be
+            combined with a learned step), or a gradient is sparse.
+        FileNotFoundError: if the folder contains no adapter.
         huggingface_hub's own errors.
-
-    `state_dict` holds where the parameters started and the averages, in the type of the parameters, and the network
-    with its settings: a run goes on where it stopped, bitwise, without the adapter.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -63,7 +67,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
         >>> bool(tuned(input_ids=ids, labels=ids).loss < before)
         True
 
-    In a Trainer run: `Trainer(..., optimizer_cls_and_kwargs=(LearnedOptimizer, {"model": model, "weights": folder}))`.
+    With transformers' Trainer:
+    `Trainer(..., optimizer_cls_and_kwargs=(LearnedOptimizer, {"model": model, "weights": folder}))`.
     """
 
     def __init__(
@@ -90,13 +95,13 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
-        """One step of every parameter that has a gradient.
+        """Take one step with every parameter that has a gradient.
 
         Args:
-            closure: computes the loss and its gradients anew.
+            closure: a function that computes the loss and its gradients again, and returns the loss.
 
         Returns:
-            The closure's loss, if there is one.
+            The closure's loss, or None without a closure.
         """
         loss = None
         if closure is not None:
@@ -110,7 +115,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         return loss
 
     def _with_gradient(self) -> Iterator[tuple[str, nn.Parameter, float]]:
-        """Name, parameter and rate."""
+        """Name, parameter and lr of every parameter that has a gradient."""
         for group in self.param_groups:
             names = group.get("param_names") or [""] * len(group["params"])
             for name, parameter in zip(names, group["params"], strict=True):
@@ -122,14 +127,14 @@ class LearnedOptimizer(torch.optim.Optimizer):
                     yield name, parameter, group["lr"]
 
     def _clipped(self, gradients: list[Tensor]) -> float:
-        """What all gradients are multiplied with; see `heads.LearnedStep`."""
+        """The factor for all gradients, below 1 if they are unusually long; see `heads.LearnedStep`."""
         length = sum(gradient.float().square().sum().item() for gradient in gradients) ** 0.5
         mean, length = (torch.tensor([x], dtype=torch.double) for x in (self.gradient_length, length))
         scale, self.gradient_length = (x.item() for x in self.net.clipped(mean, length))
         return scale
 
     def _trusted(self, parameters: list[nn.Parameter]) -> float:
-        """What the way of all from their start is multiplied with; see `heads.guards`."""
+        """The factor for all parameters' distances from their start; see `heads.guards`."""
         slope = sum((p.grad.float() * (p - self._start(p)).float()).sum().item() for p in parameters)
         doubt = self.net.settings.doubt
         self.trust, less = updated_trust(self.trust, torch.tensor([slope], dtype=torch.double), doubt)
@@ -147,7 +152,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             state |= {kind.removesuffix("_"): t for kind, t in net.initial({"": theta}).items()}
             state |= {"most_rms": most_rms(theta), "step": 0, "start": parameter.detach().clone()}
         averages = net.accumulated({kind: state[kind].to(theta.dtype) for kind in KEPT_KINDS}, gradient)
-        # Rounded to how they are kept, so that a run that goes on from a file takes the same steps.
+        # Rounded as they are stored, so that a run continued from a file takes the same steps.
         state |= {kind: t.to(parameter.dtype) for kind, t in averages.items()}
         averages = {kind: state[kind].to(theta.dtype) for kind in KEPT_KINDS}
         after = net.stepped(
@@ -173,13 +178,13 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
 
 def _as_task(tensor: Tensor) -> Tensor:
-    """(1, rows, columns, ...) in float32 at least, for one task."""
+    """A parameter as the state tensor of one task: (1, rows, columns, ...), in float32 or more."""
     tensor = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
     return tensor.reshape(1, 1, -1) if tensor.dim() < 2 else tensor.unsqueeze(0)
 
 
 def _kind_of(name: str, net: LearnedStep) -> str | None:
-    """The kind that a parameter's name tells; None for the mean of all."""
+    """The kind of tensor, from the parameter's name; None stands for the mean of all kinds."""
     return next((k for k, pattern in KINDS_OF_NAMES.items() if k in net.log_rate and re.search(pattern, name)), None)
 
 
@@ -202,7 +207,10 @@ def _load_net(weights: str | os.PathLike, revision: str | None, token: str | boo
 
 
 def _net(weights: dict[str, Tensor], settings: dict) -> LearnedStep:
-    """Of its weights and what adapter_config.json says of them; one without settings was trained with the defaults."""
+    """Build the network from its weights and the adapter's configuration.
+
+    Adapters without `learned_optimizer` settings were trained with the defaults.
+    """
     kinds = [name.removeprefix("log_rate.") for name in weights if name.startswith("log_rate.")]
     constants = LearnedStepSettings.from_dict(settings.get("learned_optimizer"))
     net = LearnedStep({kind: kind for kind in kinds}, settings["initial_rate"], constants)

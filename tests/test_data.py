@@ -13,6 +13,8 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from hf_iai.data import (
     EpisodeCollator,
+    LabelledEpisodeCollator,
+    VectorEpisodeCollator,
     batch_chunks,
     check_disjoint,
     chunk_examples,
@@ -768,6 +770,31 @@ def test_the_collator_serves_a_data_loader():
 def test_batches_that_cannot_be_made(tokenizer, episodes, message):
     with pytest.raises(ValueError, match=message):
         EpisodeCollator(tokenizer, chunk_size=4)(episodes)
+
+
+@pytest.mark.parametrize(
+    "row, found",
+    [
+        ({"prompt": "1+1=", "completion": "2"}, "a row with the keys ['completion', 'prompt']"),
+        ({"text": "the cat"}, "a row with the keys ['text']"),
+        ({"text": "the cat", "label": "animal"}, "a row with the keys ['label', 'text']"),
+        ({"support": [{"text": "the cat"}]}, "a row with the keys ['support']"),
+        ({"support": None, "query": [{"text": "the cat"}]}, "a row with the keys ['query']"),
+        ({"support": {"text": ["the cat"]}, "query": [{"text": "the"}]}, "'support' of type dict"),
+        ({"support": [], "query": "the cat"}, "'query' of type str"),
+        ("the cat", "a row of type str"),
+    ],
+)
+def test_rows_that_are_no_episodes_are_told_the_format(tokenizer, row, found):
+    collators = EpisodeCollator(tokenizer, 4), LabelledEpisodeCollator(tokenizer, 4), VectorEpisodeCollator(4)
+    good = {"support": [], "query": [{"text": "the"}]}
+    checks = [lambda c=collate: c([good, row]) for collate in collators]
+    for check in [*checks, lambda: check_disjoint(row, tokenizer)]:
+        with pytest.raises(ValueError) as error:
+            check()
+        expected = f'an episode is {{"support": [example, ...], "query": [example, ...]}}, got {found}: build'
+        assert str(error.value).startswith(expected)
+        assert "episodes_from_documents or episodes_from_labels" in str(error.value)
 
 
 def test_sizes_that_no_collator_has(tokenizer):

@@ -1,1 +1,1 @@
-"""The pretrained models that states are read behind: decoders, recurrent ones, encoders, and given vectors."""
+"""Wrappers of the pretrained models: decoders, models with recurrent layers, encoders, and a base for given vectors."""

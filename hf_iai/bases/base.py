@@ -1,4 +1,4 @@
-"""The pretrained transformer as the rest of the package sees it: passes over text that stands behind a state.
+"""Base: a pretrained decoder that reads text with a state in front of it.
 
 Axes: B rows, T tokens, m slots, L layers, H key/value heads, D head width, d hidden width, V vocabulary.
 """
@@ -11,6 +11,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from ..tensors import NO_LOSS
 from .compat import (
     PrefixCache,
     check_supported,
@@ -24,17 +25,23 @@ from .compat import (
     window_of,
 )
 
-# What a base can offer: to answer in tokens, keys and values in every layer, or a vector for each text.
+# What a base can offer: next-token predictions, keys and values in every layer, or a feature vector for each text.
 TOKENS, KEYS_VALUES, FEATURES = "tokens", "keys and values", "features"
-LOGITS_AT_ONCE = 1024  # positions: logits of a long chunk over a large vocabulary would not fit in memory
-KeysValues = list[tuple[Tensor, Tensor]]  # per layer (B, H, m, D) each
-Prefix = KeysValues | Tensor  # what a base takes before a text; a `RecurrentBase` takes embeddings (B, m, d)
+LOGITS_AT_ONCE = 1024  # positions; all logits of a long chunk over a large vocabulary would not fit in memory
+KeysValues = list[tuple[Tensor, Tensor]]  # keys and values of every layer, (B, H, m, D) each
+Prefix = KeysValues | Tensor  # what stands in front of a text; for a `RecurrentBase` embeddings (B, m, d)
 
 
 class Base:
-    """Runs a decoder behind a key/value prefix at positions 0..m-1, with LoRA on or off.
+    """Runs a decoder on text after a key/value prefix at positions 0..m-1, with LoRA on or off.
 
-    Not a module: it owns no parameters and is made anew for each use.
+    This is no `nn.Module`: it owns no parameters, and a new one can be made for each use.
+
+    Args:
+        model: a causal language model of transformers, with or without LoRA layers.
+
+    Raises:
+        ValueError: if the model is of a kind that would be read wrongly; see `compat.check_supported`.
     """
 
     offers = frozenset({TOKENS, KEYS_VALUES})
@@ -45,7 +52,7 @@ class Base:
 
     @property
     def window(self) -> int:
-        """The most positions a pass can have; `sys.maxsize` for a base without positions."""
+        """The largest number of positions in a pass; `sys.maxsize` for a base without positions."""
         return window_of(self.config)
 
     @property
@@ -54,29 +61,36 @@ class Base:
 
     @property
     def uncalled(self) -> set[str]:
-        """Last parts of the names of modules whose weights are read without calling them."""
+        """Ends of the names of modules whose weights are used without calling the module."""
         return read_by_weight(self.model)
 
     def check_offers(self, need: str, what: str) -> None:
-        """
+        """Refuse a base that lacks what a task or a state needs.
+
         Args:
-            need: what a kind of task or a state needs of a base: `TOKENS`, `KEYS_VALUES` or `FEATURES`.
-            what: who needs it, such as `"state_type='linear'"`.
+            need: `TOKENS`, `KEYS_VALUES` or `FEATURES`.
+            what: the setting that needs it, such as `"state_type='linear'"`.
 
         Raises:
-            ValueError: for a base that does not offer it.
+            ValueError: if this base does not offer it.
         """
         if need not in self.offers:
             raise ValueError(self._why_not(what))
 
     def _why_not(self, what: str) -> str:
+        """The error message for a setting that this base cannot serve."""
         return (
             f"{what} needs a sequence classifier, got {type(self.model).__name__}: load the base with "
             "AutoModelForSequenceClassification"
         )
 
     def prepare(self, config: LoraConfig, *, uses_lora: bool) -> None:
-        """Before LoRA is put in: leave out what it would change without effect."""
+        """Exclude modules on which LoRA would have no effect. Called before PEFT adds the LoRA layers.
+
+        Args:
+            config: the adapter's configuration, which is changed in place.
+            uses_lora: whether the adapter has LoRA layers at all.
+        """
         if config.target_modules == "all-linear":
             self._exclude(config, self.uncalled)
 
@@ -86,47 +100,53 @@ class Base:
             config.exclude_modules = {*(config.exclude_modules or ()), *names} or None
 
     def reads(self, name: str) -> bool:
-        """Whether passes depend on the module or parameter of that name."""
+        """Whether the results of passes depend on the module or parameter of this name."""
         return True
 
     def lora(self, enabled: bool) -> AbstractContextManager[None]:
+        """A context in which passes use LoRA, or do not."""
         return lora_enabled([m for m in self.model.modules() if isinstance(m, LoraLayer)], enabled)
 
     def embed(self, ids: Tensor) -> Tensor:  # (B, T) -> (B, T, d)
-        """Embeddings (B, T, d) in place of ids are handed on."""
+        """Look up token embeddings. Floating values (B, T, d) already are embeddings and are returned as they are."""
         if ids.is_floating_point():
             return ids
         return self.model.get_input_embeddings()(ids)
 
     @property
     def embedding_length(self) -> float:
-        """Root mean square of a token's embedding; where all are 0, as of a vocabulary that is padding alone, 1."""
+        """Root mean square of the token embeddings; 1 if all are 0, as when padding is the only token."""
         return self.model.get_input_embeddings().weight.detach().float().square().mean().sqrt().item() or 1.0
 
     def expected_embedding(self, probabilities: Tensor) -> Tensor:  # (..., V) -> (..., d)
-        """The mean of the tokens' embeddings."""
+        """The mean of the token embeddings, weighted by the probabilities."""
         weight = self.model.get_input_embeddings().weight
         return probabilities.to(weight.dtype) @ weight * embedding_scale(self.model)
 
     def no_prefix(self, rows: int) -> Prefix:
+        """A prefix of 0 slots."""
         num_layers, num_heads, width = key_value_shape(self.config)
         empty = self.model.get_input_embeddings().weight.new_zeros(rows, num_heads, 0, width)
         return [(empty, empty)] * num_layers
 
     def encode(self, embeddings: Tensor) -> Prefix:  # (B, m, d)
-        """The prefix that m embeddings are, alone at positions 0..m-1."""
+        """Turn m embeddings into a prefix, by reading them alone at positions 0..m-1."""
         mask = torch.ones(embeddings.shape[:2], dtype=torch.long, device=embeddings.device)
         return self.read(self.no_prefix(len(embeddings)), embeddings, mask, positions_of(mask), mask.shape[1])[1]
 
     @staticmethod
     def num_slots(prefix: Prefix) -> int:
-        """m."""
+        """m, the number of slots of a prefix."""
         return prefix[0][0].shape[-2]
 
     def rotate(self, keys: Tensor, positions: Tensor) -> Tensor:  # (B, L, H, T, D), (B, T) or (1, T)
-        """Keys moved by so many positions; rotations compose, so minus its own position brings a key to position 0.
+        """Move keys by a number of positions. Moving a key by minus its own position brings it to position 0.
 
-        Bases whose positions are absolute keep their keys as they are.
+        If the base has absolute positions, keys are returned unchanged.
+
+        Args:
+            keys: keys as the base stores them.
+            positions: how far to move each token's key.
         """
         found = rotations(self.model, keys, positions)
         if found is None:
@@ -145,7 +165,20 @@ class Base:
         record: int,
         prefix_mask: Tensor | None = None,  # (B, m)
     ) -> tuple[Tensor, KeysValues]:
-        """Last hidden states (B, record, d) and keys/values of the last `record` positions."""
+        """One pass over embeddings after a prefix.
+
+        Args:
+            prefix: stands in front of the text. It may have fewer rows: each one then serves as many consecutive rows
+                of the text as any other.
+            embeddings: the text.
+            mask: 1 for real tokens, 0 for padding.
+            positions: position of each token; the prefix has 0..m-1.
+            record: how many of the last positions to return.
+            prefix_mask: 0 for slots of the prefix that must not be attended to; all are by default.
+
+        Returns:
+            Last hidden states (B, record, d), and keys and values of the same positions for every layer.
+        """
         cache = PrefixCache(self.config, _match_rows(prefix, len(embeddings)), record=record)
         prepare_checkpointing(self.model)
         hidden = self.model.base_model(
@@ -167,12 +200,21 @@ class Base:
         return nn.functional.pad(loss.view(unknown.shape).masked_fill(unknown, 0), (1, 0))
 
     def logits(self, hidden: Tensor) -> Tensor:  # (..., d) -> (..., V) in float32
+        """Next-token logits for last hidden states, scaled and capped as the model itself does it."""
         logits = self.model.get_output_embeddings()(hidden).float() / getattr(self.config, "logits_scaling", 1)
         cap = getattr(self.config, "final_logit_softcapping", None)
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def answer(self, prefix: Prefix, ids: Tensor, mask: Tensor, labels: Tensor | None = None, **kwargs):
-        """transformers' own output for the T tokens of a query (B, T) behind the prefix."""
+        """transformers' own model output for the T tokens of a query, read after the prefix.
+
+        Args:
+            prefix: stands in front of the query.
+            ids: token ids (B, T).
+            mask: 1 for real tokens, 0 for padding, (B, T).
+            labels: token ids, -100 where no loss is taken, (B, T); the output then has a loss.
+            kwargs: passed on to the model.
+        """
         cache = PrefixCache(self.config, _match_rows(prefix, len(ids)))
         prepare_checkpointing(self.model)
         return self.model(
@@ -186,7 +228,11 @@ class Base:
         )
 
     def generate(self, prefix: Prefix, ids: Tensor, mask: Tensor, **kwargs):  # (B, T) each
-        """transformers' own `generate` behind the prefix; prompt and new ids, (B, T + new)."""
+        """transformers' own `generate` after the prefix.
+
+        Returns:
+            The ids of prompt and new tokens, (B, T + new), or what else `generate` is asked for in `kwargs`.
+        """
         if has_longrope(self.config):
             self._check_stays_within_window(self.num_slots(prefix), ids.shape[1], kwargs)
         if self.num_slots(prefix):
@@ -196,11 +242,11 @@ class Base:
         return self.model.generate(ids, **kwargs)
 
     def _setting(self, kwargs: dict, name: str):
-        """As `generate` will find it: in its arguments, or in the configuration given to it or to the model."""
+        """The value `generate` will use: from its arguments, the configuration given to it, or the model's."""
         return kwargs.get(name) or getattr(kwargs.get("generation_config") or self.model.generation_config, name, None)
 
     def _check_stays_within_window(self, num_slots: int, num_tokens: int, kwargs: dict) -> None:
-        """Beyond it, generate of Phi-3 throws the cache away without a word, and the state with it."""
+        """Refuse to generate beyond the window: Phi-3 would silently drop the cache there, and the state with it."""
         room, new = self.window - num_slots - num_tokens, self._setting(kwargs, "max_new_tokens")
         if new is None and (length := self._setting(kwargs, "max_length")):
             new = length - num_tokens
@@ -211,7 +257,7 @@ class Base:
             )
 
     def _written_to_by_generate(self, prefix: KeysValues, rows: int, kwargs: dict) -> DynamicCache:
-        """The prefix in a cache of its own, with the rows it will have after generate's repetition for beams."""
+        """Copy the prefix into a cache that `generate` may write to, with one row for every beam."""
         given = [self._setting(kwargs, name) or 1 for name in ("num_beams", "num_return_sequences")]
         cache = DynamicCache(config=self.config)
         for layer, keys_values in enumerate(_match_rows(prefix, rows * max(given))):
@@ -220,29 +266,29 @@ class Base:
 
 
 def positions_of(mask: Tensor) -> Tensor:  # (B, T) -> (B, T)
-    """Positions that count real tokens only, so that padding on either side moves nothing."""
+    """The position of each token, counting real tokens only. So padding on either side changes no position."""
     return (mask.cumsum(1) - 1).clamp_min(0)
 
 
 def without_first(labels: Tensor, mask: Tensor) -> Tensor:  # (B, T) each
-    """A query's own first token is not predicted, whether padding stands before it or not."""
-    return labels.masked_fill(positions_of(mask) == 0, -100)
+    """Take the label of each row's first real token away: nothing predicts it, even if padding stands before it."""
+    return labels.masked_fill(positions_of(mask) == 0, NO_LOSS)
 
 
 def ages_of(mask: Tensor) -> Tensor:  # (B, T) -> (B, T)
-    """How many real tokens come after each."""
+    """The number of real tokens after each token."""
     return mask.flip(1).cumsum(1).flip(1) - mask
 
 
 def _behind_prefix(mask: Tensor, cache: PrefixCache, prefix_mask: Tensor | None = None) -> Tensor:
-    """(B, T) -> (B, m + T)."""
+    """Extend a mask of the text to one of prefix and text, (B, T) -> (B, m + T)."""
     if prefix_mask is None:
         prefix_mask = mask.new_ones(len(mask), cache.get_seq_length())
     return torch.cat([prefix_mask.repeat_interleave(len(mask) // len(prefix_mask), 0), mask], 1)
 
 
 def _match_rows(prefix: KeysValues, rows: int) -> KeysValues:
-    """A prefix of one row serves all rows; one of B rows serves rows/B consecutive queries each."""
+    """Repeat the rows of a prefix: row b of B stands in front of rows / B consecutive queries."""
     repeats = rows // len(prefix[0][0])
     if repeats == 1:
         return prefix

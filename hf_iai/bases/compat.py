@@ -1,4 +1,4 @@
-"""Every touch of a private or fragile API of PEFT and transformers; tests/test_compat.py has a canary for each."""
+"""All uses of private or fragile APIs of PEFT and transformers. tests/test_compat.py has a canary test for each."""
 
 import os
 import sys
@@ -22,9 +22,17 @@ from .low_rank import active_updates, low_rank_updates
 
 
 class PrefixLayer(CacheLayerMixin):
-    """A read-only key/value prefix: `update` returns prefix + new and keeps nothing but the last `record` new ones.
+    """A cache layer that holds a read-only key/value prefix.
 
-    Reading changes nothing, so one prefix serves many passes in one graph and the recomputation of checkpointing.
+    `update` returns the prefix and the new keys and values. Of the new ones it only remembers the last `record`.
+    Reading does not change the prefix, so one prefix can serve many passes in one graph, and checkpointing can
+    recompute them.
+
+    Args:
+        keys: (B, H, m, D).
+        values: (B, H, m, D).
+        record: how many of the last new positions to remember.
+        sliding: whether the layer has a sliding window.
     """
 
     is_croppable = False
@@ -36,7 +44,7 @@ class PrefixLayer(CacheLayerMixin):
         self.record, self.recorded = record, None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing to do: the prefix is there from the start."""
+        """Nothing to do, since the prefix is given from the start."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         if self.record:
@@ -57,12 +65,12 @@ class PrefixLayer(CacheLayerMixin):
 
 
 class PrefixCache(Cache):
-    """One `PrefixLayer` per layer.
+    """A cache with one `PrefixLayer` per layer of the model.
 
     Args:
         config: the base model's configuration.
-        keys_values: per layer keys and values, (B, H, m, D) each; m may be 0.
-        record: how many of the last new positions to keep for `recorded`.
+        keys_values: keys and values of every layer, (B, H, m, D) each; m may be 0.
+        record: how many of the last new positions to remember for `recorded`.
     """
 
     def __init__(self, config, keys_values: list[tuple[Tensor, Tensor]], record: int = 0) -> None:
@@ -74,21 +82,22 @@ class PrefixCache(Cache):
         super().__init__(layers=layers)
 
     def recorded(self) -> list[tuple[Tensor, Tensor]]:
-        """Per layer the keys and values (B, H, record, D) of the last pass's last positions."""
+        """Keys and values (B, H, record, D) of the last positions of the last pass, for every layer."""
         return [layer.recorded for layer in self.layers]
 
 
-# Padding on the left changes nothing, and generate takes embeddings: measured in tests/test_families.py.
+# In these families padding on the left changes no result, and generate takes embeddings. tests/test_families.py checks
+# both.
 RECURRENT = (
     "mamba falcon_mamba mamba2 jamba granitemoehybrid lfm2 lfm2_moe qwen3_next qwen3_5_text olmo_hybrid"
 ).split()
 
 
 def has_recurrent_layers(config) -> bool:
-    """Whether any layer is not attention, so that there are no keys and values of it.
+    """Whether the model has layers other than attention, which keep no keys and values.
 
     Raises:
-        ValueError: for a family with such layers that is not among those tested.
+        ValueError: if it has such layers and its family was not tested.
     """
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     if kinds <= {"full_attention", "sliding_attention"} and hasattr(config, "num_attention_heads"):
@@ -102,23 +111,24 @@ def has_recurrent_layers(config) -> bool:
 
 
 def key_value_shape(config) -> tuple[int, int, int]:
-    """(number of layers, key/value heads, head width) of a decoder whose layers are all attention, and alike."""
+    """(number of layers, key/value heads, head width) of a decoder in which all layers are equal attention layers."""
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     if config.model_type == "falcon" and config.multi_query and not config.new_decoder_architecture:
-        heads = 1  # its newer architecture repeats its key/value heads before it stores them
+        heads = 1  # Falcon's newer architecture repeats its key/value heads before it stores them
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return config.num_hidden_layers, heads, width
 
 
 def has_longrope(config) -> bool:
+    """Whether rotary embeddings change once a text is longer than the model's original window (longrope)."""
     return (getattr(config, "rope_parameters", None) or {}).get("rope_type") == "longrope"
 
 
 def window_of(config) -> int:
-    """The most positions of a pass within which keys of one pass are those of another.
+    """The largest number of positions up to which the keys of one pass are valid in any other pass.
 
-    Longrope turns all keys differently in a text of more than its original length. Dynamic NTK does so beyond
-    `max_position_embeddings` only. A base without positions, such as Mamba, has no limit.
+    Longrope rotates all keys differently if a text is longer than the original length. Dynamic NTK does so only beyond
+    `max_position_embeddings`. A base without positions, such as Mamba, has no limit.
     """
     if has_longrope(config):
         return config.rope_parameters["original_max_position_embeddings"]
@@ -126,39 +136,51 @@ def window_of(config) -> int:
 
 
 def encoder_window(config) -> int:
-    """The most tokens of a text; RoBERTa numbers positions from the padding id on, so that it has fewer than rows."""
+    """The largest number of tokens in a text of an encoder.
+
+    RoBERTa and its relatives number positions from the padding id on. They have that many fewer than rows in their
+    table.
+    """
     numbered = config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet")
     return window_of(config) - (config.pad_token_id + 1 if numbered else 0)
 
 
 def is_classifier(model: nn.Module) -> bool:
-    """Whether this is an `AutoModelForSequenceClassification`: an encoder below a head of its own."""
+    """Whether this is an `AutoModelForSequenceClassification`, an encoder with a classification head."""
     return type(model).__name__.endswith("ForSequenceClassification")
 
 
-# PEFT trains and saves what `modules_to_save` names; this names nothing.
+# PEFT trains and saves the modules that `modules_to_save` names. No module has this name.
 UNUSED_CLASSIFIER = "unused_classifier_of_the_base"
 
 
 def leave_out_classifier(config) -> None:
-    """Undo what PEFT has just asked for of every sequence classifier: to train the base's own head, and to save it."""
+    """Keep PEFT from training and saving the base's own head, as it does by default for sequence classifiers."""
     config.modules_to_save = [UNUSED_CLASSIFIER]
 
 
 def embedding_scale(model: nn.Module) -> Tensor | float:
-    """What a family's token embeddings are multiplied by when ids are looked up, such as Gemma's."""
+    """The factor that some families, such as Gemma, apply to token embeddings when they look ids up."""
     return getattr(model.get_input_embeddings(), "embed_scale", 1.0)
 
 
 def rotations(model: nn.Module, like: Tensor, positions: Tensor) -> tuple[Tensor, Tensor] | None:
-    """cos and sin of unit length for every layer, (B, L, 1, T, R) each with L = 1 where all layers are alike.
+    """cos and sin of the rotary embedding with unit scale, for every layer.
 
-    None for absolute positions. Rotations that depend on the length of the text do not change within `window_of`.
+    Some rotations depend on the length of the text. They do not change within `window_of`.
+
+    Args:
+        model: the base.
+        like: a tensor with the device and type of the result.
+        positions: by how many positions to rotate, (B, T).
+
+    Returns:
+        cos and sin, (B, L, 1, T, R) each, with L = 1 if all layers are equal; None if the base has absolute positions.
     """
     rotary, config = getattr(model.base_model, "rotary_emb", None), model.config
     if rotary is None:
         return None
-    per_kind = rotary.rope_type if isinstance(rotary.rope_type, dict) else None  # Gemma3: one for each kind of layer
+    per_kind = rotary.rope_type if isinstance(rotary.rope_type, dict) else None  # Gemma3 has one per kind of layer
     if per_kind:
         scale = {kind: getattr(rotary, f"{kind}_attention_scaling") for kind in per_kind}
         turns = {kind: [t / scale[kind] for t in rotary(like, positions, kind)] for kind in per_kind}
@@ -176,24 +198,26 @@ READ_BY_WEIGHT = ("conv1d", "x_proj", "dt_proj", "out_proj")
 
 
 def read_by_weight(model: nn.Module) -> set[str]:
-    """`parent.name` of the layers of Mamba's mixers whose weights fused kernels read: LoRA on them would not be seen.
+    """`parent.name` of the layers in Mamba's mixers whose weights fused kernels use directly.
 
-    Without these kernels some of them are called; what an adapter means must not depend on what is installed.
+    LoRA on these layers would have no effect. Without the kernels some of the layers are called as usual, but the
+    meaning of an adapter must not depend on which kernels are installed.
     """
     mixers = [n for n, m in model.named_modules() if {"A_log", "D"} <= dict(m.named_parameters(recurse=False)).keys()]
     return {f"{parent}.{name}" for parent in {n.split(".")[-1] for n in mixers} for name in READ_BY_WEIGHT}
 
 
 def default_target_modules(config) -> str | list[str]:
-    """What PEFT itself adapts by LoRA in a family; all linear modules of one that it does not know."""
+    """The modules that PEFT adapts by default in a family; all linear modules if PEFT does not know the family."""
     return TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(config.model_type, "all-linear")
 
 
 def check_supported(model: nn.Module) -> None:
-    """Refuse what would be read wrongly without a word.
+    """Refuse bases that would silently be read wrongly.
 
     Raises:
-        ValueError: for rotations of interleaved pairs, unnamed layers without positions, or flash attention.
+        ValueError: for rotary embeddings of interleaved pairs, layers without positions that the configuration does not
+            name, or flash attention.
     """
     config = model.config
     if config.model_type.startswith(("cohere", "glm", "helium", "ernie4_5", "llama4")):
@@ -209,7 +233,12 @@ def check_supported(model: nn.Module) -> None:
 
 @contextmanager
 def lora_enabled(modules: list[LoraLayer], enabled: bool) -> Iterator[None]:
-    """LoRA on or off for the passes inside. PEFT's own switch would also flip `requires_grad`."""
+    """A context in which LoRA is on or off. PEFT's own switch would also change `requires_grad`.
+
+    Args:
+        modules: the LoRA layers.
+        enabled: whether they apply LoRA inside the context.
+    """
     before = [module._disable_adapters for module in modules]
     for module in modules:
         module._disable_adapters = not enabled
@@ -225,7 +254,7 @@ _in_math_attention: ContextVar[bool] = ContextVar("math_attention", default=Fals
 
 @contextmanager
 def math_attention(enabled: bool) -> Iterator[None]:
-    """Attention in plain operations, for the passes inside: its fused kernels cannot be differentiated twice."""
+    """A context in which attention uses plain operations, because fused kernels cannot be differentiated twice."""
     token = _in_math_attention.set(enabled)
     with ExitStack() as stack:
         if enabled:
@@ -237,10 +266,10 @@ def math_attention(enabled: bool) -> Iterator[None]:
 
 
 def check_double_backward(model: nn.Module) -> None:
-    """Refuse what fails, or crashes, where a gradient is differentiated again.
+    """Refuse models whose gradients cannot be differentiated again.
 
     Raises:
-        ValueError: for other attention than `"eager"` and `"sdpa"`, or a model that FSDP shards.
+        ValueError: if attention is neither `"eager"` nor `"sdpa"`, or FSDP shards the model.
     """
     attention = model.config._attn_implementation
     if attention not in ("eager", "sdpa", None):
@@ -254,11 +283,11 @@ def check_double_backward(model: nn.Module) -> None:
 
 @contextmanager
 def inner_backward(model: nn.Module) -> Iterator[None]:
-    """For a backward pass within the forward pass: FSDP is not to reduce gradients and free weights after it."""
+    """A context for a backward pass inside the forward pass: FSDP reduces no gradients and frees no weights in it."""
     if not (shards := _sharding(model)):
         yield
         return
-    context = shards[0]._get_fsdp_state()._state_ctx  # of all that is sharded, modules around the base included
+    context = shards[0]._get_fsdp_state()._state_ctx  # shared by all sharded modules, also those around the base
     groups = [group for state in context.all_states for group in state._fsdp_param_groups]
     names = ("reshard_after_backward", "reduce_grads", "all_reduce_grads")
     before = [[getattr(group, name) for name in names] for group in groups]
@@ -279,7 +308,7 @@ def _sharding(model: nn.Module) -> list[nn.Module]:
     """The modules that FSDP shards.
 
     Raises:
-        ValueError: for FSDP of version 1, which has no such switches.
+        ValueError: for FSDP version 1, which has no such switches.
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return []
@@ -291,16 +320,16 @@ def _sharding(model: nn.Module) -> list[nn.Module]:
 
 
 def prepare_checkpointing(model: nn.Module) -> None:
-    """Make gradient checkpointing keep our cache, and recompute each layer as it was in the forward pass.
+    """Make gradient checkpointing keep our cache, and recompute each layer in the contexts of its forward pass.
 
     Raises:
-        ValueError: for reentrant checkpointing, which would cut the read-outs out of the graph.
+        ValueError: for reentrant checkpointing, which would cut the gradient of the read-outs.
     """
     for layer in model.modules():
         if not getattr(layer, "gradient_checkpointing", False):
             continue
         if not isinstance(layer, GradientCheckpointingLayer):
-            layer.gradient_checkpointing = False  # a stack (GPT-2's) that would drop the cache; its layers keep theirs
+            layer.gradient_checkpointing = False  # a stack, as GPT-2's, would drop the cache; its layers keep theirs
             continue
         layer._can_checkpoint_with_cache = True
         function = layer._gradient_checkpointing_func
@@ -311,7 +340,12 @@ def prepare_checkpointing(model: nn.Module) -> None:
 
 
 class _CheckpointAsNow:
-    """Recomputation runs in the backward pass, outside of the contexts of the forward pass: this enters them again."""
+    """Recomputes a layer in the contexts of its forward pass, since the backward pass runs outside of them.
+
+    Args:
+        checkpoint: the checkpointing function to call.
+        layer: the layer that is checkpointed.
+    """
 
     def __init__(self, checkpoint: Callable, layer: nn.Module) -> None:
         self.checkpoint = checkpoint
@@ -329,9 +363,14 @@ class _CheckpointAsNow:
 
 
 def carry_cards(method: str, update: Callable[[PeftModel, str, str], None]) -> None:
-    """Call `update(model, folder, name)` once a card lies in the folder that an adapter of `method` is saved in.
+    """Let us edit the model card of adapters of `method`, whenever one is saved or pushed.
 
-    Saving, PEFT writes the card; pushing, transformers then puts one of its own in that place, just before the upload.
+    PEFT writes a card when an adapter is saved. transformers overwrites it when the adapter is pushed, right before the
+    upload. So the card is edited after each of the two.
+
+    Args:
+        method: the PEFT method whose cards are edited.
+        update: called as `update(model, folder, name)` once the card is in the folder.
     """
     create, upload = PeftModel.create_or_update_model_card, PeftModel._upload_modified_files
 
@@ -352,7 +391,13 @@ def carry_cards(method: str, update: Callable[[PeftModel, str, str], None]) -> N
 
 
 def allow_no_layers(method: str) -> None:
-    """PEFT asks an adapter's layers whether they are enabled before it disables them; `method` may have none."""
+    """Let PEFT report the status of an adapter without LoRA layers.
+
+    PEFT asks the layers of an adapter whether they are enabled before it disables them. It fails if there are none.
+
+    Args:
+        method: the PEFT method whose adapters may have no LoRA layers.
+    """
     status = PeftModel.get_model_status
 
     @wraps(status)

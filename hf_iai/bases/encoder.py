@@ -1,18 +1,18 @@
-"""An encoder as the rest of the package sees it: a vector for each text. Axes: N texts, T tokens, d hidden width."""
+"""Encoder: a pretrained encoder that turns each text into a vector. Axes: N texts, T tokens, d hidden width."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack
 
 import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 
+from ..tensors import eval_mode
 from .base import FEATURES, Base
 from .compat import default_target_modules, encoder_window, leave_out_classifier, prepare_checkpointing
 
 
 class Encoder(Base):
-    """The part of an `AutoModelForSequenceClassification` below its own head, which is random and never used."""
+    """The encoder of an `AutoModelForSequenceClassification`. The model's own head is random and never used."""
 
     offers = frozenset({FEATURES})
 
@@ -32,17 +32,17 @@ class Encoder(Base):
 
     @property
     def window(self) -> int:
-        """The most tokens of a text."""
+        """The largest number of tokens in a text."""
         return encoder_window(self.config)
 
     @property
     def width(self) -> int:
-        """d."""
+        """d, the width of the features."""
         return self.config.hidden_size
 
     @property
     def input_width(self) -> int:
-        """Of the vectors that may stand in place of tokens."""
+        """The width of vectors that are given in place of token ids."""
         return self._embeddings.shape[1]
 
     @property
@@ -50,53 +50,46 @@ class Encoder(Base):
         return self.model.get_input_embeddings().weight
 
     def reads(self, name: str) -> bool:
-        """Whether features depend on the module or parameter of that name; heads and poolers are drawn at loading."""
+        """Whether features depend on the module or parameter of this name; heads and poolers are not used."""
         return name.startswith(f"{self.model.base_model_prefix}.") and ".pooler." not in name
 
     def features(self, ids: Tensor, mask: Tensor, pooling: str, *, frozen: bool) -> Tensor:  # (N, T) -> (N, d)
-        """Last hidden states, pooled, in float32.
+        """The pooled last hidden states of texts, in float32.
 
-        Texts without a token have no meaning, but are finite. Padding may stand on either side.
+        Padding may stand on either side. The features of a text without tokens are meaningless, but finite.
 
         Args:
-            ids: of tokens (N, T), or floating vectors (N, T, e) in their place, e of `input_width`.
-            frozen: without dropout and without a graph.
+            ids: token ids (N, T), or floating vectors (N, T, `input_width`) in place of the token embeddings.
+            mask: 1 for real tokens, 0 for padding, (N, T).
+            pooling: "cls" (the first token) or "mean" (over all real tokens).
+            frozen: True turns dropout and the recording of gradients off.
         """
         ids, mask = _right_padded(ids, mask)
         prepare_checkpointing(self.model)
         given = {"inputs_embeds": ids.to(self._embeddings.dtype)} if ids.is_floating_point() else {"input_ids": ids}
-        with _frozen(self.model) if frozen else nullcontext():
+        with ExitStack() as stack:
+            if frozen:
+                stack.enter_context(eval_mode(self.model))
+                stack.enter_context(torch.no_grad())
             hidden = self.model.base_model(**given, attention_mask=mask).last_hidden_state.float()
         mean = (hidden * mask.unsqueeze(-1)).sum(1) / mask.sum(1, keepdim=True)
         return {"cls": hidden[:, 0], "mean": mean}[pooling]
 
 
 def centred_unit(pooled: Tensor) -> Tensor:  # (N, d)
-    """Centred over the d features and brought to unit length.
+    """Subtract each vector's mean over its d features, then scale the vector to unit length.
 
-    Centred, since then the classifiers of transformers can express it: their heads hold a LayerNorm, or a layer that
-    ends in one can be put before them. One direction of d is lost.
+    A LayerNorm does the same up to a factor. So the classifier models of transformers can express it: their heads
+    contain a LayerNorm, or get a layer in front that ends in one. Centring loses one of the d dimensions.
     """
     return nn.functional.normalize(pooled - pooled.mean(-1, keepdim=True), dim=-1)
 
 
 def _right_padded(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:  # (N, T) or (N, T, e), (N, T)
-    """Tokens first, and no column that is padding; a text without a token attends to one place of padding."""
+    """Move padding to the right and drop columns of padding. A text without tokens attends to one padding place."""
     mask = (mask != 0).long()
     order = mask.argsort(dim=1, descending=True, stable=True)[:, : max(1, int(mask.sum(1).max()))]
     ids, mask = ids[torch.arange(len(ids), device=ids.device).unsqueeze(1), order], mask.gather(1, order)
     ids = ids.masked_fill((mask == 0).view(*mask.shape, *[1] * (ids.dim() - 2)), 0)
     mask[:, 0] = 1
     return ids, mask
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True

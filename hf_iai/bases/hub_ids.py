@@ -7,11 +7,11 @@ from huggingface_hub.utils import validate_repo_id
 
 
 def is_hub_id(name: str | os.PathLike | None, *, with_owner: bool = False) -> bool:
-    """Whether there is no such folder here, and the name is a valid id.
+    """Whether a name is a valid id and no folder of that name exists here.
 
     Args:
         name: a path or an id.
-        with_owner: only ids `"owner/name"` count, so that a mistyped folder is not looked up on the Hub.
+        with_owner: accept only ids of the form `"owner/name"`, so that a mistyped folder is not looked up on the Hub.
     """
     if not isinstance(name, str) or not name or os.path.isdir(name):
         return False

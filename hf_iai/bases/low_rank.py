@@ -1,6 +1,6 @@
-"""A different low-rank update of the base's weights for each task of a batch.
+"""Low-rank updates of the base's weights, a different one for each task of a batch.
 
-Axes: N tasks, r rank, I and O the input and output width of a module.
+Axes: N tasks, r rank, I and O input and output width of a module.
 """
 
 import re
@@ -15,19 +15,24 @@ from transformers.pytorch_utils import Conv1D
 
 Updates = Mapping[nn.Module, tuple[Tensor, Tensor]]  # module -> A (N, r, I) and B (N, O, r)
 
-_active: ContextVar[Updates] = ContextVar("low_rank_updates", default={})  # noqa: B039, nobody writes to it
+_active: ContextVar[Updates] = ContextVar("low_rank_updates", default={})  # noqa: B039, the default is never changed
 _hooked: WeakSet[nn.Module] = WeakSet()
 
 
 def active_updates() -> Updates:
+    """The updates of the current context."""
     return _active.get()
 
 
 @contextmanager
 def low_rank_updates(updates: Updates) -> Iterator[None]:
-    """Inside, each of the modules gives `W x + B A x`, and no others do; N consecutive groups of rows have their own.
+    """A context in which the given modules compute `W x + B A x`, and no other modules have an update.
 
-    It may be entered again, within itself or later, as the recomputation of gradient checkpointing does.
+    The rows of a batch form N groups of consecutive rows. Group i uses A[i] and B[i]. The context may be entered again,
+    inside itself or later, as gradient checkpointing does when it recomputes a layer.
+
+    Args:
+        updates: module -> A (N, r, I) and B (N, O, r).
     """
     new = [module for module in updates if module not in _hooked]
     hooks = [module.register_forward_hook(_add_update) for module in new]
@@ -46,7 +51,7 @@ def _add_update(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -
     if module not in (updates := _active.get()):
         return output
     down, up = (t.to(inputs[0].dtype) for t in updates[module])
-    # Tokens may come as (rows, T, I) or, in some families, as (rows * T, I): the rows of a task lie together in both.
+    # Tokens come as (rows, T, I) or, in some model families, as (rows * T, I). A task's rows are consecutive in both.
     tokens = inputs[0].reshape(len(down), -1, down.shape[-1])
     return output + (tokens @ down.mT @ up.mT).view(output.shape).to(output.dtype)
 
@@ -54,17 +59,20 @@ def _add_update(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -
 def linear_modules(
     model: nn.Module, target_modules: str | list[str], uncalled: Collection[str] = ()
 ) -> dict[str, tuple[int, int]]:
-    """Paths of the linear modules that are meant, LoRA or not, with the input and output width of each.
+    """Find the linear modules that `target_modules` names, with or without LoRA.
 
     Args:
         model: the base.
-        target_modules: as in PEFT: `"all-linear"` (output embeddings and experts left out), the last parts of names, or
+        target_modules: as in PEFT: `"all-linear"` (without output embeddings and experts), a list of ends of names, or
             a regular expression for whole paths.
-        uncalled: last parts of the names of modules whose weights are read without calling them.
+        uncalled: ends of the names of modules whose weights are used without calling the module.
+
+    Returns:
+        Path of each module -> (input width, output width).
 
     Raises:
-        ValueError: when nothing is meant, a target is not linear, it is not called, or it is an expert, which sees
-            tokens of all tasks in an order of its own.
+        ValueError: if no module is found, or one is not linear, is never called, or is an expert. Experts see the
+            tokens of all tasks mixed together.
     """
     modules = {name: m for name, m in model.named_modules() if not re.search(r"(^|\.)(base_layer$|lora_)", name)}
     if target_modules == "all-linear":

@@ -1,30 +1,35 @@
-"""Bases with layers that are not attention: a state goes in as embeddings in front of the text."""
+"""RecurrentBase: decoders with layers other than attention. A state is given as embeddings in front of the text."""
 
 import copy
 
 import torch
 from torch import Tensor, nn
 
+from ..tensors import NO_LOSS
 from .base import TOKENS, Base, positions_of, without_first
 from .compat import has_recurrent_layers, is_classifier, prepare_checkpointing
 from .encoder import Encoder
 
-LENGTHS = ("max_length", "min_length")  # of `generate`, prompt included
+LENGTHS = ("max_length", "min_length")  # arguments of `generate` that count the prompt too
 
 
 def base_of(model: nn.Module) -> Base:
-    """The base that suits the model's layers, and its head."""
+    """Wrap a model in the class that fits it: `Encoder` for classifiers, `RecurrentBase`, or `Base`."""
     if is_classifier(model):
         return Encoder(model)
     return RecurrentBase(model) if has_recurrent_layers(model.config) else Base(model)
 
 
 class RecurrentBase(Base):
-    """Runs a decoder behind m embeddings, with LoRA on or off.
+    """Runs a decoder on text after m embeddings, with LoRA on or off.
 
-    A recurrence keeps no keys and values, and transformers cannot go on from its state with more than one token, so
-    every pass reads the prefix again. Padding between the prefix and the text, or inside the text, would be a part of
-    the recurrence: every pass is laid out as [padding][prefix][text], and what it gives is put back where it was.
+    Recurrent layers keep no keys and values, and transformers can continue from their state with a single token only.
+    So every pass reads the prefix again. Recurrent layers do read padding, so padding must not stand between the prefix
+    and the text or inside the text. Every pass is therefore arranged as [padding][prefix][text], and its results are
+    put back into the original order.
+
+    Args:
+        model: a causal language model of transformers, with or without LoRA layers.
     """
 
     offers = frozenset({TOKENS})
@@ -54,13 +59,13 @@ class RecurrentBase(Base):
         positions: Tensor,  # (B, T)
         record: int,
     ) -> tuple[Tensor, list]:
-        """Last hidden states (B, record, d); no keys and values."""
+        """As `Base.read`: the last hidden states (B, record, d), and an empty list in place of keys and values."""
         inputs, order = self._laid_out(prefix, embeddings, mask, positions)
         hidden = self.model.base_model(**inputs, use_cache=False).last_hidden_state
         return _in_order(hidden, order.argsort(1))[:, -record:], []
 
     def answer(self, prefix: Tensor, ids: Tensor, mask: Tensor, labels: Tensor | None = None, **kwargs):
-        """transformers' own output for the T tokens of a query (B, T) behind the prefix."""
+        """As `Base.answer`."""
         asked = [name for name in ("output_hidden_states", "output_attentions") if kwargs.get(name)]
         if asked or kwargs.get("return_dict") is False:
             raise ValueError(
@@ -71,16 +76,16 @@ class RecurrentBase(Base):
         inputs, order = self._laid_out(prefix, self.embed(ids), mask, positions_of(mask) + num_slots)
         if labels is not None:
             labels = without_first(labels, mask)
-            labels = torch.cat([labels.new_full((len(labels), num_slots), -100), labels], 1).gather(1, order)
+            labels = torch.cat([labels.new_full((len(labels), num_slots), NO_LOSS), labels], 1).gather(1, order)
         outputs = self.model(**inputs, use_cache=False, labels=labels, **kwargs)
         logits = _in_order(outputs.logits, order.argsort(1))[:, num_slots:]
         outputs.logits = logits[:, -keep:] if isinstance(keep, int) else logits[:, keep]
         return outputs
 
     def generate(self, prefix: Tensor, ids: Tensor, mask: Tensor, **kwargs):  # (B, T) each
-        """transformers' own `generate` behind the prefix; prompt and new ids, (B, T + new)."""
+        """As `Base.generate`."""
         inputs, _ = self._laid_out(prefix, self.embed(ids), mask, positions_of(mask) + prefix.shape[1])
-        del inputs["position_ids"]  # generate counts them itself, and has no place for them in every family
+        del inputs["position_ids"]  # generate counts positions itself, and some model families take none
         if kwargs.get("generation_config") is not None:
             kwargs["generation_config"] = settings = copy.copy(kwargs["generation_config"])
             given = {name: value for name in LENGTHS if (value := getattr(settings, name))}
@@ -96,7 +101,11 @@ class RecurrentBase(Base):
         mask: Tensor,  # (B, T)
         positions: Tensor,  # (B, T)
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """Inputs of m + T places, padding first, and where each of them was, (B, m + T)."""
+        """Arrange prefix and text as [padding][prefix][text].
+
+        Returns:
+            The model's inputs, with m + T places, and the original index of each place, (B, m + T).
+        """
         prepare_checkpointing(self.model)
         embeddings = embeddings.to(self.model.get_input_embeddings().weight.dtype)
         rows, num_slots = len(mask), prefix.shape[1]
@@ -113,9 +122,10 @@ class RecurrentBase(Base):
 
 
 def _longer(lengths: dict[str, int], num_tokens: int) -> dict[str, int]:
-    """transformers takes the embeddings' length off those that count the prompt."""
+    """Add the length of the embeddings, which transformers subtracts from lengths that count the prompt."""
     return {name: value + num_tokens for name, value in lengths.items()}
 
 
 def _in_order(rows: Tensor, order: Tensor) -> Tensor:  # (B, T, d), (B, T)
+    """Reorder the tokens of each row."""
     return rows.take_along_dim(order.unsqueeze(-1), 1)

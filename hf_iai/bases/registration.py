@@ -1,4 +1,4 @@
-"""Tells PEFT about the method "IAI": one enum member and three dictionary entries."""
+"""Registers the method "IAI" with PEFT: one enum member and three dictionary entries."""
 
 import enum
 
@@ -9,16 +9,20 @@ SUPPORTED_PEFT = ("0.21",)
 
 
 class IAIType(enum.StrEnum):
-    """Equals the string "IAI", which is how PEFT looks methods up."""
+    """The method's type. Its member equals the string "IAI", by which PEFT looks methods up."""
 
     IAI = "IAI"
 
 
 def register(config_class: type, model_class: type) -> None:
-    """Make `get_peft_model` and the AutoPeft classes know `IAIConfig`.
+    """Register the method, so that `get_peft_model` and the AutoPeft classes accept its configuration.
+
+    Args:
+        config_class: the method's configuration class.
+        model_class: the method's tuner class.
 
     Raises:
-        ImportError: when the installed PEFT is of a series that this version was not tested with.
+        ImportError: if this version was not tested with the installed release of PEFT.
     """
     if not peft.__version__.startswith(SUPPORTED_PEFT):
         raise ImportError(f"hf_iai needs peft {' or '.join(SUPPORTED_PEFT)}.x, found {peft.__version__}")

@@ -1,24 +1,24 @@
-"""A base for given vectors: it has no layer, hands them on as they are, and is made without a download."""
+"""vector_base: a base for given vectors. It has no layers, returns vectors as they are, and needs no download."""
 
 import torch
 from transformers import AutoModelForSequenceClassification, LlamaConfig, PreTrainedModel
 
-VECTOR_BASE = "hf_iai:vectors-"  # and the width: what an adapter on such a base names as its base
-_EPS = 1e6  # of the norm that Llama ends in, far above the mean square of a vector
+VECTOR_BASE = "hf_iai:vectors-"  # with the width added, this is the base's name in saved adapters
+_EPS = 1e6  # eps of Llama's last norm, far above the mean square of a vector
 
 
 def vector_base(width: int) -> PreTrainedModel:
-    """The base of a linear state over vectors of that width, for `get_peft_model` and `PeftModel.from_pretrained`.
+    """Make a base for a linear state over given vectors, for `get_peft_model` and `PeftModel.from_pretrained`.
 
-    A Llama without layers is its last norm, g x / sqrt(mean(x^2) + eps), which with eps = 10^6 and g = sqrt(eps) gives
-    x back but for a factor of 1 - mean(x^2) / (2 eps). Nothing of it is random, so that an adapter fits every such
-    base: the embeddings of tokens, which are not used, and the classifier's own head are 0.
+    It is a Llama without layers, so only its last norm is left: g x / sqrt(mean(x^2) + eps). With eps = 10^6 and
+    g = sqrt(eps) this returns x, up to a factor of 1 - mean(x^2) / (2 eps). No weight is random, so an adapter fits
+    every base of the same width. The token embeddings and the classifier head are not used and are 0.
 
     Args:
-        width: d.
+        width: d, the width of the vectors.
 
     Raises:
-        ValueError: for a width below 1.
+        ValueError: if the width is below 1.
 
     Example:
         >>> import torch
@@ -41,5 +41,5 @@ def vector_base(width: int) -> PreTrainedModel:
 
 
 def vector_width(name: str | None) -> int | None:
-    """Of the vector base that an adapter names; None for another base."""
+    """The width in the name of a vector base; None if the name is that of another base."""
     return int(name.removeprefix(VECTOR_BASE)) if name and name.startswith(VECTOR_BASE) else None

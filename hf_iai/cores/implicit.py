@@ -10,7 +10,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from ..bases.base import Base
 from ..config import IAIConfig
 from ..predictions.answers import Answers
-from ..predictions.prediction import PREDICTIONS, Outlook, Prediction
+from ..predictions.prediction import PREDICTIONS, PassOutput, Prediction
 from ..predictions.queries import Queries, read_keys_values
 from .core import Core, EpisodeBatch, full_precision
 
@@ -106,11 +106,11 @@ class ImplicitCore(Core):
         answers: Answers,
         chunk: dict[str, Tensor] | None,
         slots: Tensor,  # (N, S, d)
-    ) -> Outlook:
+    ) -> PassOutput:
         with base.lora(True):
             before, own = queries.followed_by(base, chunk, slots + self.slot.to(slots.dtype))
             log_probs = answers.log_probs(base, queries, chunk, before)
-        return Outlook(before.float(), log_probs, own.float())
+        return PassOutput(before.float(), log_probs, own.float())
 
     def _scores(self, base: Base, answers: Answers, slots: Tensor) -> Tensor:  # (N, S, d)
         """What the slots add, before the gate."""

@@ -1,4 +1,4 @@
-"""From raw text to what a model reads: examples -> chunks, and examples -> episodes -> batches."""
+"""Data: examples become chunks, or episodes and batches of episodes."""
 
 from .chunks import batch_chunks, chunk_examples, chunk_text
 from .collator import EpisodeCollator

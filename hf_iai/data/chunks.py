@@ -1,17 +1,16 @@
-"""Chunks: what a model reads in one refinement step. Axes: B streams (tasks), C tokens of a chunk."""
+"""Chunks: the pieces that a model reads one at a time. Axes: B streams (tasks), C tokens of a chunk."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain, islice
 from typing import Any
 
 import torch
-from torch.nn.functional import pad
 from transformers import PreTrainedTokenizerBase
 
-from .examples import NO_LOSS, Example, Tokens, text_ids, tokenize_example, with_end
+from ..tensors import NO_LOSS, pad_to
+from .checks import check_at_least, check_iterable
+from .examples import Chunk, Example, Tokens, text_ids, tokenize_example, with_end
 from .labelled import is_labelled, labelled_chunks, labelled_side_by_side
-
-Chunk = Mapping[str, torch.Tensor]
 
 
 def chunk_text(
@@ -21,23 +20,23 @@ def chunk_text(
     chunk_size: int | None = None,
     model: Any = None,
 ) -> Iterator[Chunk]:
-    """Read a text as chunks of `chunk_size` tokens, lazily.
+    """Cut a text into chunks of `chunk_size` tokens, lazily.
 
-    An iterable of strings is one text in pieces, each tokenised when it is needed: it may be endless, such as
-    `(row["text"] for row in load_dataset(..., streaming=True))`. Nothing is put between the pieces; for texts that
-    are to stay apart use `chunk_examples` with `{"text": ...}`.
+    An iterable of strings is read as one text in pieces. Each piece is tokenised when it is needed, so the iterable may
+    be endless, such as `(row["text"] for row in load_dataset(..., streaming=True))`. Nothing is inserted between the
+    pieces. To keep several texts apart, use `chunk_examples` with `{"text": ...}`.
 
     Args:
         text: a string, or its pieces in order.
-        tokenizer: adds no special tokens.
-        chunk_size: tokens per chunk (C); the last chunk may be shorter. By default what `model` can read at once.
-        model: an IAI model, asked for its `max_chunk_size` when `chunk_size` is None.
+        tokenizer: the base model's tokenizer; no special tokens are added.
+        chunk_size: tokens per chunk (C); the last chunk may be shorter. By default as many as `model` can read at once.
+        model: an IAI model. Its `max_chunk_size` is used if `chunk_size` is None.
 
     Returns:
-        A generator of `{"input_ids", "attention_mask", "labels"}`, each a long tensor (1, C), all tokens with a loss.
+        A generator of `{"input_ids", "attention_mask", "labels"}`, each a long tensor (1, C). Every token has a loss.
 
     Raises:
-        ValueError: neither `chunk_size` nor `model` is given, `chunk_size` is below 1, or a piece is no string.
+        ValueError: if neither `chunk_size` nor `model` is given, `chunk_size` is below 1, or a piece is not a string.
 
     Example:
         >>> from transformers import ByT5Tokenizer
@@ -59,31 +58,32 @@ def chunk_examples(
     chunk_size: int | None = None,
     model: Any = None,
 ) -> Iterator[Chunk]:
-    """Read examples one after the other as chunks of `chunk_size` tokens, lazily.
+    """Join examples into one stream of tokens and cut it into chunks of `chunk_size` tokens, lazily.
 
-    Labels are made per token before the stream is cut, so an example may cross the boundary of two chunks. After each
-    `{"prompt", "completion"}` or `{"text"}` of plain strings stands the tokenizer's end-of-sequence token, if it has
-    one, as part of the completion.
+    Labels are set per token before the stream is cut, so an example may cross the boundary of two chunks. Plain
+    `{"prompt", "completion"}` and `{"text"}` examples end with the tokenizer's end-of-sequence token, if it has one.
+    That token counts as part of the completion.
 
-    Rows `{"text", "label"}`, with strings for labels, are examples for a linear state: each text stands by itself, with
-    the tokenizer's special tokens, cut at its `model_max_length`, and `chunk_size` counts examples. The first row
-    decides. For tokens of such texts leave the labels out.
+    Rows `{"text", "label"}` whose labels are strings are labelled examples, for a linear state. Each text is tokenised
+    by itself, with the tokenizer's special tokens, and truncated to its `model_max_length`. `chunk_size` then counts
+    examples. The first row decides which of the two applies to all. To read such texts as tokens, remove the labels.
 
     Args:
-        examples: any iterable of examples (formats: `tokenize_example`), also an endless or a streaming one.
-        tokenizer: adds no special tokens but those of its chat template and the end after a plain example.
+        examples: any iterable of examples, which may be endless or a streaming dataset; formats: `tokenize_example`.
+        tokenizer: the base model's tokenizer. It adds no special tokens, except those of its chat template and the end
+            of a plain example.
         chunk_size: tokens per chunk (C), or labelled examples per chunk (n); the last chunk may be shorter. By default
-            what `model` can read at once; 20 examples where it has a linear state.
-        model: an IAI model, asked for its `max_chunk_size` when `chunk_size` is None.
+            as many as `model` can read at once, or 20 examples if it has a linear state.
+        model: an IAI model. Its `max_chunk_size` is used if `chunk_size` is None.
 
     Returns:
-        A generator of `{"input_ids", "attention_mask", "labels"}`, each a long tensor (1, C). Of labelled rows ids and
-        mask are (1, n, T), `labels` (1, n) are numbers, and `label_names` says of what: all labels met so far, in the
-        order in which they were met.
+        A generator of `{"input_ids", "attention_mask", "labels"}`, each a long tensor (1, C). For labelled rows, ids
+        and mask are (1, n, T) and `labels` (1, n) are class numbers. Such a chunk also has `label_names`: the names of
+        all classes met so far, in the order of their numbers.
 
     Raises:
-        ValueError: neither `chunk_size` nor `model` is given, `chunk_size` is below 1, `examples` is a single one, or
-            an example has no known format, or not that of the rows before.
+        ValueError: if neither `chunk_size` nor `model` is given, `chunk_size` is below 1, `examples` is a single
+            example, or an example has an unknown format or another one than the first.
 
     Example:
         >>> from transformers import ByT5Tokenizer
@@ -114,23 +114,23 @@ def _chunks_of_examples(
 
 
 def batch_chunks(streams: Iterable[Iterable[Chunk]], pad_token_id: int = 0) -> Iterator[Chunk]:
-    """Read several streams of chunks side by side: chunk k of the batch holds chunk k of every stream.
+    """Batch several streams of chunks: chunk k of the result holds chunk k of every stream.
 
-    Shorter chunks, of tokens or of labelled examples, are padded on the right. A stream that has ended gives rows whose
-    mask is all 0, which leave a state as it is, until the last stream has ended.
+    Shorter chunks are padded on the right. A stream that has ended continues as rows whose mask is all 0, until the
+    last stream has ended. Such rows leave a state unchanged.
 
     Args:
-        streams: one iterable of single-row chunks per task (B of them). Without `attention_mask` all tokens count;
-            without `labels` all that count have a loss.
-        pad_token_id: the id at masked places; any id of the vocabulary will do.
+        streams: B iterables of chunks with one row each, one iterable per task. If a chunk has no `attention_mask`, all
+            its tokens are real; if it has no `labels`, all its real tokens have a loss.
+        pad_token_id: the id of padding; any id of the vocabulary works.
 
     Returns:
-        A generator of `{"input_ids", "attention_mask", "labels"}`, each a long tensor (B, C), C the longest chunk of
-        that step. Of labelled examples (B, n, T) twice, and (B, n); `label_names` is a list of each task's names. Of
-        vectors as `chunk_vectors` gives them, B tasks side by side.
+        A generator of `{"input_ids", "attention_mask", "labels"}`, each a long tensor (B, C), where C is the length of
+        the longest chunk in this step. Labelled examples have ids and mask (B, n, T), labels (B, n), and as
+        `label_names` a list with the names of each task. Vectors are as `chunk_vectors` gives them, with B rows.
 
     Raises:
-        ValueError: no stream at all, or a chunk whose shape is not (1, C), or (1, n, T) of labelled examples.
+        ValueError: if there is no stream, or a chunk's shape is not (1, C), or (1, n, T) for labelled examples.
 
     Example:
         >>> from transformers import ByT5Tokenizer
@@ -146,24 +146,11 @@ def batch_chunks(streams: Iterable[Iterable[Chunk]], pad_token_id: int = 0) -> I
 
 
 def split_tokens(tokens: Iterable[Tokens], chunk_size: int) -> Iterator[Tokens]:
-    """The tokens of all examples in a row, cut every `chunk_size`; reads no further than the chunk it yields."""
+    """Join the tokens of all examples and cut them every `chunk_size`, reading no further than the current chunk."""
     stream = chain.from_iterable(zip(part["input_ids"], part["labels"], strict=True) for part in tokens)
     while piece := list(islice(stream, chunk_size)):
         ids, labels = zip(*piece, strict=True)
         yield {"input_ids": list(ids), "labels": list(labels)}
-
-
-def check_at_least(minimum: int, **values: int) -> None:
-    """Raise a ValueError that names the first of `values` below `minimum`."""
-    for name, value in values.items():
-        if value < minimum:
-            raise ValueError(f"{name} must be at least {minimum}, got {value}")
-
-
-def check_iterable(name: str, items: Any) -> None:
-    """Raise a ValueError where one string or mapping was given in place of an iterable of them."""
-    if isinstance(items, str | Mapping):
-        raise ValueError(f"{name} must be an iterable, got a single {type(items).__name__}; put it in a list")
 
 
 def _chunk_size(chunk_size: int | None, model: Any) -> int:
@@ -189,7 +176,7 @@ def _side_by_side(iterators: list[Iterator[Chunk]], pad_token_id: int) -> Iterat
         width = max(row["input_ids"].shape[1] for row in rows if row)
         nothing = {key: value[:, :0] for key, value in next(row for row in rows if row).items()}
         fill = {"input_ids": pad_token_id, "attention_mask": 0, "labels": NO_LOSS}
-        yield {key: torch.cat([_widen((row or nothing)[key], width, fill[key]) for row in rows]) for key in fill}
+        yield {key: torch.cat([pad_to((row or nothing)[key], [width], fill[key]) for row in rows]) for key in fill}
 
 
 def _complete(chunk: Chunk) -> Chunk:
@@ -202,7 +189,3 @@ def _complete(chunk: Chunk) -> Chunk:
         "attention_mask": mask,
         "labels": chunk.get("labels", ids.masked_fill(mask == 0, NO_LOSS)),
     }
-
-
-def _widen(row: torch.Tensor, width: int, value: int) -> torch.Tensor:
-    return pad(row, (0, width - row.shape[1]), value=value)  # (1, width)

@@ -6,36 +6,40 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from .chunks import check_at_least, split_tokens
-from .episodes import Episode, check_disjoint_tokens
-from .examples import NO_LOSS, Tokens, tokenize_example, with_end
+from ..tensors import NO_LOSS
+from .checks import PARTS, check_at_least
+from .chunks import split_tokens
+from .collator_base import Batch, CollatorBase, stack
+from .episodes import check_disjoint_tokens
+from .examples import Episode, Tokens, tokenize_example, with_end
 
 
 @dataclass
-class EpisodeCollator:
-    """Turn a list of episodes into what a model's `forward` takes.
+class EpisodeCollator(CollatorBase):
+    """Turns a list of episodes into what a model's `forward` takes.
 
-    The support examples of an episode are written one after the other and cut into chunks of `chunk_size` tokens, just
-    as `chunk_examples` does, end-of-sequence tokens included; every query stands by itself. Everything is padded on
-    the right with mask 0 and label -100: the last chunk, the queries, and the queries of episodes that have fewer. Only
-    whole chunks that an episode has fewer than others stand in front: its last n chunks are the last n for all.
+    The support examples of an episode are joined and cut into chunks of `chunk_size` tokens, as `chunk_examples` does
+    it, with end-of-sequence tokens. Each query stands by itself. The last chunk, the queries, and missing queries are
+    padded on the right, with mask 0 and label -100. If an episode has fewer chunks than others, whole chunks of padding
+    stand in front, so the last n chunks of the batch are the last n of every episode.
 
-    The answers of an episode with `"labels"`, strings or lists of token ids, are out of that set (regime implicit).
+    An episode may have `"labels"`, the set its answers come from, as strings or lists of token ids (regime implicit).
 
     Args:
-        tokenizer: of the base.
+        tokenizer: the base model's tokenizer.
         chunk_size: C, tokens per chunk.
-        max_chunks: keep only so many chunks per episode, the last ones: those right before the query. All by default.
+        max_chunks: keep only this many chunks per episode, the last ones, right before the query. All by default.
 
     Returns:
         When called with episodes: `chunk_input_ids`, `chunk_attention_mask`, `chunk_labels` (B, K, C) and
-        `input_ids`, `attention_mask`, `labels` (B, Q, T), all long. Without support, or with `max_chunks=0`, K is 0.
-        Of label sets also `label_input_ids`, `label_attention_mask` (B, L, T): strings end as completions do, with the
-        end-of-sequence token, if there is one.
+        `input_ids`, `attention_mask`, `labels` (B, Q, T), all long. K is 0 if there is no support, or `max_chunks` is
+        0. If the episodes have labels, also `label_input_ids` and `label_attention_mask` (B, L, T) for L labels. Labels
+        given as strings end as completions do, with the end-of-sequence token, if there is one.
 
     Raises:
-        ValueError: `chunk_size` is below 1 or `max_chunks` below 0; no episode; an episode without a query, with an
-            empty one, or with a query that is also in its support; labels in some of the episodes only.
+        ValueError: if `chunk_size` is below 1 or `max_chunks` below 0; if there is no episode; if a row is no episode;
+            if an episode has no query, an empty one, or one that is also in its support; if only some episodes have
+            labels.
 
     Example:
         >>> from transformers import ByT5Tokenizer
@@ -52,32 +56,27 @@ class EpisodeCollator:
     chunk_size: int
     max_chunks: int | None = None
 
-    def __post_init__(self):
-        check_at_least(1, chunk_size=self.chunk_size)
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if self.max_chunks is not None:
             check_at_least(0, max_chunks=self.max_chunks)
 
-    def __call__(self, episodes: Sequence[Episode]) -> dict[str, torch.Tensor]:
-        if not episodes:
-            raise ValueError("a batch needs at least one episode, got none")
+    def _batch(self, episodes: Sequence[Episode]) -> Batch:
         chunks, queries = zip(*map(self._chunks_and_queries, episodes), strict=True)
-        longest = max(len(query["input_ids"]) for row in queries for query in row)
-        # Chunks that an episode lacks stand in front, so that the last n of the axis are its last n.
-        most = max(map(len, chunks))
-        chunks = [[{"input_ids": [], "labels": []}] * (most - len(row)) + row for row in chunks]
-        support = self._padded(chunks, self.chunk_size)
-        batch = {f"chunk_{key}": value for key, value in support.items()} | self._padded(queries, longest)
+        # A place of `stack` is a whole chunk here, so missing ones stand in front with chunk_size=1.
+        support = self._stacked(chunks, self.chunk_size, in_front=1)
+        batch = {f"chunk_{name}": t for name, t in support.items()} | self._stacked(queries, _longest(queries))
         return batch | self._label_sets(episodes)
 
-    def _label_sets(self, episodes: Sequence[Episode]) -> dict[str, torch.Tensor]:
+    def _label_sets(self, episodes: Sequence[Episode]) -> Batch:
         sets = [episode.get("labels") or [] for episode in episodes]
         if not any(sets):
             return {}
         if not all(sets):
             raise ValueError("some episodes of the batch have labels and others have none: batch them apart")
         tokens = [[self._label_tokens(label) for label in labels] for labels in sets]
-        padded = self._padded(tokens, max(len(label["input_ids"]) for labels in tokens for label in labels))
-        return {f"label_{key}": padded[key] for key in ("input_ids", "attention_mask")}
+        stacked = self._stacked(tokens, _longest(tokens))
+        return {f"label_{name}": stacked[name] for name in ("input_ids", "attention_mask")}
 
     def _label_tokens(self, label: str | list[int]) -> Tokens:
         if not isinstance(label, str):
@@ -86,33 +85,32 @@ class EpisodeCollator:
         return with_end(tokenize_example(example, self.tokenizer), example, self.tokenizer)
 
     def _chunks_and_queries(self, episode: Episode) -> tuple[list[Tokens], list[Tokens]]:
-        support, query = (
-            [tokenize_example(example, self.tokenizer) for example in episode[part]] for part in ("support", "query")
-        )
-        self._check_query(query)
+        support, query = ([tokenize_example(example, self.tokenizer) for example in episode[part]] for part in PARTS)
+        for number, tokens in enumerate(query):
+            if not tokens["input_ids"]:
+                raise ValueError(f"query {number} of an episode has no tokens; leave it out or give it content")
         check_disjoint_tokens(support, query, self.tokenizer)
         support, query = (
             [with_end(*pair, self.tokenizer) for pair in zip(tokens, episode[part], strict=True)]
-            for part, tokens in (("support", support), ("query", query))
+            for part, tokens in zip(PARTS, (support, query), strict=True)
         )
         chunks = list(split_tokens(support, self.chunk_size))
         return chunks if self.max_chunks is None else chunks[max(0, len(chunks) - self.max_chunks) :], query
 
-    def _check_query(self, query: list[Tokens]) -> None:
-        if not query:
-            raise ValueError("an episode needs at least one query, got none")
-        for number, tokens in enumerate(query):
-            if not tokens["input_ids"]:
-                raise ValueError(f"query {number} of an episode has no tokens; leave it out or give it content")
-
-    def _padded(self, rows: Sequence[list[Tokens]], width: int) -> dict[str, torch.Tensor]:
-        shape = (len(rows), max(map(len, rows)), width)  # (B, K, C) or (B, Q, T)
-        ids = torch.full(shape, self.tokenizer.pad_token_id or 0)
-        mask, labels = torch.zeros_like(ids), torch.full_like(ids, NO_LOSS)
-        for b, row in enumerate(rows):
+    def _stacked(self, rows: Sequence[list[Tokens]], width: int, in_front: int | None = None) -> Batch:
+        """Stack rows of tokens of B episodes, each row padded to `width`: (B, K, C) or (B, Q, T)."""
+        fill = {"input_ids": self.tokenizer.pad_token_id or 0, "attention_mask": 0, "labels": NO_LOSS}
+        parts = []
+        for row in rows:
+            part = {name: torch.full((len(row), width), value) for name, value in fill.items()}
             for k, tokens in enumerate(row):
                 length = len(tokens["input_ids"])
-                ids[b, k, :length] = torch.tensor(tokens["input_ids"])
-                mask[b, k, :length] = 1
-                labels[b, k, :length] = torch.tensor(tokens["labels"])
-        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+                part["input_ids"][k, :length] = torch.tensor(tokens["input_ids"])
+                part["attention_mask"][k, :length] = 1
+                part["labels"][k, :length] = torch.tensor(tokens["labels"])
+            parts.append(part)
+        return stack(parts, fill, in_front)
+
+
+def _longest(rows: Sequence[list[Tokens]]) -> int:
+    return max(len(tokens["input_ids"]) for row in rows for tokens in row)

@@ -1,6 +1,6 @@
 """Episodes, the tasks a model is trained and evaluated on: `{"support": [example...], "query": [example...]}`.
 
-`group` names the document or task an episode comes from, for intervals over whole groups.
+`group` names the document or task that an episode comes from. Confidence intervals are taken over whole groups.
 """
 
 import math
@@ -12,12 +12,10 @@ from typing import Any
 from datasets import ClassLabel, Dataset, Features, IterableDataset, List, Value, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 
-from .chunks import check_at_least, check_iterable
-from .examples import Tokens, text_ids, tokenize_example
+from .checks import PARTS, check_at_least, check_episode, check_iterable
+from .examples import Episode, Tokens, text_ids, tokenize_example
 
-Episode = Mapping[str, Any]
-
-_ROWS_AT_ONCE = 256  # python objects held before they are written to Arrow, which is ten times smaller
+_ROWS_AT_ONCE = 256  # rows held as Python objects before they are written to Arrow, which is ten times smaller
 
 
 def episodes_from_documents(
@@ -31,27 +29,27 @@ def episodes_from_documents(
     max_per_document: int | None = None,
     seed: int = 0,
 ) -> Dataset:
-    """Cut documents into windows: `num_chunks` chunks to read, and the tokens right after them to predict.
+    """Cut documents into windows. Each is an episode: `num_chunks` chunks to read, and the next tokens to predict.
 
-    A window is `num_chunks * chunk_size + query_length` tokens long. Documents that are shorter are left out, and so
-    is a window whose query repeats one of its chunks word for word.
+    A window is `num_chunks * chunk_size + query_length` tokens long. Documents that are shorter give no episode. A
+    window whose query repeats one of its chunks word for word is left out too.
 
     Args:
-        documents: strings, or mappings with `"text"` and, to name the document, `"path"`.
-        tokenizer: adds no special tokens.
+        documents: strings, or mappings with `"text"` and optionally `"path"`, which names the document.
+        tokenizer: the base model's tokenizer; no special tokens are added.
         chunk_size: tokens per chunk.
-        num_chunks: chunks per episode; every support example is one of them.
-        query_length: tokens of the query, `chunk_size` by default.
-        stride: tokens between the starts of two windows; a whole window by default, so that no two overlap.
-        max_per_document: at most so many windows of a document, drawn at random; all by default.
-        seed: of that draw.
+        num_chunks: chunks per episode; each one is a support example.
+        query_length: tokens of the query; `chunk_size` by default.
+        stride: tokens between the starts of two windows; by default a whole window, so windows do not overlap.
+        max_per_document: draw at most this many windows of each document; all by default.
+        seed: random seed of that draw.
 
     Returns:
-        A dataset with columns `support` (`num_chunks` examples `{"input_ids"}`), `query` (one) and `group`, the
-        document's path or, without one, its running number.
+        A dataset with the columns `support` (`num_chunks` examples `{"input_ids"}`), `query` (one such example) and
+        `group` (the document's path, or its running number if it has none).
 
     Raises:
-        ValueError: a number is below 1, a document has no text, or no window is left.
+        ValueError: if a number is below 1, a document has no text, or there is no window.
 
     Example:
         >>> from transformers import ByT5Tokenizer
@@ -110,31 +108,31 @@ def episodes_from_labels(
     label_names: Sequence[str] | Mapping[Any, str] | None = None,
     template: str | None = "Input: {text}\nLabel:",
 ) -> Dataset:
-    """Draw few-shot classification tasks from a labelled set.
+    """Draw few-shot classification tasks from a labelled data set.
 
-    Each episode draws `num_classes` labels and, as evenly over them as the numbers allow and in random order, its
-    support and its queries. No row is in both, and rows whose text is the same up to case and white space count as
-    one: the first is kept.
+    Each episode draws `num_classes` labels, and then its support and its queries. The examples are spread over the
+    labels as evenly as possible, in random order. No row is in both support and query. Rows whose texts differ only in
+    case and white space count as one; the first one is kept.
 
     Args:
-        rows: mappings with a text and a label; a finite iterable, `datasets` included.
+        rows: mappings with a text and a label; any finite iterable, such as a dataset of `datasets`.
         text_column: key of the text.
         label_column: key of the label.
         num_classes: labels per episode.
-        num_support: support examples per episode, over all classes.
-        num_queries: queries per episode, over all classes.
-        num_episodes: rows of the result.
-        seed: of every draw.
-        label_names: what is written for each label; by default the names of a `ClassLabel` column, else `str(label)`.
-        template: the prompt, with `{text}` in it. The completion is a space and the label's name. None: examples
-            `{"text", "label"}`, for a linear state.
+        num_support: support examples per episode, all classes together.
+        num_queries: queries per episode, all classes together.
+        num_episodes: number of episodes.
+        seed: random seed of all draws.
+        label_names: the text to write for each label. By default the names of a `ClassLabel` column, or `str(label)`.
+        template: the prompt, which contains `{text}`. The completion is a space and the label's name. None: examples
+            are `{"text", "label"}`, for a linear state.
 
     Returns:
-        A dataset with columns `support` and `query` (examples `{"prompt", "completion"}`, or `{"text", "label"}`) and
-        `group`, the episode's number.
+        A dataset with the columns `support` and `query` (examples `{"prompt", "completion"}`, or `{"text", "label"}`)
+        and `group` (the episode's number).
 
     Raises:
-        ValueError: a number is below 1, a column or the name of a label is missing, the template has no `{text}`, or
+        ValueError: if a number is below 1, a column or a label's name is missing, the template has no `{text}`, or
             fewer than `num_classes` labels have enough different texts.
 
     Example:
@@ -174,14 +172,14 @@ def episodes_from_labels(
 
 
 def check_disjoint(episode: Episode, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Make sure that no example of the query is in the support, token for token.
+    """Check that no query of an episode is also in its support.
 
     Args:
         episode: a mapping with `support` and `query`, lists of examples.
-        tokenizer: decides what is the same: two spellings with the same tokens are one content.
+        tokenizer: examples are the same if they have the same tokens.
 
     Raises:
-        ValueError: an example is in both; the message shows its text.
+        ValueError: if an example is in both (the message shows its text), or this is no episode.
 
     Example:
         >>> from transformers import ByT5Tokenizer
@@ -191,12 +189,13 @@ def check_disjoint(episode: Episode, tokenizer: PreTrainedTokenizerBase) -> None
         Traceback (most recent call last):
         ValueError: '2' is in the support and in the query of an episode; ...
     """
-    support, query = ([tokenize_example(e, tokenizer) for e in episode[part]] for part in ("support", "query"))
+    check_episode(episode)
+    support, query = ([tokenize_example(e, tokenizer) for e in episode[part]] for part in PARTS)
     check_disjoint_tokens(support, query, tokenizer)
 
 
 def check_disjoint_tokens(support: list[Tokens], query: list[Tokens], tokenizer: PreTrainedTokenizerBase) -> None:
-    """`check_disjoint` for examples that are tokenised already."""
+    """As `check_disjoint`, for examples that are already tokenised."""
     read = {tuple(tokens["input_ids"]) for tokens in support}
     for tokens in query:
         if tokens["input_ids"] and tuple(tokens["input_ids"]) in read:
@@ -230,7 +229,7 @@ def _texts_by_name(
     label_column: str,
     names: Sequence[str] | Mapping[Any, str] | None,
 ) -> dict[str, list[str]]:
-    # A sequence would answer label -1, which stands for "unlabelled" in many sets, with its last name.
+    # As a dictionary: a sequence would give label -1, which means "unlabelled" in many data sets, its last name.
     names = dict(enumerate(names)) if isinstance(names, Sequence) else names
     texts: dict[str, list[str]] = {}
     seen = set()
@@ -257,7 +256,7 @@ def _labelled_example(text: str, name: str, template: str | None) -> dict[str, s
 
 
 def _evenly(rng: random.Random, labels: list[str], count: int) -> list[str]:
-    # Which labels get one more than the others is drawn anew for support and query.
+    # If the numbers do not divide, some labels get one example more. Support and query each draw which ones.
     order = rng.sample(labels, len(labels))
     drawn = [order[i % len(order)] for i in range(count)]
     rng.shuffle(drawn)

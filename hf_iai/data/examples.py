@@ -1,4 +1,4 @@
-"""One example in any of TRL's formats, as token ids and labels."""
+"""One example in any of TRL's formats, as token ids and labels. Also the types that this folder shares."""
 
 import re
 from collections.abc import Mapping
@@ -10,15 +10,16 @@ from transformers import PreTrainedTokenizerBase
 
 from ..tensors import NO_LOSS
 
-Example = Mapping[str, Any]
-Chunk = Mapping[str, Any]  # what a model reads in one step: input_ids or inputs_embeds, attention_mask, labels, ...
+Example = Mapping[str, Any]  # see `tokenize_example`
+Episode = Mapping[str, Any]  # {"support": [example, ...], "query": [example, ...]}
+Chunk = Mapping[str, Any]  # tensors: "input_ids" or "inputs_embeds", "attention_mask", "labels"; see `chunk_examples`
 Tokens = dict[str, list[int]]  # "input_ids" and "labels", equally long
 
 _KEYS_OF_FORMAT = {"prompt": ("prompt", "completion"), "text": ("text",), "messages": ("messages",)}
 
 
 def tokenize_example(example: Example, tokenizer: PreTrainedTokenizerBase) -> Tokens:
-    """Token ids of one example, and labels that are -100 where no loss is taken.
+    """Turn one example into token ids, and labels that are -100 where no loss is taken.
 
     | example                                             | tokens with a loss                                  |
     |-----------------------------------------------------|-----------------------------------------------------|
@@ -29,19 +30,20 @@ def tokenize_example(example: Example, tokenizer: PreTrainedTokenizerBase) -> To
     |                                                     | `{% generation %}`; else all                        |
     | `{"input_ids": [int...]}`, optionally `"labels"`    | as given; without labels, all                       |
 
-    No special token is added beyond those of the chat template. Other keys are ignored, keys whose value is None count
-    as absent, `input_ids` goes before the other formats. Tokens whose `attention_mask` is 0 are left out.
+    No special tokens are added, except those of the chat template. Other keys are ignored, and a key whose value is
+    None counts as absent. If an example has `input_ids`, its other formats are ignored. Tokens whose `attention_mask`
+    is 0 are left out.
 
     Args:
         example: a mapping in one of the formats above.
-        tokenizer: with a chat template where messages are used.
+        tokenizer: needs a chat template if the example has messages.
 
     Returns:
         `{"input_ids": [...], "labels": [...]}`, two lists of equal length.
 
     Raises:
-        ValueError: the example has none or several of the formats, a value has the wrong type, ids and labels differ
-            in length, or the tokenizer has no chat template.
+        ValueError: if the example has none or several of the formats, a value has the wrong type, ids and labels differ
+            in length, or the tokenizer lacks a chat template.
 
     Example:
         >>> from transformers import ByT5Tokenizer
@@ -66,10 +68,15 @@ def tokenize_example(example: Example, tokenizer: PreTrainedTokenizerBase) -> To
 
 
 def with_end(tokens: Tokens, example: Example, tokenizer: PreTrainedTokenizerBase) -> Tokens:
-    """`tokens` of `example`, closed by the end-of-sequence token if the example is plain text.
+    """Add the end-of-sequence token if the example is plain text.
 
-    So the examples of a stream stay apart, and a model learns where a completion stops. A chat template closes its
-    own messages, and ids that are given stay as given.
+    It separates the examples of a stream, and from it a model learns where a completion stops. A chat template ends its
+    own messages, and given ids stay as they are.
+
+    Args:
+        tokens: what `tokenize_example` returned.
+        example: the example itself.
+        tokenizer: may have no end-of-sequence token; then nothing is added.
     """
     ids, end = tokens["input_ids"], tokenizer.eos_token_id
     kind = _format_of(example)
@@ -80,10 +87,10 @@ def with_end(tokens: Tokens, example: Example, tokenizer: PreTrainedTokenizerBas
 
 
 def text_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids of a text of any length: no special token added, nothing cut, no warning about the model's window."""
+    """Tokenise a text of any length without special tokens, truncation, or a warning about the model's window."""
     if not isinstance(text, str):
         raise ValueError(f"text must be a string, got {type(text).__name__} {text!r:.80}")
-    # An empty text has no tokens; some tokenizers answer it with floats.
+    # For an empty text some tokenizers return floats.
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text else []
 
 
@@ -126,7 +133,7 @@ def _row(example: Example, key: str) -> list[int]:
 
 
 def _message_tokens(messages: list[dict], tokenizer: PreTrainedTokenizerBase) -> Tokens:
-    # Only fast tokenizers know which characters a token covers, which is how the mask is made.
+    # The mask needs to know which characters a token covers, which only fast tokenizers do.
     marked = tokenizer.is_fast and re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.get_chat_template())
     rendered = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=bool(marked))
     ids = rendered["input_ids"]
@@ -135,8 +142,8 @@ def _message_tokens(messages: list[dict], tokenizer: PreTrainedTokenizerBase) ->
 
 
 def _render_messages(prompt: list[dict], completion: list[dict], tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    # The prompt ends where generation would begin. A template may write that place differently once an answer follows
-    # (an opened thought, for one), so the prompt is what the two renderings share.
+    # The prompt ends where generation would begin. Some templates write that place differently if an answer follows,
+    # for example with an opening "think" tag. So the prompt is the beginning that the two renderings share.
     asks = bool(prompt) and prompt[-1]["role"] != "assistant"
     alone = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=asks)
     whole = tokenizer.apply_chat_template([*prompt, *completion], tokenize=False)
@@ -145,8 +152,8 @@ def _render_messages(prompt: list[dict], completion: list[dict], tokenizer: PreT
 
 
 def _completion_tokens(prompt: str, completion: str, tokenizer: PreTrainedTokenizerBase) -> Tokens:
-    # The prompt's tokens are those a model is given when it generates. Where the whole would merge characters across
-    # the boundary, the two parts are tokenised apart, so that each token is either given or learned.
+    # The prompt must have the same tokens as when a model generates from it. If tokenising the whole merges characters
+    # across the boundary, the two parts are tokenised separately. Each token then belongs to one of the two.
     given, whole = text_ids(prompt, tokenizer), text_ids(prompt + completion, tokenizer)
     if whole[: len(given)] != given:
         whole = given + text_ids(completion, tokenizer)

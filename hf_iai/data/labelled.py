@@ -3,33 +3,32 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
 
 import torch
-from torch.nn.functional import pad
 from transformers import PreTrainedTokenizerBase
 
-from .examples import NO_LOSS, Example
+from ..tensors import NO_LOSS, pad_to
+from .checks import PARTS
+from .collator_base import Batch, CollatorBase, stack, stack_chunks
+from .examples import Chunk, Episode, Example
 
-Chunk = Mapping[str, Any]
-PARTS = ("support", "query")
-# Of padding; ids are padded with the tokenizer's own.
+# What padding holds; `input_ids` are padded with the tokenizer's own padding id.
 FILL = {"attention_mask": 0, "labels": NO_LOSS, "inputs_embeds": 0.0}
 
-_NO_LIMIT = 10**6  # tokenizers without a limit name a very large one
+_NO_LIMIT = 10**6  # tokenizers without a limit have a `model_max_length` far above this
 
 
 def is_labelled(example: Example) -> bool:
-    """Whether this is `{"text": ..., "label": ...}`, with both given."""
+    """Whether an example is `{"text": ..., "label": ...}` and both values are given."""
     return isinstance(example, Mapping) and all(example.get(key) is not None for key in ("text", "label"))
 
 
 def labelled_chunks(
     examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase, chunk_size: int
 ) -> Iterator[Chunk]:
-    """Chunks of n examples each, lazily; a label gets the next number where it is first met.
+    """Cut labelled examples into chunks of n, lazily. Labels are numbered in the order in which they are first met.
 
-    See `chunk_examples`, which calls this for rows with labels.
+    `chunk_examples` calls this for rows with labels; see there.
     """
     numbers: dict[str, int] = {}
     examples, start = iter(examples), 0
@@ -47,40 +46,40 @@ def labelled_chunks(
 
 
 def labelled_side_by_side(rows: Sequence[Chunk | None], pad_token_id: int) -> Chunk:
-    """Chunks of one task each as one of B; None stands for a task that has ended."""
+    """Batch the chunks of B tasks, one chunk per task. None stands for a task whose stream has ended."""
     there = [row for row in rows if row is not None]
     if len(kinds := {tuple(sorted(row)) for row in there}) > 1:
         raise ValueError(f"chunks side by side must hold the same, got {sorted(kinds)}: read texts and vectors apart")
     names = [() if row is None else tuple(row.get("label_names", ())) for row in rows]
-    batch = {"label_names": names} if "label_names" in there[0] else {}  # there are none of real targets
+    batch = {"label_names": names} if "label_names" in there[0] else {}  # real targets have no names
     for key in there[0].keys() - {"label_names"}:
         nothing = there[0][key][:, :0]  # (1, 0, T), or (1, 0)
         tensors = [nothing if row is None else row[key] for row in rows]
         size = [max(lengths) for lengths in zip(*(t.shape[1:] for t in tensors), strict=True)]
-        batch[key] = torch.cat([_to_size(t, size, FILL.get(key, pad_token_id)) for t in tensors])
+        batch[key] = torch.cat([pad_to(t, size, FILL.get(key, pad_token_id)) for t in tensors])
     return batch
 
 
 @dataclass
-class LabelledEpisodeCollator:
-    """Turn episodes of labelled texts into what the `forward` of a model with a linear state takes.
+class LabelledEpisodeCollator(CollatorBase):
+    """Turns episodes of labelled texts into what the `forward` of a model with a linear state takes.
 
-    The support of an episode is cut into chunks of `chunk_size` examples, as `chunk_examples` does it. Everything is
-    padded on the right, with mask 0 and label -100, but for whole chunks that an episode has fewer than others: they
-    stand in front, so that its last n chunks are the last n for all.
+    The support of an episode is cut into chunks of `chunk_size` examples, as `chunk_examples` does it. Texts, the last
+    chunk and missing queries are padded on the right, with mask 0 and label -100. If an episode has fewer chunks than
+    others, whole chunks of padding stand in front, so the last n chunks of the batch are the last n of every episode.
 
     Args:
-        tokenizer: of the encoder; texts longer than its `model_max_length` are cut.
+        tokenizer: the encoder's tokenizer; texts longer than its `model_max_length` are truncated.
         chunk_size: n, examples per chunk.
 
     Returns:
         When called with episodes `{"support": [{"text", "label"}...], "query": [...]}`: `chunk_input_ids`,
         `chunk_attention_mask` (B, K, n, T), `chunk_labels` (B, K, n) and `input_ids`, `attention_mask` (B, Q, T'),
-        `labels` (B, Q), all long. Labels are numbers within their episode.
+        `labels` (B, Q), all long. Labels are class numbers; every episode numbers its own classes.
 
     Raises:
-        ValueError: for `chunk_size` below 1, no episode, an episode without a query, an example without text or label,
-            or a query whose text is also in the support.
+        ValueError: if `chunk_size` is below 1, there is no episode, a row is no episode, an episode has no query, an
+            example has no text or no label, or the text of a query is also in the support.
 
     Example:
         >>> from transformers import ByT5Tokenizer
@@ -95,24 +94,13 @@ class LabelledEpisodeCollator:
     tokenizer: PreTrainedTokenizerBase
     chunk_size: int
 
-    def __post_init__(self):
-        if self.chunk_size < 1:
-            raise ValueError(f"chunk_size must be at least 1, got {self.chunk_size}")
-
-    def __call__(self, episodes: Sequence[Mapping[str, list[Example]]]) -> dict[str, torch.Tensor]:
-        if not episodes:
-            raise ValueError("a batch needs at least one episode, got none")
+    def _batch(self, episodes: Sequence[Episode]) -> Batch:
         support, queries = zip(*map(self._rows, episodes), strict=True)
-        slots = -(-max(map(len, support)) // self.chunk_size) * self.chunk_size  # K n
-        read = self._padded(support, slots, in_front=True)
-        shape = (slots // self.chunk_size, self.chunk_size)
-        read = {f"chunk_{key}": t.unflatten(1, shape) for key, t in read.items()}
-        return read | self._padded(queries, max(map(len, queries)), in_front=False)
+        fill = FILL | {"input_ids": self.tokenizer.pad_token_id or 0}
+        return stack_chunks(self._tensors(support), fill, self.chunk_size) | stack(self._tensors(queries), fill)
 
-    def _rows(self, episode: Mapping[str, list[Example]]) -> tuple[list[Example], list[Example]]:
+    def _rows(self, episode: Episode) -> tuple[list[Example], list[Example]]:
         support, query = ([{"text": r["text"], "label": r["label"]} for r in _checked(episode[part])] for part in PARTS)
-        if not query:
-            raise ValueError("an episode needs at least one query, got none")
         if both := {row["text"] for row in support} & {row["text"] for row in query}:
             raise ValueError(
                 f"{min(both)!r:.120} is in the support and in the query of an episode; leave it out of one of them, or "
@@ -121,20 +109,15 @@ class LabelledEpisodeCollator:
         numbers = {name: c for c, name in enumerate(dict.fromkeys(row["label"] for row in [*support, *query]))}
         return tuple([row | {"label": numbers[row["label"]]} for row in part] for part in (support, query))
 
-    def _padded(self, episodes: Sequence[list[Example]], slots: int, *, in_front: bool) -> dict[str, torch.Tensor]:
-        """ids and mask (B, slots, T), labels (B, slots); an episode's whole missing chunks in front, others behind."""
+    def _tensors(self, episodes: Sequence[list[Example]]) -> list[Batch]:
+        """ids and mask (S, T) and labels (S,) of every episode, tokenised together so that T is the same for all."""
         texts = text_tokens([row["text"] for rows in episodes for row in rows] or [""], self.tokenizer)
-        shape = (len(episodes), slots, texts["input_ids"].shape[1])
-        padded = {"input_ids": torch.full(shape, self.tokenizer.pad_token_id or 0)}
-        padded |= {"attention_mask": torch.zeros_like(padded["input_ids"]), "labels": torch.full(shape[:2], NO_LOSS)}
-        taken = 0
-        for b, rows in enumerate(episodes):
-            first = (slots - len(rows)) // self.chunk_size * self.chunk_size if in_front else 0
-            for key, tokens in texts.items():
-                padded[key][b, first : first + len(rows)] = tokens[taken : taken + len(rows)]
-            padded["labels"][b, first : first + len(rows)] = torch.tensor([row["label"] for row in rows])
+        parts, taken = [], 0
+        for rows in episodes:
+            part = {name: tokens[taken : taken + len(rows)] for name, tokens in texts.items()}
+            parts.append(part | {"labels": torch.tensor([row["label"] for row in rows], dtype=torch.long)})
             taken += len(rows)
-        return padded
+        return parts
 
 
 def _checked(rows: Sequence[Example]) -> Sequence[Example]:
@@ -155,12 +138,15 @@ def _check_rows(rows: Sequence[Example], start: int) -> None:
 
 
 def text_tokens(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> dict[str, torch.Tensor]:  # (n, T) each
-    """Texts as an encoder takes them: special tokens included, cut where the tokenizer has a limit."""
+    """Tokenise texts for an encoder: with special tokens, truncated if the tokenizer has a limit.
+
+    Args:
+        texts: n strings.
+        tokenizer: the encoder's tokenizer.
+
+    Returns:
+        `input_ids` and `attention_mask`, padded on the right.
+    """
     limited = tokenizer.model_max_length < _NO_LIMIT
     found = tokenizer(texts, padding=True, truncation=limited, padding_side="right", return_tensors="pt")
     return {key: found[key].long() for key in ("input_ids", "attention_mask")}
-
-
-def _to_size(tensor: torch.Tensor, size: list[int], fill: float) -> torch.Tensor:  # (1, n) or (1, n, T)
-    room = [most - length for most, length in zip(size, tensor.shape[1:], strict=True)]
-    return pad(tensor, [side for more in reversed(room) for side in (0, more)], value=fill)

@@ -3,17 +3,17 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..label_names import are_numbers
-from .examples import NO_LOSS
-from .labelled import PARTS
+from .checks import PARTS, check_at_least
+from .collator_base import Batch, CollatorBase, stack, stack_chunks
+from .examples import Chunk, Episode
+from .labelled import FILL
 
-Row = Mapping[str, Any]
 KEYS = ("vector", "label")
 
 
@@ -21,21 +21,24 @@ def chunk_vectors(
     vectors: Tensor | Sequence,  # (S, d)
     labels: Tensor | Sequence,  # (S,) or (S, o)
     chunk_size: int = 20,
-) -> Iterator[Mapping[str, Any]]:
-    """Read S given vectors (features, pixels) as chunks of `chunk_size` labelled examples.
+) -> Iterator[Chunk]:
+    """Divide S given vectors (features, pixels) into chunks of `chunk_size` labelled examples.
 
     Args:
-        vectors: an array or a tensor, as wide as the base's embeddings, or of `vector_width`.
-        labels: names or whole numbers of classes, or floating targets of a regression, one or o for each vector.
+        vectors: an array or a tensor. Its width is that of the base's embeddings, or the configuration's
+            `vector_width`.
+        labels: for classification the class names or class numbers; for regression one or o floating targets per
+            vector.
         chunk_size: n, examples per chunk; the last chunk may be smaller.
 
     Returns:
-        A generator of `inputs_embeds` (1, n, d), `attention_mask` (1, n) and `labels`: numbers of classes (1, n), with
-        `label_names`, all names met so far in the order in which they were met; or floating targets (1, n, o).
+        A generator of `inputs_embeds` (1, n, d), `attention_mask` (1, n) and `labels`. For classes, labels are class
+        numbers (1, n), and `label_names` holds the names of all classes met so far, in the order of their numbers. For
+        a regression, labels are floating targets (1, n, o).
 
     Raises:
-        ValueError: for `chunk_size` below 1, vectors that are not (S, d), another number of labels, or labels of which
-            some are classes and some are not.
+        ValueError: if `chunk_size` is below 1, vectors are not (S, d), there is another number of labels, or only some
+            labels are classes.
 
     Example:
         >>> from hf_iai import chunk_vectors
@@ -43,8 +46,7 @@ def chunk_vectors(
         >>> first["inputs_embeds"].shape, first["labels"].tolist(), second["label_names"]
         (torch.Size([1, 2, 2]), [[0, 1]], ('no', 'yes'))
     """
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+    check_at_least(1, chunk_size=chunk_size)
     vectors = torch.as_tensor(vectors).float()
     labels = labels.tolist() if isinstance(labels, Tensor | np.ndarray) else list(labels)
     if vectors.dim() != 2 or len(vectors) != len(labels):
@@ -54,7 +56,7 @@ def chunk_vectors(
     return _chunks(vectors, *_targets(labels), chunk_size)
 
 
-def _chunks(vectors: Tensor, targets: Tensor, names: tuple[str, ...], chunk_size: int) -> Iterator[Mapping[str, Any]]:
+def _chunks(vectors: Tensor, targets: Tensor, names: tuple[str, ...], chunk_size: int) -> Iterator[Chunk]:
     for start in range(0, len(vectors), chunk_size):
         x, y = vectors[None, start : start + chunk_size], targets[None, start : start + chunk_size]
         chunk = {"inputs_embeds": x, "attention_mask": torch.ones(x.shape[:2], dtype=torch.long), "labels": y}
@@ -63,26 +65,27 @@ def _chunks(vectors: Tensor, targets: Tensor, names: tuple[str, ...], chunk_size
 
 
 @dataclass
-class VectorEpisodeCollator:
-    """Turn episodes of given vectors into what the `forward` of a model with a linear state or `vector_width` takes.
+class VectorEpisodeCollator(CollatorBase):
+    """Turns episodes of given vectors into what the `forward` of a model with a linear state or `vector_width` takes.
 
-    As `LabelledEpisodeCollator`, with vectors in place of texts. Vectors may occur more than once, so that it is up to
-    the episodes not to ask in the query for an example of the support.
+    It works as `LabelledEpisodeCollator`, with vectors in place of texts. Equal vectors may be different examples, so
+    it does not check whether a query is also in the support.
 
     Args:
         chunk_size: n, examples per chunk.
-        num_classes: C, with which whole numbers below it are classes as they are, as `num_outputs` counts them. None:
-            the classes of an episode are numbered as they come, as names always are.
+        num_classes: C. Labels that are whole numbers below C then keep their numbers; set it to the configuration's
+            `num_outputs`. None: every episode numbers its classes in the order in which it meets them. Class names are
+            always numbered that way.
 
     Returns:
         When called with episodes `{"support": [{"vector", "label"}...], "query": [...]}`: `chunk_inputs_embeds`
         (B, K, n, d), `chunk_attention_mask`, `chunk_labels` (B, K, n), `inputs_embeds` (B, Q, d), `attention_mask`,
-        `labels` (B, Q). Labels are numbers within their episode; of floating ones targets (..., o). The mask of padding
-        is 0.
+        `labels` (B, Q). Labels are class numbers, or floating targets with one more axis (..., o). The mask is 0 for
+        padding.
 
     Raises:
-        ValueError: for `chunk_size` below 1, no episode, an episode without a query, an example without vector or
-            label, or examples that do not go together.
+        ValueError: if `chunk_size` is below 1, there is no episode, a row is no episode, an episode has no query, an
+            example has no vector or no label, or examples differ in width or kind of label.
 
     Example:
         >>> from hf_iai import VectorEpisodeCollator
@@ -96,40 +99,30 @@ class VectorEpisodeCollator:
     chunk_size: int
     num_classes: int | None = None
 
-    def __post_init__(self):
-        if self.chunk_size < 1:
-            raise ValueError(f"chunk_size must be at least 1, got {self.chunk_size}")
-
-    def __call__(self, episodes: Sequence[Mapping[str, list[Row]]]) -> dict[str, Tensor]:
-        if not episodes:
-            raise ValueError("a batch needs at least one episode, got none")
+    def _batch(self, episodes: Sequence[Episode]) -> Batch:
         support, queries = zip(*(_parts(e, self.num_classes) for e in episodes), strict=True)
-        kinds = {(x.shape[1:], y.shape[1:], y.dtype) for x, y in queries}
+        kinds = {(q["inputs_embeds"].shape[1:], q["labels"].shape[1:], q["labels"].dtype) for q in queries}
         if len(kinds) > 1:
             raise ValueError(f"episodes of one batch must have the same vectors and kind of labels, got {kinds}")
-        slots = -(-max(len(y) for _, y in support) // self.chunk_size) * self.chunk_size  # K n
-        shape = (slots // self.chunk_size, self.chunk_size)
-        read = {f"chunk_{key}": t.unflatten(1, shape) for key, t in _padded(support, slots, self.chunk_size).items()}
-        return read | _padded(queries, max(len(y) for _, y in queries))
+        return stack_chunks(support, FILL, self.chunk_size) | stack(queries, FILL)
 
 
-def _parts(episode: Mapping[str, list[Row]], num_classes: int | None) -> list[tuple[Tensor, Tensor]]:
-    """Vectors (S, d) and labels (S,) or (S, o) of the support, and of the query."""
+def _parts(episode: Episode, num_classes: int | None) -> list[Batch]:
+    """The support and the query as vectors (S, d), labels (S,) or (S, o), and mask (S,)."""
     rows = [row for part in PARTS for row in episode[part]]
     for row in rows:
         if not isinstance(row, Mapping) or any(row.get(key) is None for key in KEYS):
             raise ValueError(f"an example needs a vector and a label, got {row!r:.120}; of texts pass the tokenizer")
-    if not episode["query"]:
-        raise ValueError("an episode needs at least one query, got none")
     if len(widths := {len(row["vector"]) for row in rows}) > 1:
         raise ValueError(f"vectors of one episode must be of one width, got {sorted(widths)}")
     vectors = torch.tensor(np.asarray([row["vector"] for row in rows]), dtype=torch.float32)
     labels, first = _targets([row["label"] for row in rows], num_classes)[0], len(episode["support"])
-    return [(vectors[:first], labels[:first]), (vectors[first:], labels[first:])]
+    whole = {"inputs_embeds": vectors, "labels": labels, "attention_mask": torch.ones(len(rows), dtype=torch.long)}
+    return [{name: t[part] for name, t in whole.items()} for part in (slice(first), slice(first, None))]
 
 
 def _targets(labels: Sequence, num_classes: int | None = None) -> tuple[Tensor, tuple[str, ...]]:
-    """Numbers (S,) of classes and their names, or floating targets (S, o) and no names."""
+    """Class numbers (S,) and the classes' names, or floating targets (S, o) and no names."""
     classes = [isinstance(label, str | Integral) for label in labels]
     if any(classes) and not all(classes):
         raise ValueError(
@@ -146,16 +139,3 @@ def _targets(labels: Sequence, num_classes: int | None = None) -> tuple[Tensor, 
         return numbered, tuple(map(str, range(num_classes)))
     numbers: dict[str, int] = {}
     return torch.tensor([numbers.setdefault(str(label), len(numbers)) for label in labels]), tuple(numbers)
-
-
-def _padded(parts: Sequence[tuple[Tensor, Tensor]], slots: int, chunk_size: int | None = None) -> dict[str, Tensor]:
-    """All of `slots` examples; whole chunks that are missing stand in front, single examples behind."""
-    (x, y), batch = parts[0], len(parts)
-    padded = {"inputs_embeds": x.new_zeros(batch, slots, x.shape[1]), "labels": y.new_zeros(batch, slots, *y.shape[1:])}
-    padded["labels"].fill_(NO_LOSS)
-    padded["attention_mask"] = torch.zeros(batch, slots, dtype=torch.long)
-    for row, (x, y) in enumerate(parts):
-        first = (slots - len(y)) // chunk_size * chunk_size if chunk_size else 0
-        for key, values in (("inputs_embeds", x), ("labels", y), ("attention_mask", torch.ones(len(y)))):
-            padded[key][row, first : first + len(y)] = values
-    return padded

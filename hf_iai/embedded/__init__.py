@@ -1,4 +1,4 @@
-"""The embedded default: a small pretrained base and the text it was trained on."""
+"""The embedded base model, a small pretrained language model, and the text it was trained on."""
 
 import os
 from pathlib import Path
@@ -10,7 +10,7 @@ EMBEDDED_NAME = "hf_iai:embedded"
 
 
 def embedded_base() -> str:
-    """Folder of the embedded base model and its tokenizer.
+    """The folder of the embedded base model and its tokenizer.
 
     Example:
         >>> from transformers import AutoTokenizer

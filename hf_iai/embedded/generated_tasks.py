@@ -1,7 +1,7 @@
-"""Our own in-context task text: each text is one freshly drawn task, so that only its context can predict it.
+"""Generated texts for in-context learning. Each text is one new random task, so only its own context can predict it.
 
-`markov` chains, associative `recall` with rewrites, labelled `points`, `string_function`s and `repeats`. Every
-generator takes a `numpy.random.Generator` and the number of items and returns one string.
+The tasks are `markov` chains, associative `recall` with overwritten values, labelled `points`, `string_function`s and
+`repeats`. Every generator takes a `numpy.random.Generator` and the number of items, and returns one string.
 """
 
 import numpy as np
@@ -10,12 +10,12 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
 def markov_chain(rng: np.random.Generator, num_states: int, concentration: float = 0.5) -> np.ndarray:
-    """Transition matrix (S, S), rows drawn from a symmetric Dirichlet."""
+    """A transition matrix (S, S) whose rows are drawn from a symmetric Dirichlet distribution."""
     return rng.dirichlet(np.full(num_states, concentration), size=num_states)
 
 
 def markov_symbols(rng: np.random.Generator, transition: np.ndarray, length: int) -> np.ndarray:
-    """A path of `length` symbols (integers) of one chain, started uniformly."""
+    """A path of `length` symbols (integers) of one chain. The first symbol is uniform."""
     cumulative, draws = transition.cumsum(1), rng.random(length)
     symbols = np.empty(length, dtype=np.int64)
     symbols[0] = int(draws[0] * len(transition))
@@ -25,11 +25,12 @@ def markov_symbols(rng: np.random.Generator, transition: np.ndarray, length: int
 
 
 def symbols_to_text(symbols: np.ndarray, letters: str = LETTERS) -> str:
-    """Letters with one space before each: one token per symbol in the embedded tokenizer."""
+    """Write symbols as letters with a space before each, which makes one token per symbol in the embedded tokenizer."""
     return "".join(f" {letters[s]}" for s in symbols)
 
 
 def markov(rng: np.random.Generator, length: int) -> str:
+    """Symbols of a random Markov chain, usually with 8 states."""
     num_states = 8 if rng.random() < 0.7 else int(rng.integers(3, 13))
     letters = LETTERS if num_states == 8 and rng.random() < 0.7 else "".join(rng.permutation(list(LETTERS)))
     concentration = 0.5 if rng.random() < 0.7 else float(rng.uniform(0.1, 1.0))
@@ -37,7 +38,7 @@ def markov(rng: np.random.Generator, length: int) -> str:
 
 
 def recall(rng: np.random.Generator, length: int) -> str:
-    """`k=v` pairs; half the lines ask a key again (`k?v`), and a key may be written anew."""
+    """Pairs `k=v`. Half of the lines ask for a known key again (`k?v`), and keys may be overwritten."""
     keys = rng.permutation(list(LETTERS))[: int(rng.integers(4, 17))]
     memory: dict[str, str] = {}
     lines = []
@@ -53,7 +54,7 @@ def recall(rng: np.random.Generator, length: int) -> str:
 
 
 def points(rng: np.random.Generator, length: int) -> str:
-    """Integer points of the plane, labelled by a random line: `37 82 B`."""
+    """Integer points of the plane with a label that says on which side of a random line they lie: `37 82 B`."""
     normal, centre = rng.normal(size=2), rng.integers(30, 70, size=2)
     names = rng.permutation(list(LETTERS.upper()))[:2]
     xy = rng.integers(0, 100, size=(length, 2))
@@ -75,13 +76,14 @@ STRING_FUNCTIONS = {
 
 
 def string_function(rng: np.random.Generator, length: int) -> str:
+    """Random words and the result of one string function: `abc -> cba`."""
     function = STRING_FUNCTIONS[str(rng.choice(sorted(STRING_FUNCTIONS)))]
     words = ["".join(rng.choice(list(LETTERS), size=int(rng.integers(2, 6)))) for _ in range(length)]
     return "\n".join(f"{w} -> {function(w)}" for w in words)
 
 
 def repeats(rng: np.random.Generator, length: int) -> str:
-    """Phrases of random words that come back in random order: what an induction head is for."""
+    """Phrases of random words that are repeated in random order, which an induction head can predict."""
     word = lambda: "".join(rng.choice(list(LETTERS), size=int(rng.integers(1, 8))))  # noqa: E731
     phrases = [" ".join(word() for _ in range(int(rng.integers(2, 9)))) for _ in range(int(rng.integers(2, 8)))]
     return "\n".join(phrases[i] for i in rng.integers(0, len(phrases), size=length))
@@ -97,5 +99,11 @@ GENERATORS = {
 
 
 def generate_task_text(rng: np.random.Generator, kind: str, length: int) -> str:
-    """One text of `length` items of a freshly drawn task of `kind` (a key of `GENERATORS`)."""
+    """Draw a new task and write one text of it.
+
+    Args:
+        rng: source of all random draws.
+        kind: kind of task, a key of `GENERATORS`.
+        length: number of items in the text.
+    """
     return GENERATORS[kind](rng, length)

@@ -1,7 +1,7 @@
-"""Python source that every user of the package already has, split by package into train and held-out.
+"""Python source code as a corpus, split by package into training and held-out text.
 
-The standard library and the installed dependencies are the corpus: nothing is shipped, nothing is downloaded.
-Packages that vendor or fork others (pip, setuptools, multiprocess) are in neither split.
+The corpus is the standard library and the installed dependencies, which every user of this package already has. Nothing
+is shipped or downloaded. Packages that contain copies of others (pip, setuptools, multiprocess) are in neither split.
 """
 
 import random
@@ -23,20 +23,20 @@ TRAIN_DEPENDENCIES = (
 ).split()
 _NEITHER = {"test", "tests", "idlelib", "lib2to3", "site-packages", "pydoc_data", "encodings", "__pycache__"}
 
-MIN_BYTES, MAX_BYTES = 2_000, 200_000  # shorter files hold no context, longer ones are tables
+MIN_BYTES, MAX_BYTES = 2_000, 200_000  # shorter files have too little context, longer ones are mostly tables
 MAX_PACKAGE_BYTES = 3_000_000  # transformers alone would otherwise be a third of the corpus
 
 
 def library_documents(split: str, *, packages: list[str] | None = None, seed: int = 0) -> Iterator[dict]:
-    """Yield `{"text", "package", "path"}`, one per source file, in an order that depends on `seed` alone.
+    """Read source files as documents `{"text", "package", "path"}`. Their order depends only on `seed`.
 
     Args:
         split: `"train"` or `"held_out"`; no package is in both.
-        packages: only these top-level packages (all of the split by default).
-        seed: which files represent a package that is larger than `MAX_PACKAGE_BYTES`.
+        packages: only these top-level packages; by default all of the split.
+        seed: decides the order of files, and which files are taken of a package larger than `MAX_PACKAGE_BYTES`.
 
     Raises:
-        ValueError: for another split, or a package that the split does not hold.
+        ValueError: if the split is unknown, or does not contain one of the packages.
 
     Example:
         >>> from hf_iai.embedded import library_documents

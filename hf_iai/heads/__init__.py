@@ -1,4 +1,4 @@
-"""How evidence becomes the next state."""
+"""Heads: they turn the evidence of a chunk (read-outs, gradients, labelled features) into the next state."""
 
 from .average import RunningAverage
 from .class_rows import ClassRows

@@ -1,4 +1,4 @@
-"""Classifier rows out of running sums: class means, the scatter within classes, and what the means get wrong.
+"""A classifier head that is computed from running sums: class means, scatter within classes, learned corrections.
 
 Axes: B tasks, n examples of a chunk, C classes, d features.
 """
@@ -6,48 +6,58 @@ Axes: B tasks, n examples of a chunk, C classes, d features.
 import torch
 from torch import Tensor, nn
 
+from ..tensors import clamp_with_gradient, zero_linear
+
 Kept = dict[str, Tensor]
-SCALE = 50.0  # of the logits before anything is learned; features have unit length
-GAIN = 3.0  # of the small networks: what they give has to move by units within a few hundred steps
-UNSEEN = -1e4  # bias of a class without an example; any half-precision type can hold it
-MOST_LOG_WEIGHT, MOST_MARGIN = 3.0, 20.0
-PUSH = 10.0  # unit of the steps of the correction, which are about 1 where a margin is to move by 1
-LEAST = 1e-6  # of a count that is divided by
-LEAST_SIGMA = 0.2  # in use: below it steps hardly shrink, and long streams throw rows out
+SCALE = 50.0  # scale of the logits before training; features have unit length
+GAIN = 3.0  # factor on the small networks' outputs, which have to move by whole units within a few hundred steps
+UNSEEN = -1e4  # bias of a class without an example; fits into every half-precision type
+MOST_LOG_WEIGHT, MOST_MARGIN = 3.0, 20.0  # clamps of an example's log weight and of a margin
+PUSH = 10.0  # unit of the correction's steps: a step of about 1 moves a margin by about 1
+LEAST = 1e-6  # counts are clamped to this before something is divided by them
+LEAST_SIGMA = 0.2  # smallest sigma in eval mode: below it, steps hardly shrink and rows diverge on long streams
 
 
 class ClassRows(nn.Module):
-    """Refines the rows W and biases b of a linear classifier from chunks of labelled features.
+    """A classifier head: it computes the rows W and biases b of a linear classifier from chunks of labelled features.
 
-    The state is sums over weighted examples: n_c and t_c of each class, M = sum w x x' of all, and n_c r_c, with r_c a
-    correction. With g the mean of all examples and S = M - sum_c t_c t_c' / n_c their scatter within classes,
+    The state holds sums over weighted examples: for every class the count n_c, the sum of features t_c and n_c r_c,
+    where r_c is a learned correction; for all examples together M = sum w x x'. Let g be the mean of all examples and
+    S = M - sum_c t_c t_c' / n_c the scatter within classes. Then
 
-        m_c = (t_c + k_c g) / (n_c + k_c)                        class mean, drawn towards the common one
+        m_c = (t_c + k_c g) / (n_c + k_c)                        class mean, pulled towards the common mean
         A   = I + rho S
         W_c = s A^-1 m_c + r_c
-        b_c = a_c - s m_c' A^-1 m_c / 2 - r_c' g                 and -1e4 for a class without an example
+        b_c = a_c - s m_c' A^-1 m_c / 2 - r_c' g                 -1e4 for a class without an example
 
-    Two small networks that see counts, traces and the effective rank of M give k_c and a_c, and rho, s and sigma. A
-    third one sees how the rows so far judge each example: is-label y, probability p, their difference, margin,
-    logarithms of counts, y (1 - p) and (1 - y) p. It gives the weight w of an example, and v of the step that it makes
-    in every class. With T = M - n g g', the scatter of all examples so far, those of the chunk included,
+    Three small networks give the coefficients:
+
+    - one sees counts, traces and the effective rank of M, and gives rho, s and sigma for the task;
+    - one sees the same and the counts of a class, and gives k_c and a_c;
+    - one sees how the current rows judge an example, and gives the weight w of the example and its step v_c in every
+      class. Its inputs are y (1 if this is the label), the probability p, y - p, the margin, logarithms of counts,
+      y (1 - p) and (1 - y) p.
+
+    With T = M - n g g', the scatter of all examples so far including this chunk, the correction takes the step
 
         r_c += 10 v_c |y_c - p_c| (I + sigma T)^-1 (x - g)
 
-    which for v of the sign of y - p is a step like online Newton's on the softmax loss, with the scatter in place of
-    its curvature: what is added shrinks where much was read, without a rate that depends on the step. It does not where
-    sigma is 0, as it may become on streams far longer than those of training: in use (`eval()`) it is 0.2 at least.
+    If v has the sign of y - p, this resembles an online Newton step on the softmax loss, with the scatter in place of
+    the curvature. Steps get smaller as more is read, without a learning rate that depends on the step number. They do
+    not get smaller if sigma is 0, which can happen on streams much longer than those of training. In eval mode sigma
+    is therefore at least 0.2.
 
-    All three end in zeros: then k = a = rho = sigma = r = 0, w = 1, and the logits are 50 (m_c' x - |m_c|^2 / 2), the
-    streaming nearest class mean (Euclidean). Rows lie in the span of what was read: A^-1 x differs from x by examples
-    and means. Every input of the networks is invariant to rotations of the features, and none is tied to a class or to
-    a step. Reading a chunk costs the same at any point: two d x d systems of n and C right sides. Sums of two states
-    are a state, whose corrections are means, weighted by what each has read of a class.
+    The last layer of every network starts at zero. Then k = a = rho = sigma = r = 0, w = 1 and the logits are
+    50 (m_c' x - |m_c|^2 / 2): the streaming classifier by nearest class mean (Euclidean distance). The rows stay in the
+    span of what was read, since A^-1 x differs from x by a combination of examples and means. The inputs of the
+    networks do not change if the features are rotated, and do not depend on the number of a class or of a step.
+    Reading a chunk always costs the same: two d x d linear systems with n and C right-hand sides. Two states can be
+    added up. The corrections of the sum are means, weighted by how many examples of the class each state has read.
 
-    Features are expected at unit length, float32.
+    Features must be float32 and have unit length.
 
     Args:
-        hidden: width of the networks' hidden layers.
+        hidden: width of the hidden layers of the first two networks.
 
     Example:
         >>> import torch
@@ -70,7 +80,10 @@ class ClassRows(nn.Module):
 
     @staticmethod
     def initial(num_tasks: int, num_classes: int, width: int, device=None) -> Kept:
-        """Nothing read: `count` (B, C), `total` and `correction` (B, C, d), `moment` (B, d, d), all 0."""
+        """The sums before anything was read, all 0.
+
+        `count` (B, C), `total` and `correction` (B, C, d), `moment` (B, d, d).
+        """
         shapes = {
             "count": (num_classes,),
             "total": (num_classes, width),
@@ -81,13 +94,13 @@ class ClassRows(nn.Module):
 
     @staticmethod
     def grow(kept: Kept, num_classes: int) -> Kept:
-        """The same state with room for more classes, at the end."""
+        """Append empty classes until there are `num_classes`."""
         more = num_classes - kept["count"].shape[1]
         grown = {name: nn.functional.pad(kept[name], (0, 0, 0, more)) for name in ("total", "correction")}
         return kept | grown | {"count": nn.functional.pad(kept["count"], (0, more))}
 
     def forward(self, kept: Kept, features: Tensor, labels: Tensor) -> Kept:  # (B, n, d), (B, n)
-        """Read a chunk; a label of -100 marks padding."""
+        """Add the examples of a chunk to the sums; a label of -100 marks padding."""
         real = labels >= 0
         x = features.float().masked_fill(~real.unsqueeze(-1), 0.0)
         y = nn.functional.one_hot(labels.clamp_min(0), kept["count"].shape[1]).float() * real.unsqueeze(-1)  # (B, n, C)
@@ -105,7 +118,7 @@ class ClassRows(nn.Module):
         return sums | {"correction": kept["correction"] * grown + steps * count}
 
     def rows(self, kept: Kept) -> tuple[Tensor, Tensor]:
-        """W (B, C, d) and b (B, C)."""
+        """The classifier that the sums give: W (B, C, d) and b (B, C)."""
         count, total, common = kept["count"], kept["total"], _common(kept)
         seen, number = count > 0, count.sum(1, keepdim=True).clamp_min(LEAST)
         scatter = kept["moment"] - total.mT @ _means(kept)
@@ -115,7 +128,7 @@ class ClassRows(nn.Module):
         single = torch.stack([count.log1p() - 2, share.log().clamp(-4, 4)], -1)
         by_class = torch.cat([task.unsqueeze(1).expand(-1, count.shape[1], -1), single], -1)
         drawn, offset = (GAIN * self.of_class(by_class)).unbind(-1)
-        drawn = _at_least_0(drawn).unsqueeze(-1)
+        drawn = clamp_with_gradient(drawn, low=0).unsqueeze(-1)
         means = (total + drawn * common) / (count.unsqueeze(-1) + drawn).clamp_min(LEAST)
         means = means.masked_fill(~seen.unsqueeze(-1), 0.0)
         scale, correction = SCALE * log_scale.exp().view(-1, 1, 1), _correction(kept)
@@ -124,22 +137,22 @@ class ClassRows(nn.Module):
         return rows + correction, bias.masked_fill(~seen, UNSEEN)
 
     def _steps(self, sums: Kept, x: Tensor) -> Tensor:  # (B, n, d)
-        """(I + sigma T)^-1 (x - g): where each example draws a row."""
+        """(I + sigma T)^-1 (x - g), the direction in which each example moves the rows."""
         common, number = _common(sums), sums["count"].sum(1).view(-1, 1, 1)
         spread = sums["moment"] - number * common.mT @ common
         sigma = GAIN * self.of_task(_of_task(sums))[:, 2]
         return _solve(spread, sigma if self.training else sigma.clamp_min(LEAST_SIGMA), x - common)
 
-    @torch.no_grad()  # what the rows so far say is a measurement: no gradient through the whole stream
+    @torch.no_grad()  # the current rows are only measured here, so no gradient runs back through the whole stream
     def _judge(self, kept: Kept, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:  # (B, n, C, 9), (B, n, C)
-        """What the third network sees of each example and class, and |y - p|."""
+        """The third network's inputs for each example and class, and |y - p|."""
         rows, bias = self.rows(kept)
         seen = (kept["count"] > 0).float().unsqueeze(1)  # (B, 1, C)
         logits = x @ rows.mT + bias.unsqueeze(1)
         p = logits.softmax(-1) * seen
         own, other = (logits * y).sum(-1, keepdim=True), logits.masked_fill(y > 0, -1e9).amax(-1, keepdim=True)
         margin = torch.where(y > 0, logits - other, logits - own).clamp(-MOST_MARGIN, MOST_MARGIN) / 10
-        margin = margin * seen * (y @ seen.mT)  # between classes that both have rows
+        margin = margin * seen * (y @ seen.mT)  # 0 unless both classes have been read
         counts = [kept["count"].unsqueeze(1).log1p() - 2, y.sum(1, keepdim=True).log1p()]
         counts.append(kept["count"].sum(1).log1p().view(-1, 1, 1) - 4)
         counts = [t.expand_as(p) for t in counts]
@@ -161,14 +174,18 @@ def _correction(kept: Kept) -> Tensor:  # (B, C, d)
 
 
 def _solve(scatter: Tensor, factor: Tensor, rows: Tensor) -> Tensor:  # (B, d, d), (B,), (B, n, d) -> (B, n, d)
-    """(I + factor * scatter)^-1 of each row; a factor below 0 counts as 0."""
+    """(I + factor * scatter)^-1 applied to each row; a factor below 0 counts as 0."""
     eye = torch.eye(scatter.shape[-1], device=scatter.device)
-    # Not by a Cholesky factor: differentiating that one costs several times as much.
-    return torch.linalg.solve(eye + _at_least_0(factor).view(-1, 1, 1) * scatter, rows.mT).mT
+    # A Cholesky factorisation would cost several times as much in the backward pass.
+    return torch.linalg.solve(eye + clamp_with_gradient(factor, low=0).view(-1, 1, 1) * scatter, rows.mT).mT
 
 
 def _of_task(kept: Kept) -> Tensor:  # (B, 6)
-    """Examples, classes, degrees of freedom, scatter within and between classes, effective rank; all of order 1."""
+    """The task's inputs to the networks, each scaled to about 1.
+
+    Number of examples, number of classes, degrees of freedom, scatter within classes, scatter between classes,
+    effective rank.
+    """
     count, moment = kept["count"], kept["moment"]
     number, classes = count.sum(1), (count > 0).sum(1)
     trace = moment.diagonal(dim1=1, dim2=2).sum(-1)
@@ -181,15 +198,7 @@ def _of_task(kept: Kept) -> Tensor:  # (B, 6)
 
 
 def _network(inputs: int, hidden: int, num_layers: int = 1, outputs: int = 2) -> nn.Sequential:
-    """Numbers that are all 0 at the start."""
+    """A small network whose outputs are all 0 at the start."""
     widths = [inputs] + num_layers * [hidden]
     layers = [f(*w) for w in zip(widths, widths[1:], strict=False) for f in (nn.Linear, lambda *_: nn.GELU())]
-    last = nn.Linear(hidden, outputs)
-    nn.init.zeros_(last.weight)
-    nn.init.zeros_(last.bias)
-    return nn.Sequential(*layers, last)
-
-
-def _at_least_0(value: Tensor) -> Tensor:
-    """Below 0 counts as 0 but keeps its gradient, so that it can come back."""
-    return value + (value.clamp_min(0) - value).detach()
+    return nn.Sequential(*layers, zero_linear(hidden, outputs))

@@ -1,7 +1,14 @@
-"""Gradient steps with learned rates: MAML's, Meta-SGD's, path-aware.
+"""Heads that take gradient steps with learned rates: MAML, Meta-SGD, path-aware.
 
-Axes: B tasks. A head takes theta, what it keeps beside it, the gradient, all name -> (B, ...), and the chunks read
-so far (B,), and theta(0), name -> (...); it returns the next theta and what it keeps.
+Axes: B tasks. All heads that use gradients have the same `forward`:
+
+    theta: the tensors of the state, name -> (B, ...).
+    kept: what the head stores in the state beside theta, such as averages, name -> (B, ...).
+    gradient: the gradient of the chunk's loss with respect to theta, name -> (B, ...).
+    step: how many chunks were read before, (B,).
+    start: theta(0), name -> (...).
+
+It returns the next theta and the next `kept`.
 """
 
 import torch
@@ -9,37 +16,43 @@ from torch import Tensor, nn
 
 from ..config import IAIConfig
 from ..registry import HEADS, Part
+from ..tensors import clamp_with_gradient
 
-# Learned logarithms move as fast as their effect asks for, at the learning rate that suits weight matrices.
+# Rates are learned as logarithms. The factor lets them train well at the learning rate of the weight matrices.
 LOG_SCALE = 10.0
 Tensors = dict[str, Tensor]
 
 
 class GradientHead(nn.Module, Part):
-    """A head that moves a state by the gradients of its chunks."""
+    """Base of the heads that move a state by the gradients of its chunks."""
 
     signals = frozenset({"gradients"})
 
     @classmethod
     def make(cls, state: nn.Module, config: IAIConfig) -> "GradientHead":
-        """The head of an adapter, for a state type of `hf_iai.states`."""
+        """Make the head of an adapter.
+
+        Args:
+            state: one of `hf_iai.states`.
+            config: the adapter's configuration.
+        """
         return cls({name: t.detach() for name, t in state.start.items()}, config.initial_rate)
 
     @classmethod
     def describe(cls, config: IAIConfig) -> str:
-        """In words, for model cards."""
+        """A description in words, for model cards."""
         return f"head: {config.head}, {'second' if config.second_order else 'first'} order in training"
 
 
 @HEADS.register("sgd")
 class SGD(GradientHead):
-    """theta' = theta - rate * gradient, one learned rate per tensor of the state; with theta(0), this is MAML.
+    """theta' = theta - rate * gradient, with one learned rate per tensor. Together with a learned theta(0) it is MAML.
 
-    The logarithm of each rate is learned, so rates stay above 0.
+    Rates are learned as logarithms, so they stay above 0.
 
     Args:
         start: theta(0), name -> (...).
-        rate: what every rate starts as.
+        rate: initial value of every rate.
 
     Source: Finn et al., arXiv 1703.03400, equation 1.
     """
@@ -53,10 +66,11 @@ class SGD(GradientHead):
         return tensor.new_zeros(1)  # FSDP takes no scalars
 
     def rate(self, name: str) -> Tensor:
+        """The learned rate of a tensor."""
         return self.initial_rate * (LOG_SCALE * self.log_rate[name]).exp()
 
     def initial(self, theta: Tensors) -> Tensors:
-        """What is kept beside theta, before anything was read: nothing."""
+        """What the head stores in the state before anything was read. Plain SGD stores nothing."""
         return {}
 
     def forward(
@@ -72,7 +86,7 @@ class SGD(GradientHead):
 class MetaSGD(SGD):
     """theta' = theta - rate * gradient, with one learned rate per coordinate.
 
-    Source: Li et al., arXiv 1707.09835, equation 1; here the logarithm is learned.
+    Source: Li et al., arXiv 1707.09835, equation 1. Unlike there, the logarithm of the rate is learned.
     """
 
     def _like(self, tensor: Tensor) -> Tensor:
@@ -81,14 +95,19 @@ class MetaSGD(SGD):
 
 @HEADS.register("path_aware")
 class PathAware(MetaSGD):
-    """theta' = theta - Q gradient; after every w-th step theta' = (1 - P) theta' + P theta(j - w), Q and P diagonal.
+    """Meta-SGD that after every w-th step also moves back towards theta as it was w steps before:
 
-    theta(j - w) is kept in the state, as `old_{name}`. Q is a rate per coordinate, P starts at 0 and is held in 0..1.
-    Unlike the source's, Q and P are the same at every step, so any number of steps can be taken.
+        theta' = theta - Q gradient
+        theta' = (1 - P) theta' + P theta(j - w)            after every w-th step j
+
+    Q and P are diagonal: Q is one learned rate per coordinate, P one learned share per coordinate, which starts at 0
+    and is clamped to 0..1. The state stores theta(j - w) as `old_{name}`. In the source, Q and P differ from step to
+    step; here they are the same at all steps, so any number of steps can be taken.
 
     Args:
-        start, rate: see `SGD`.
-        window: w.
+        start: theta(0), name -> (...).
+        rate: initial value of every rate.
+        window: w, in steps.
 
     Source: Rajasegaran et al., Meta-learning the learning trends shared across tasks, arXiv 2010.09291.
     """
@@ -110,9 +129,8 @@ class PathAware(MetaSGD):
         self.skip = nn.ParameterDict({name: nn.Parameter(torch.zeros_like(t)) for name, t in start.items()})
 
     def share(self, name: str) -> Tensor:
-        """P; beyond 0..1 it counts as the bound but keeps its gradient, so that it can come back."""
-        share = self.skip[name]
-        return share + (share.clamp(0, 1) - share).detach()
+        """P, clamped to 0..1."""
+        return clamp_with_gradient(self.skip[name], 0, 1)
 
     def initial(self, theta: Tensors) -> Tensors:
         return {f"old_{name}": t for name, t in theta.items()}

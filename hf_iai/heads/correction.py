@@ -1,4 +1,4 @@
-"""What is learned on top of the average: a correction that sees the whole state and starts at zero.
+"""The learned correction of the running average. It sees all slots of the state and starts at zero.
 
 Axes: B tasks, m slots, L layers, H key/value heads, W width of a packed slot.
 """
@@ -6,27 +6,33 @@ Axes: B tasks, m slots, L layers, H key/value heads, W width of a packed slot.
 import torch
 from torch import Tensor, nn
 
+from ..tensors import zero_linear
+
 NUM_HEADS = 4
 TINY = 1e-20
 
 
 class Correction(nn.Module):
-    """theta_hat = theta + rms(theta) * g(theta, counts), g one transformer block over the slots with a zero last layer.
+    """One transformer block over the slots that corrects the state. Its last layer starts at zero.
 
-    Where there are gradients, the block sees them too, normed, and also says how far to follow each slot's:
+        theta_hat = theta + rms(theta) * g                  g = block(theta, counts)
+
+    With gradients, the block also sees the normed gradient and gives a rate for every slot:
 
         theta_hat = theta + rms(theta) * (g - rate * gradient / rms(gradient))
         g, rate   = block(theta, gradient, counts)
 
-    It is applied where the state is read, not where it is kept: the state stays what it is, and errors of the
-    correction cannot accumulate. The counts tell it how sure the average is: (1 + x)^(-1/2), the rate at which a mean
-    settles, of each slot's weight (a kept token's age), the chunks and the tokens. They fall to 0, so that more chunks
-    than training had are nothing new.
+    The correction is applied whenever a query reads the state. The stored state stays uncorrected, so errors of the
+    correction cannot accumulate. The counts tell the block how reliable the average is: (1 + x)^(-1/2), the rate at
+    which a mean converges, with x the weight of each slot (for a kept token its age), the number of chunks and the
+    number of tokens. They approach 0, so more chunks than in training are nothing new to the block.
 
     Args:
-        num_layers, num_heads, width: of a packed slot, (B, m, L, H, W).
+        num_layers: L of the packed slots (B, m, L, H, W).
+        num_heads: H of the packed slots.
+        width: W of the packed slots.
         hidden: width of the block.
-        gradients: whether there are gradients.
+        gradients: whether `forward` gets gradients.
     """
 
     def __init__(
@@ -38,13 +44,9 @@ class Correction(nn.Module):
         self.attention_norm, self.mlp_norm = nn.RMSNorm(hidden), nn.RMSNorm(hidden)
         self.attention_in, self.attention_out = nn.Linear(hidden, 3 * hidden), nn.Linear(hidden, hidden)
         self.mlp = nn.Sequential(nn.Linear(hidden, 2 * hidden), nn.GELU(), nn.Linear(2 * hidden, hidden))
-        self.write = nn.Linear(hidden, groups * width)
-        nn.init.zeros_(self.write.weight)
-        nn.init.zeros_(self.write.bias)
+        self.write = zero_linear(hidden, groups * width)
         if gradients:
-            self.follow = nn.Linear(hidden, groups)
-            nn.init.zeros_(self.follow.weight)
-            nn.init.zeros_(self.follow.bias)
+            self.follow = zero_linear(hidden, groups)
 
     def forward(
         self,
@@ -54,13 +56,23 @@ class Correction(nn.Module):
         num_tokens: Tensor,  # (B,)
         gradient: Tensor | None = None,  # (B, m, L, H, W)
     ) -> Tensor:  # (B, m, L, H, W)
+        """The corrected slots theta_hat.
+
+        Args:
+            slots: theta, all slots of the state.
+            weight: weight of each slot in the average, or the age of a kept token.
+            step: number of chunks read.
+            num_tokens: number of tokens read.
+            gradient: mean gradient of the chunks' losses with respect to the slots; None if gradients are not used.
+        """
         rms = slots.square().mean(-1, keepdim=True).add(1e-6).sqrt()  # (B, m, L, H, 1)
         counts = torch.stack([step, num_tokens], 1).float()[:, None].expand(-1, slots.shape[1], -1)  # (B, m, 2)
         weight = weight.permute(0, 3, 1, 2)  # (B, m, L, H)
         unsure = torch.cat([weight.flatten(2), counts], -1).add(1).rsqrt()
         seen = [slots / rms]
         if gradient is not None:
-            # Over the whole task: in which slots, layers and heads the gradient is large says where it matters.
+            # One norm for the whole task keeps the differences between slots, layers and heads: they show where the
+            # gradient matters.
             seen.append(gradient * (gradient.square().mean((1, 2, 3, 4), keepdim=True) + TINY).rsqrt())
         x = self.read(torch.cat([*(t.flatten(2) for t in seen), unsure], -1))
         x = x + self._attend(self.attention_norm(x))
@@ -68,7 +80,7 @@ class Correction(nn.Module):
         correction = self.write(x).view(slots.shape)
         if gradient is not None:
             correction = correction - self.follow(x).view(*slots.shape[:-1], 1) * seen[1]
-        # theta(0) is learned itself: nothing corrects it.
+        # theta(0) is learned itself, so it needs no correction.
         read = (step > 0).view(-1, 1, 1, 1, 1)
         return slots + rms * correction * read
 

@@ -1,4 +1,4 @@
-"""Rows of a linear regression out of running sums: ridge regression whose penalty is learned.
+"""A regression head that is computed from running sums: ridge regression with a learned penalty.
 
 Axes: B tasks, n examples of a chunk, o outputs, d features.
 """
@@ -8,43 +8,45 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ..tensors import zero_linear
+
 Kept = dict[str, Tensor]
-OF_OUTPUTS = ("target", "cross", "square")  # the tensors (B, o, ...)
-PENALTY = 1e-3  # lambda before anything is learned, in units of the features' mean scatter tr(S) / d
-ROUNDING = 1e-10  # least lambda, in units of tr(M): below it, features that differ may be the same up to rounding
-MOST_LOG = 10.0  # of the learned factor of lambda, either way
-GAIN = 3.0  # of the network: what it gives has to move by units within a few hundred steps
-PROBES = (PENALTY, 0.1, 10.0)  # penalties, in the same unit, whose fits the network sees
+OF_OUTPUTS = ("target", "cross", "square")  # the tensors of shape (B, o, ...)
+PENALTY = 1e-3  # lambda before training, in units of the features' mean scatter tr(S) / d
+ROUNDING = 1e-10  # smallest lambda, in units of tr(M): smaller differences between features may be rounding errors
+MOST_LOG = 10.0  # bound of the learned log factor of lambda, up and down
+GAIN = 3.0  # factor on the network's output, which has to move by whole units within a few hundred steps
+PROBES = (PENALTY, 0.1, 10.0)  # the network sees the fits with these penalties, in the same unit
 
 
 class GaussianRows(nn.Module):
-    """Refines the rows W and biases b of a linear regression from chunks of features x and targets y.
+    """A regression head: it computes the rows W and biases b of a linear regression from features x and targets y.
 
-    The state is sums over examples: n, sum x, M = sum x x', sum y, sum y x', and sum y^2 of each output. With S and C
-    the centred M and sum y x',
+    The state holds sums over examples: n, sum x, M = sum x x', sum y, sum y x', and sum y^2 of each output. Let S and C
+    be the centred M and sum y x'. Then
 
         W      = C (S + lambda I)^-1
         b      = mean(y) - W mean(x)
         lambda = 0.001 exp(g) tr(S) / d + 1e-10 tr(M)
 
-    which is the posterior mean under a Gaussian likelihood and a Gaussian prior of the rows. g, at most 10 either way,
-    is given by a small network that sees logarithms of n, d and n / d, the effective rank of S, and of the fits with
-    three fixed penalties the share of variance they explain and that they would leave unexplained in new examples
-    (generalised cross-validation, of a fit with an intercept). It ends in zeros: then g = 0, streaming ridge
-    regression, which is nearly least squares where n is above d. The last term keeps S + lambda I regular where no
-    feature varies.
+    This is the posterior mean under a Gaussian likelihood and a Gaussian prior on the rows. A small network gives g,
+    which is between -10 and 10. The network sees the logarithms of n, d and n / d, the effective rank of S, and two
+    numbers for each of three fixed penalties: the share of variance that the fit explains, and the share that it would
+    leave unexplained in new examples (generalised cross-validation of a fit with an intercept). Its last layer starts
+    at zero. With g = 0 this is streaming ridge regression, nearly least squares if n is larger than d. The last term
+    of lambda keeps S + lambda I invertible if no feature varies.
 
-    Every input of the network is invariant to rotations and units of the features and to units of the targets, so that
-    predictions scale as the targets do. The order of examples has no part in the state, and sums of two states are the
-    state that read both. Reading a chunk costs n d (d + o); rows take an eigendecomposition and a Cholesky factor of S.
+    The network's inputs do not change if the features are rotated or rescaled or the targets are rescaled, so
+    predictions scale as the targets do. The order of examples does not matter. The sum of two states is the state that
+    has read both. Reading a chunk costs n d (d + o). Computing the rows takes an eigendecomposition and a Cholesky
+    factorisation of S.
 
-    Sums are float64: with fewer examples than features, the rounding of float32 sums would stand out against
-    so small a lambda, in predictions by 0.001 of the targets' spread, or by 0.01 where the features' mean is three
-    times theirs.
+    Sums are float64. With fewer examples than features and such a small lambda, float32 sums would change predictions
+    by 0.001 of the targets' spread, and by 0.01 if the features' mean is three times their spread.
 
     Args:
         hidden: width of the network's hidden layer.
-        fit_intercept: False, where targets are known to be 0 at x = 0: nothing is centred, and b = 0.
+        fit_intercept: False if targets are known to be 0 at x = 0. Then nothing is centred, and b = 0.
 
     Example:
         >>> import torch
@@ -62,14 +64,12 @@ class GaussianRows(nn.Module):
     def __init__(self, hidden: int = 16, fit_intercept: bool = True) -> None:
         super().__init__()
         self.fit_intercept = fit_intercept
-        last = nn.Linear(hidden, 1)
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
+        last = zero_linear(hidden, 1)  # made before the first layer, since the order of the layers decides their draws
         self.of_task = nn.Sequential(nn.Linear(4 + 2 * len(PROBES), hidden), nn.GELU(), last)
 
     @staticmethod
     def initial(num_tasks: int, num_outputs: int, width: int, device=None) -> Kept:
-        """Nothing read: all 0, in float64.
+        """The sums before anything was read, all 0, in float64.
 
         `count` (B,), `total` (B, d), `moment` (B, d, d), `target` and `square` (B, o), `cross` (B, o, d).
         """
@@ -92,10 +92,10 @@ class GaussianRows(nn.Module):
         targets: Tensor,  # (B, n, o)
         real: Tensor,  # (B, n), 0 for padding
     ) -> Kept:
-        """Read a chunk."""
+        """Add the examples of a chunk to the sums."""
         padding = (real == 0).unsqueeze(-1)
         x, y = (t.double().masked_fill(padding, 0.0) for t in (features, targets))
-        centred = float(self.fit_intercept)  # without, both means stay 0
+        centred = float(self.fit_intercept)  # 0 keeps both means at 0
         return {
             "count": kept["count"] + (real != 0).sum(1),
             "total": kept["total"] + centred * x.sum(1),
@@ -106,7 +106,10 @@ class GaussianRows(nn.Module):
         }
 
     def rows(self, kept: Kept) -> tuple[Tensor, Tensor]:
-        """W (B, o, d) and b (B, o) in float32: 0 where nothing was read, and W where b had one example to fit."""
+        """The regression that the sums give: W (B, o, d) and b (B, o), in float32.
+
+        Both are 0 before anything was read. W is 0 after a single example, which b fits alone.
+        """
         scatter, cross = _centred(kept)
         number = kept["count"].clamp_min(1).unsqueeze(-1)  # (B, 1)
         eye = torch.eye(scatter.shape[-1], dtype=scatter.dtype, device=scatter.device)
@@ -123,10 +126,10 @@ class GaussianRows(nn.Module):
 
 
 def with_outputs(kept: Kept, num_outputs: int) -> Kept:
-    """The same sums with room for o outputs, where nothing was read before.
+    """Give the sums of a state that has read nothing their `num_outputs` outputs.
 
     Raises:
-        ValueError: for sums of another number of outputs.
+        ValueError: if the sums already have another number of outputs.
     """
     there = kept["target"].shape[1]
     if there not in (0, num_outputs):
@@ -139,13 +142,13 @@ def with_outputs(kept: Kept, num_outputs: int) -> Kept:
 
 
 def same_outputs(states: Sequence[Kept]) -> list[Kept]:
-    """All with the outputs of those that have read."""
+    """Give all states the same outputs: those of the states that have read something."""
     most = max(kept["target"].shape[1] for kept in states)
     return [with_outputs(kept, most) for kept in states]
 
 
 def _centred(kept: Kept) -> tuple[Tensor, Tensor]:
-    """S (B, d, d) and C (B, o, d)."""
+    """The centred sums S (B, d, d) and C (B, o, d)."""
     mean = kept["total"] / kept["count"].clamp_min(1).unsqueeze(-1)
     scatter = kept["moment"] - kept["total"].unsqueeze(-1) * mean.unsqueeze(-2)
     return scatter, kept["cross"] - kept["target"].unsqueeze(-1) * mean.unsqueeze(-2)
@@ -153,13 +156,17 @@ def _centred(kept: Kept) -> tuple[Tensor, Tensor]:
 
 def _penalty(kept: Kept, scatter: Tensor, relative: Tensor | float) -> Tensor:  # (B,)
     spread, size = (t.diagonal(dim1=1, dim2=2).sum(-1) for t in (scatter, kept["moment"]))
-    least = ROUNDING * size + torch.finfo(size.dtype).tiny ** 0.5  # above 0 where all features are 0
+    least = ROUNDING * size + torch.finfo(size.dtype).tiny ** 0.5  # above 0 even if all features are 0
     return relative * spread.clamp_min(0) / scatter.shape[-1] + least
 
 
-@torch.no_grad()  # measurements: training moves lambda, not what it is made from
+@torch.no_grad()  # these are measurements; only the network that maps them to lambda is trained
 def _of_task(kept: Kept) -> Tensor:  # (B, 4 + 2 probes)
-    """Examples, features, their ratio, effective rank; what fits explain, and would leave; all of order 1."""
+    """The network's inputs, each scaled to about 1.
+
+    Number of examples, number of features, their ratio, effective rank; then for every probe the share of variance
+    that its fit explains, and the logarithm of the share that it would leave in new examples.
+    """
     scatter, cross = _centred(kept)
     number, (num_outputs, width) = kept["count"], cross.shape[1:]
     values, vectors = torch.linalg.eigh(scatter)

@@ -1,22 +1,26 @@
-"""Slots that keep single tokens as they are: the latest, and those at and after what surprised the reader most."""
+"""Slots that hold single tokens unchanged: the latest tokens, and those at and right after the largest surprises.
+
+The surprisal of a token is -log p(token | tokens before it), in nats.
+"""
 
 import torch
 from torch import Tensor
 
 KEPT = ("kept_key", "kept_value", "kept_trace", "kept_age")  # the token axis of each is the last but one
-NEVER = 2**31  # the age of a slot that holds nothing yet
-# Chosen on the validation packages of examples/research/documents/code_curve.py with the embedded base: other text may want others.
-MOST_SURPRISAL = 4.0  # nats; beyond, the younger token is worth more, not the stranger one
-TRACE = 8  # tokens over which a surprise is felt, half as much at each
-FORGETTING = 0.005  # nats of surprisal that a token loses per token read after it
-LATEST = 0.25  # share of the slots that hold the latest tokens whatever their surprisal
+NEVER = 2**31  # the age of an empty slot
+# These four were chosen on the validation packages of examples/research/documents/code_curve.py with the embedded base.
+# Other values may suit other text better.
+MOST_SURPRISAL = 4.0  # nats; larger surprisals count as this, so that age decides between them
+TRACE = 8  # number of tokens over which a surprise still counts, half as much at each
+FORGETTING = 0.005  # nats that a token's score loses per token read after it
+LATEST = 0.25  # share of the slots that always hold the latest tokens
 
 
 def trace(surprisal: Tensor) -> Tensor:  # (B, C) in nats -> (B, C)
-    """What is left at a token of the surprises up to it: `sum_j 2^-(j + 1) min(surprisal[t - j], 4)`, j = 0..7.
+    """Smooth the surprisal over the tokens that follow: `sum_j 2^-(j + 1) min(surprisal[t - j], 4)`, j = 0..7.
 
-    The tokens right after a surprise are needed to copy what followed it, though they surprise little themselves. A
-    chunk begins with no trace of the one before.
+    Tokens right after a surprise are not surprising themselves, but they are needed to copy what followed it. Each
+    chunk starts without a trace of the chunk before it.
     """
     before = torch.nn.functional.pad(surprisal.clamp_max(MOST_SURPRISAL), (TRACE - 1, 0))
     weights = 0.5 ** torch.arange(TRACE, 0, -1, device=surprisal.device, dtype=surprisal.dtype)
@@ -24,18 +28,22 @@ def trace(surprisal: Tensor) -> Tensor:  # (B, C) in nats -> (B, C)
 
 
 def keep_tokens(tokens: dict[str, Tensor], num_kept: int) -> dict[str, Tensor]:
-    """The K tokens worth keeping, the oldest first: the latest K / 4, and of the others those of the highest
+    """Choose the K tokens to keep: the latest K / 4, and among the others those with the highest score
 
         trace of the surprisal - 0.005 age
 
-    A token that was predicted, among others that were, tells a query little that the base does not know, and takes
-    attention from those that do. All tokens age alike, so choosing among the chosen of two texts is choosing among all
-    of their tokens.
+    Tokens that the base predicted well tell a query little new, and draw attention away from the tokens that do. All
+    tokens age at the same rate, so choosing first within two texts and then among the chosen gives the same result as
+    choosing among all their tokens.
 
     Args:
-        tokens: `kept_key`, `kept_value` (B, L, H, T, D), keys at position 0; `kept_trace` (B, 1, 1, T, 1) in
-            nats; `kept_age` (B, 1, 1, T, 1), real tokens after this one, `NEVER` for no token at all; T >= K.
+        tokens: `kept_key` and `kept_value` (B, L, H, T, D), keys at position 0; `kept_trace` (B, 1, 1, T, 1) in nats;
+            `kept_age` (B, 1, 1, T, 1), the number of real tokens after this one, or `NEVER` for an empty place. T must
+            be at least K.
         num_kept: K.
+
+    Returns:
+        The same tensors with T = K, the oldest token first.
     """
     age = tokens["kept_age"]
     score = tokens["kept_trace"] - FORGETTING * age
@@ -47,7 +55,13 @@ def keep_tokens(tokens: dict[str, Tensor], num_kept: int) -> dict[str, Tensor]:
 
 
 def followed_by(kept: dict[str, Tensor], later: dict[str, Tensor], num_later: Tensor) -> dict[str, Tensor]:
-    """What K slots keep of a text and of `num_later` (B,) tokens read after it, of which `later` is what they keep."""
+    """Combine the tokens kept of a text with those kept of a later text.
+
+    Args:
+        kept: the K tokens kept of the earlier text; see `keep_tokens`.
+        later: the tokens kept of the later text.
+        num_later: number of tokens of the later text, (B,).
+    """
     age = kept["kept_age"]
     aged = kept | {"kept_age": (age + num_later.view(-1, 1, 1, 1, 1)).where(age < NEVER, NEVER)}
     return keep_tokens({name: torch.cat([aged[name], later[name]], -2) for name in KEPT}, age.shape[-2])

@@ -1,7 +1,7 @@
-"""A learned optimizer: preconditioned SGD with learned rates, plus what a small network adds for each coordinate.
+"""A learned optimizer: preconditioned SGD with learned rates, plus a step that a small network gives per coordinate.
 
-Axes: B tasks, F features, h hidden width, M momenta, S second moments. All tensors of a task, whatever their shape, go
-through one network.
+Axes: B tasks, F features, h hidden width, M momenta, S second moments. The same network serves all tensors of a task,
+whatever their shape.
 """
 
 from collections.abc import Iterable
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..config import IAIConfig
 from ..registry import HEADS
+from ..tensors import zero_linear
 from .classical import GradientHead, Tensors
 from .guards import first_trust, rms, trusted, updated_trust
 from .step_settings import LearnedStepSettings
@@ -21,30 +22,33 @@ TINY = 1e-20
 
 @HEADS.register("learned_optimizer")
 class LearnedStep(GradientHead):
-    """theta' = theta - rate P gradient - s rms(theta) u / max(1, rms(u)),        u = d exp(a), (d, a) = net(features)
+    """A learned optimizer for the tensors of a state:
 
-    The features of a coordinate are its gradient, its value, momenta, second moments, their ratios and the row and
-    column means of the squared gradient, each divided by its root mean square over the tensor, and tanh(t / tau - 1)
-    for several times tau, with t the chunks read: nothing learned belongs to any one step. P is diagonal,
-    (second moment)^(-p/2) over its mean. Rate, s and p are learned for each kind of tensor: `key` and `value` of a
-    prefix, `A` and `B` of a low-rank update.
+        theta' = theta - rate P gradient - s rms(theta) u / max(1, rms(u))
+        u      = d exp(a),  (d, a) = net(features)
 
-    The last layer and p start at zero: then this is SGD. The network's part is as large as s rms(theta) at most,
-    and nothing at all moves where the gradient is zero everywhere.
+    The network's features of a coordinate are its gradient, its value, momenta, second moments, their ratios, and the
+    row and column means of the squared gradient, each divided by its root mean square over the tensor. A coordinate
+    also sees tanh(t / tau - 1) for several times tau, where t is the number of chunks read. So no learned weight
+    belongs to a particular step. P is diagonal: (second moment / its mean)^(-p/2). Rate, s and p are learned for each
+    kind of tensor: `key` and `value` of a prefix, `A` and `B` of a low-rank update.
 
-    One guard comes before everything: a gradient that is longer than `largest_surprise` times the mean of those before,
-    over all tensors together, is scaled down to that. One step too long would put a low-rank update where all gradients
-    are large, and it would stay there. Another comes after it, `heads.guards`: steps that text not yet read speaks
-    against are taken back, and those that follow are smaller.
+    The last layer and p start at zero, which is SGD. The network's part has a root mean square of at most s rms(theta).
+    If the gradient is zero everywhere, nothing moves.
+
+    Two guards protect the state. Before the step, a gradient over all tensors that is longer than `largest_surprise`
+    times the mean length of the gradients before is scaled down to that length. Otherwise a single long step could put
+    a low-rank update where all gradients are large, and it would stay there. After the step, `heads.guards` partly
+    undoes steps that raise the loss of newly read text, and makes the following steps smaller.
+
+    The state stores, beside theta: `momentum_{name}` (B, M, ...); `second_{name}` (B, S, ...); `row_{name}` and
+    `column_{name}`, the means of the squared gradient over the last axis and over the last but one; `gradient_length`
+    (B,), the mean length of the gradients; `slope`, `slope_square` and `trust` (B,).
 
     Args:
         kinds: name of each tensor -> its kind.
-        rate: what every rate starts as.
-        settings: decays, times and sizes; the weights mean nothing without them.
-
-    What it keeps: `momentum_{name}` (B, M, ...), `second_{name}` (B, S, ...), `row_{name}` and `column_{name}`, the
-    means of the squared gradient over the last axis and over the last but one; `gradient_length` (B,), the mean length;
-    `slope`, `slope_square` and `trust` (B,).
+        rate: initial value of every rate.
+        settings: hyperparameters fixed at training time; loaded weights need the settings they were trained with.
 
     Source: features after Metz et al., arXiv 2203.11860; normed steps after CELO, arXiv 2501.12670.
     """
@@ -57,7 +61,7 @@ class LearnedStep(GradientHead):
 
     @classmethod
     def check(cls, config: IAIConfig) -> None:
-        # All settings are saved, so that new defaults change no trained adapter.
+        # All settings are saved, so that later changes of the defaults leave trained adapters as they are.
         config.learned_optimizer = LearnedStepSettings.from_dict(config.learned_optimizer).to_dict()
 
     @classmethod
@@ -71,12 +75,10 @@ class LearnedStep(GradientHead):
         hidden, num_features = settings.hidden, _num_features(settings)
         self.log_rate, self.log_step, self.power = (_zero_for_each(kinds.values()) for _ in range(3))
         self.read, self.read_times = nn.Linear(num_features, hidden), nn.Linear(len(settings.times), hidden, bias=False)
-        self.middle, self.write = nn.Linear(hidden, hidden), nn.Linear(hidden, 2)
-        nn.init.zeros_(self.write.weight)
-        nn.init.zeros_(self.write.bias)
+        self.middle, self.write = nn.Linear(hidden, hidden), zero_linear(hidden, 2)
 
     def initial(self, theta: Tensors) -> Tensors:
-        """What is kept beside theta, before anything was read."""
+        """What the state stores beside theta before anything was read."""
         first, settings = next(iter(theta.values())), self.settings
         kept = {"gradient_length": first.new_zeros(len(first)), **first_trust(first)}
         for name, t in theta.items():
@@ -107,14 +109,22 @@ class LearnedStep(GradientHead):
         return after, kept_after
 
     def clipped(self, mean: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:  # (B,) each
-        """What a gradient of that length is multiplied with, and the mean length with it; zero does not count."""
+        """Scale down a gradient that is much longer than those before; a gradient of length zero is ignored.
+
+        Args:
+            mean: mean length of the gradients before.
+            length: length of this gradient.
+
+        Returns:
+            The factor for this gradient, and the new mean length.
+        """
         most = torch.where(mean > 0, self.settings.largest_surprise * mean, length)
         scale = torch.where(length > most, most / length, torch.ones_like(length))
         after = torch.where(mean > 0, mean.lerp(length.minimum(most), 1 - self.settings.length_decay), length)
         return scale, torch.where(length > 0, after, mean)
 
     def accumulated(self, averages: Tensors, gradient: Tensor) -> Tensors:
-        """The running averages of one tensor after one more gradient (B, ...)."""
+        """Add one more gradient (B, ...) to the running averages of a tensor."""
         square, decays = gradient.square(), self.settings.decays
         new = {
             "momentum": gradient.unsqueeze(1),
@@ -128,11 +138,11 @@ class LearnedStep(GradientHead):
         self,
         kind: str | None,
         theta: Tensor,  # (B, ...)
-        averages: Tensors,  # of the gradients, this one included
+        averages: Tensors,  # running averages that include this gradient
         gradient: Tensor,  # (B, ...)
-        step: Tensor,  # (B,) gradients before this one
+        step: Tensor,  # (B,) number of gradients before this one
     ) -> Tensor:  # (B, ...)
-        """The next theta of one tensor; kind None: as the mean of all kinds."""
+        """The tensor after one step. With kind None it uses the mean over all kinds of what is learned per kind."""
         settings = self.settings
         averages = without_bias(averages, step + 1, settings.decays)
         rate = self.initial_rate * (settings.log_scale * self._of_kind(self.log_rate, kind)).exp()
@@ -168,7 +178,7 @@ def _zero_for_each(kinds: Iterable[str]) -> nn.ParameterDict:
 
 
 def without_bias(averages: Tensors, count: Tensor, decays: dict[str, float | tuple[float, ...]]) -> Tensors:
-    """Averages that started at zero, `count` (B,) gradients ago, as weighted means of these gradients."""
+    """Correct running averages for their start at zero, as Adam does, after `count` (B,) gradients."""
     scaled = {}
     for kind, t in averages.items():
         seen = 1 - _decay(decays[kind], t) ** count.view(-1, *[1] * (t.dim() - 1))
@@ -176,7 +186,8 @@ def without_bias(averages: Tensors, count: Tensor, decays: dict[str, float | tup
     return scaled
 
 
-def _decay(decay: float | tuple[float, ...], like: Tensor) -> Tensor:  # one, or for each of axis 1
+def _decay(decay: float | tuple[float, ...], like: Tensor) -> Tensor:
+    """As a tensor that broadcasts to `like`; a tuple has one decay for each place of axis 1."""
     return (
         like.new_tensor(decay).view(1, -1, *[1] * (like.dim() - 2))
         if isinstance(decay, tuple)
@@ -185,12 +196,12 @@ def _decay(decay: float | tuple[float, ...], like: Tensor) -> Tensor:  # one, or
 
 
 def _num_features(settings: LearnedStepSettings) -> int:
-    """F of `features`: seven, and for each momentum and second moment itself and its ratios."""
+    """F, the number of `features`: seven, 3 more for each momentum and 2 more for each second moment."""
     return 7 + 3 * len(settings.momentum_decays) + 2 * len(settings.second_decays)
 
 
 def features(theta: Tensor, averages: Tensors, gradient: Tensor) -> Tensor:  # (B, ...) -> (B, ..., F)
-    """What the network sees of each coordinate."""
+    """The network's inputs for each coordinate."""
     row, column = averages["row"].unsqueeze(-1), averages["column"].unsqueeze(-2)
     factored = row * column / (row.mean(-2, keepdim=True) + TINY)
     momenta, seconds = averages["momentum"].unbind(1), averages["second"].unbind(1)

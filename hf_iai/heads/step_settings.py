@@ -1,4 +1,4 @@
-"""LearnedStepSettings: the constants that a learned step was trained with."""
+"""LearnedStepSettings: the hyperparameters of a learned optimizer."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -8,25 +8,26 @@ from .classical import LOG_SCALE
 
 @dataclass(frozen=True)
 class LearnedStepSettings:
-    """What the weights of a `LearnedStep` mean nothing without; it is saved beside them.
+    """Hyperparameters of a `LearnedStep`, fixed at training time and saved with its weights.
 
     Args:
-        momentum_decays, second_decays: of the averages of the gradient and of its square; at least one each. The last
-            of the second moments preconditions.
-        factored_decay: of the row and column means of the squared gradient.
-        times: tau, in chunks read, of the features tanh(t / tau - 1).
-        hidden: h, the width of the network.
-        step_size: of the network's part, in units of theta's rms.
-        smallest_rms: that unit, where theta is smaller.
-        most_log_magnitude: of the network's second output.
-        largest_precondition: the most that preconditioning makes of a coordinate, before the power.
-        largest_surprise, length_decay: a gradient is clipped to so many times the mean length of those before, and the
-            decay of that mean.
-        doubt: how many standard errors make a rising loss certain, see `heads.guards`; a large number trusts all steps.
-        log_scale: what learned logarithms and powers are multiplied with.
+        momentum_decays: decays of the running averages of the gradient, at least one.
+        second_decays: decays of the running averages of the squared gradient, at least one. The last one preconditions.
+        factored_decay: decay of the row and column means of the squared gradient.
+        times: the values of tau in the features tanh(t / tau - 1), in chunks read.
+        hidden: h, width of the network.
+        step_size: s at the start, the size of the network's part relative to the root mean square of theta.
+        smallest_rms: used in place of theta's root mean square where that is smaller.
+        most_log_magnitude: bound of a, the network's second output, up and down.
+        largest_precondition: largest factor that preconditioning may apply to a coordinate, before the power p.
+        largest_surprise: a gradient is clipped to this many times the mean length of the gradients before it.
+        length_decay: decay of that mean length.
+        doubt: number of standard errors from which a rising loss counts as certain, see `heads.guards`. A large number
+            trusts all steps.
+        log_scale: factor on the learned logarithms and powers.
 
     Raises:
-        ValueError: for a value that is not of its kind.
+        ValueError: if a value has the wrong type or is out of range.
 
     Example:
         >>> from hf_iai.heads import LearnedStepSettings
@@ -60,18 +61,23 @@ class LearnedStepSettings:
 
     @classmethod
     def from_dict(cls, values: Mapping | None) -> "LearnedStepSettings":
-        """Of what `to_dict` returned, as JSON keeps it, or of a part of it: the rest are the defaults."""
+        """Settings from the result of `to_dict`, also after a round trip through JSON. What is missing is the default.
+
+        Raises:
+            ValueError: for an unknown name, or as in the class.
+        """
         known, values = [field.name for field in fields(cls)], values or {}
         if unknown := sorted(set(values) - set(known)):
             raise ValueError(f"learned_optimizer has the settings {known}, got {unknown}: leave them out")
         return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
     def to_dict(self) -> dict:
+        """The settings as JSON can store them."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
     @property
     def decays(self) -> dict[str, float | tuple[float, ...]]:
-        """Of each average, by its name."""
+        """The decay, or decays, of each running average by its name."""
         factored = {"row": self.factored_decay, "column": self.factored_decay}
         return {"momentum": self.momentum_decays, "second": self.second_decays} | factored
 

@@ -1,1 +1,1 @@
-"""What may be answered, and a query's own prediction of it (regime `implicit`)."""
+"""Predictions: the possible answers to a query, and a query's own prediction in regime `implicit`."""

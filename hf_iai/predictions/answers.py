@@ -1,6 +1,7 @@
-"""What may be answered: any tokens in so many slots, or one of a set of labels.
+"""The possible answers to a query: any tokens in a given number of slots, or one of a set of labels.
 
-Axes: N queries, S slots, V vocabulary, C labels of at most L tokens.
+Axes: N queries, S slots, V choices for a slot (the vocabulary or the labels), C labels of at most L tokens, d hidden
+width.
 """
 
 from abc import ABC, abstractmethod
@@ -8,60 +9,77 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, pad
+from torch.nn.functional import cross_entropy
 
 from ..bases.base import Base
-from .queries import NO_TARGET, Queries
+from ..tensors import NO_LOSS, pad_to
+from .queries import Queries
 
-ABSENT = -1e4  # the log probability of a label that a task does not have
+ABSENT = -1e4  # log probability of padding in the set of labels, for tasks with fewer labels than others
 
 
 class Answers(ABC):
-    """What can be answered, how it is fed back, and what hidden states say of it; S = 1 slot by default."""
+    """The possible answers of queries: how a prediction is embedded, and how hidden states become a prediction.
+
+    An answer fills S slots after the query, one by default.
+    """
 
     num_slots = 1
-    depends_on_itself = False  # whether what the base says of it changes with the current prediction
+    depends_on_itself = False  # whether the base's prediction of a slot depends on the current prediction of others
 
     @property
     def length(self) -> int:
-        """The most places that an answer takes behind a query."""
+        """The largest number of places that an answer takes after a query."""
         return self.num_slots
 
     @abstractmethod
     def embedded(self, base: Base, logits: Tensor) -> Tensor:  # (N, S, V) -> (N, S, d)
-        """The current prediction as the slots hold it: the expected embedding."""
+        """The current prediction as embeddings of the slots: the expected embedding of the answer."""
 
     @abstractmethod
     def scores(self, base: Base, hidden: Tensor) -> Tensor:  # (N, S, d) -> (N, S, V)
-        """What the slots' last hidden states say."""
+        """Scores of the answers from the last hidden states of the slots themselves."""
 
     @abstractmethod
     def log_probs(self, base: Base, queries: Queries, chunk: dict | None, hidden: Tensor) -> Tensor:
-        """(N, S, V), what the hidden states (N, S, d) before the slots say of them."""
-
-    def refined(self, logits: Tensor, said: Tensor, prior: Tensor, weight: Tensor, correction: Tensor) -> Tensor:
-        """The logits (N, S, V) after one more chunk: a product of experts, and a correction.
+        """Log probabilities (N, S, V) of the answers from the last hidden states (N, S, d) before the slots.
 
         Args:
-            said, prior: log probabilities (N, S, V) behind the chunk and without one.
-            weight: of the chunk, (N, S, 1).
+            base: the pretrained model.
+            queries: the prompts.
+            chunk: what was read before the prompts, as `read_keys_values` gives it, or None.
+            hidden: last hidden states at the places that predict the slots.
+        """
+
+    def refined(self, logits: Tensor, said: Tensor, prior: Tensor, weight: Tensor, correction: Tensor) -> Tensor:
+        """The logits (N, S, V) after one more chunk: a product of experts, plus a correction.
+
+        Args:
+            logits: before the chunk, (N, S, V).
+            said: log probabilities after reading the chunk, (N, S, V).
+            prior: log probabilities without a chunk, (N, S, V).
+            weight: weight of the chunk, (N, S, 1).
             correction: (N, S, V), or 0.
         """
         return logits + weight * (said - prior) + correction
 
     def output(self, logits: Tensor) -> Tensor:  # (N, S, V)
-        """As a caller sees it: (N, V), since there is one slot."""
+        """The logits that a caller gets: (N, V), since there is one slot."""
         return logits.squeeze(1)
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:  # (N, S, V), (N, S)
-        """The mean cross-entropy of targets that are not -100; 0 without any."""
+        """The mean cross-entropy over the targets that are not -100; 0 if there are none."""
         total = cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
-        return total / (targets != NO_TARGET).sum().clamp_min(1)
+        return total / (targets != NO_LOSS).sum().clamp_min(1)
 
 
 @dataclass(frozen=True)
 class FreeAnswer(Answers):
-    """Any A = S tokens. Token a is predicted behind the *current prediction* of those before it, not behind them."""
+    """Any sequence of A = S tokens. Token a is predicted given the *current prediction* of the tokens before it.
+
+    Args:
+        num_slots: A.
+    """
 
     num_slots: int
 
@@ -87,9 +105,13 @@ class FreeAnswer(Answers):
 
 @dataclass(frozen=True)
 class LabelSet(Answers):
-    """One of C labels, each of any number of tokens; the one slot, S = 1, holds all of a label.
+    """One of C labels, each of any number of tokens. There is one slot, S = 1, for the whole label.
 
-    log p(label) is the sum over its tokens, each behind those before it.
+    log p(label) is the sum of log p(token | tokens before it) over the label's tokens.
+
+    Args:
+        ids: token ids of the labels.
+        mask: 1 for real tokens, 0 for padding; all 0 for a label that a task does not have.
     """
 
     ids: Tensor  # (N, C, L)
@@ -104,17 +126,21 @@ class LabelSet(Answers):
         return self.ids.shape[2] == 1
 
     def embedded(self, base: Base, logits: Tensor) -> Tensor:  # (N, 1, C) -> (N, 1, d)
-        """The expected label, each the mean of its tokens' embeddings."""
+        """The expected embedding of the label. The embedding of a label is the mean over its tokens."""
         each = (base.embed(self.ids) * self._shares.unsqueeze(-1)).sum(2)  # (N, C, d)
         return logits.softmax(-1).to(each.dtype) @ each
 
     def scores(self, base: Base, hidden: Tensor) -> Tensor:  # (N, 1, d) -> (N, 1, C)
-        """The mean over a label's tokens."""
+        """The logits of a label's tokens, averaged over the label."""
         picked = base.logits(hidden).gather(2, self.ids.flatten(1).unsqueeze(1)).unflatten(2, self.ids.shape[1:])
         return (picked * self._shares.unsqueeze(1)).sum(-1)
 
     def log_probs(self, base: Base, queries: Queries, chunk: dict | None, hidden: Tensor) -> Tensor:
-        """(N, 1, C); single tokens of the hidden state (N, 1, d) that predicts the slot, others in a pass of theirs."""
+        """Log probabilities (N, 1, C) of the labels.
+
+        If all labels are single tokens, the hidden state (N, 1, d) before the slot gives them. Longer labels are read
+        in another pass.
+        """
         if self.single_tokens:
             found = base.logits(hidden).log_softmax(-1).gather(2, self.ids.mT)
         else:
@@ -126,33 +152,44 @@ class LabelSet(Answers):
         return found.masked_fill(~self.mask.any(-1).unsqueeze(1), ABSENT)
 
     def targets(self, answers: Tensor) -> Tensor:  # (N, A) -> (N, 1)
-        """Which label each answer is; -100 for a query without an answer.
+        """The number of the label that each answer is; -100 for a query without an answer.
+
+        Args:
+            answers: token ids of the answers, -100 after their ends.
 
         Raises:
-            ValueError: for an answer that is none of its task's labels.
+            ValueError: if an answer is none of its task's labels.
         """
         length = max(answers.shape[1], self.ids.shape[2])
-        labels = _padded(self.ids.masked_fill(self.mask == 0, NO_TARGET), length)
-        same = (labels == _padded(answers, length).unsqueeze(1)).all(-1)  # (N, C)
-        unasked = (answers == NO_TARGET).all(1)
+        labels = pad_to(self.ids.masked_fill(self.mask == 0, NO_LOSS), [length], NO_LOSS)
+        same = (labels == pad_to(answers, [length], NO_LOSS).unsqueeze(1)).all(-1)  # (N, C)
+        unasked = (answers == NO_LOSS).all(1)
         if not (same.any(1) | unasked).all():
             row = int((~(same.any(1) | unasked)).nonzero()[0])
             raise ValueError(
-                f"the answer of query {row} is tokens {answers[row][answers[row] != NO_TARGET].tolist()}, none of its "
+                f"the answer of query {row} is tokens {answers[row][answers[row] != NO_LOSS].tolist()}, none of its "
                 f"labels {_lists(self.ids[row], self.mask[row])}: tokenise both alike, the end of sequence included"
             )
-        return same.long().argmax(1).masked_fill(unasked, NO_TARGET).unsqueeze(1)
+        return same.long().argmax(1).masked_fill(unasked, NO_LOSS).unsqueeze(1)
 
     @property
     def _shares(self) -> Tensor:  # (N, C, L)
+        """The weights of a mean over each label's tokens."""
         return self.mask / self.mask.sum(-1, keepdim=True).clamp_min(1)
 
 
 def label_tensors(labels: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids of C labels, as ids and mask (1, C, L).
+    """Turn the token ids of C labels into tensors.
+
+    Args:
+        labels: a list of token ids for each label.
+        device: where to put the tensors.
+
+    Returns:
+        ids and mask, (1, C, L) each.
 
     Raises:
-        ValueError: for fewer than two labels, one without a token, or two that are alike.
+        ValueError: if there are fewer than two labels, a label has no token, or two labels are equal.
     """
     labels = [[int(token) for token in label] for label in labels]
     if len(labels) < 2 or not all(labels) or len({*map(tuple, labels)}) < len(labels):
@@ -164,10 +201,6 @@ def label_tensors(labels: list[list[int]], device: torch.device) -> tuple[Tensor
     ids = torch.tensor([label + [0] * (longest - len(label)) for label in labels], device=device)
     mask = torch.tensor([[1] * len(label) + [0] * (longest - len(label)) for label in labels], device=device)
     return ids.unsqueeze(0), mask.unsqueeze(0)
-
-
-def _padded(tokens: Tensor, length: int) -> Tensor:
-    return pad(tokens, (0, length - tokens.shape[-1]), value=NO_TARGET)
 
 
 def _lists(ids: Tensor, mask: Tensor) -> list[list[int]]:  # (C, L) each

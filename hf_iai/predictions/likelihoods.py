@@ -1,25 +1,26 @@
-"""What is predicted of a vector: one of C classes, or o real numbers.
+"""Likelihoods p(y | scores) of vectors' targets: one of C classes, or o real numbers.
 
-Axes: ... of queries, C classes, o outputs; V numbers say it: C log probabilities, 2 o natural parameters, or o means.
+Axes: N queries or rows, n targets of a row, C classes, o outputs, V numbers that parametrise the distribution of one y:
+C log probabilities, 2 o natural parameters, or o means. "..." stands for any leading axes.
 """
 
 import math
 from abc import ABC, abstractmethod
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from .queries import NO_TARGET
+from ..tensors import NO_LOSS
 
 MAX_LOG_PRECISION = 8.0
 
 
 class Likelihood(ABC):
-    """p(y | scores).
+    """A distribution p(y | scores).
 
     Args:
-        num_outputs: C or o.
+        num_outputs: C for classes, o for real numbers.
     """
 
     def __init__(self, num_outputs: int) -> None:
@@ -28,33 +29,33 @@ class Likelihood(ABC):
     @property
     @abstractmethod
     def num_scores(self) -> int:
-        """V."""
+        """V, the number of scores for one target."""
 
     @abstractmethod
     def natural(self, scores: Tensor) -> Tensor:  # (..., V) -> (..., V)
-        """What any numbers say: nothing where all are 0."""
+        """Turn any numbers into parameters of the distribution. Scores of 0 give equal classes, or mean 0."""
 
     @abstractmethod
     def output(self, natural: Tensor) -> Tensor:  # (..., V) -> (..., C) or (..., o)
-        """As a caller sees it: logits, or means."""
+        """The values that a caller gets: logits, or means."""
 
     @abstractmethod
     def losses(self, natural: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:  # (N, n, V), (N, n) or (N, n, o)
-        """-log p of each target in nats, 0 for padding, and which are not padding."""
+        """-log p of each target in nats, 0 for padding; and whether each target is real, that is, not padding."""
 
     def loss(self, natural: Tensor, targets: Tensor) -> Tensor:  # (N, n, V), (N, n) or (N, n, o)
-        """Mean of -log p over the targets that are not padding, in nats; 0 without any."""
+        """The mean of -log p over all real targets, in nats; 0 if there are none."""
         losses, real = self.losses(natural, targets)
         return losses.sum() / real.sum().clamp_min(1)
 
     def loss_of_each(self, natural: Tensor, targets: Tensor) -> Tensor:  # -> (N,)
-        """The mean of every row by itself."""
+        """The mean of -log p over the real targets of each row, in nats."""
         losses, real = self.losses(natural, targets)
         return losses.flatten(1).sum(1) / real.flatten(1).sum(1).clamp_min(1)
 
 
 class Softmax(Likelihood):
-    """One of C classes, by its log probabilities. -100 marks padding."""
+    """One of C classes, parametrised by log probabilities. A target of -100 is padding."""
 
     @property
     def num_scores(self) -> int:
@@ -67,13 +68,13 @@ class Softmax(Likelihood):
         return natural
 
     def losses(self, natural: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        return cross_entropy(natural.mT, targets, reduction="none"), targets != NO_TARGET
+        return cross_entropy(natural.mT, targets, reduction="none"), targets != NO_LOSS
 
 
 class Gaussian(Likelihood):
-    """o real numbers, each by its natural parameters: mean times precision, and precision. NaN marks padding.
+    """o real numbers, each parametrised by mean times precision, and precision. A target of NaN is padding.
 
-    Scores are mean and log precision, of which the latter is kept between -8 and 8.
+    Scores are the mean and the log precision. The log precision is bounded to -8..8.
     """
 
     @property
@@ -87,7 +88,7 @@ class Gaussian(Likelihood):
 
     @staticmethod
     def moments(natural: Tensor) -> tuple[Tensor, Tensor]:  # (..., 2 o) -> (..., o) twice
-        """Mean and precision."""
+        """Mean and precision from the natural parameters."""
         shift, precision = natural.chunk(2, -1)
         return shift / precision, precision
 
@@ -95,7 +96,6 @@ class Gaussian(Likelihood):
         return self.moments(natural)[0]
 
     def losses(self, natural: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Of each number."""
         mean, precision = self.moments(natural)
         real = ~targets.isnan()
         error = (targets.where(real, 0) - mean).square()
@@ -104,7 +104,10 @@ class Gaussian(Likelihood):
 
 
 class UnitGaussian(Likelihood):
-    """o real numbers, each by its mean: half the squared error is -log p but for a constant. NaN marks padding."""
+    """o real numbers, each parametrised by its mean. The variance is 1. A target of NaN is padding.
+
+    -log p is half the squared error, plus a constant that is left out.
+    """
 
     @property
     def num_scores(self) -> int:
@@ -117,7 +120,6 @@ class UnitGaussian(Likelihood):
         return natural
 
     def losses(self, natural: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Of each number."""
         real = ~targets.isnan()
         return 0.5 * (natural - targets.where(real, natural)).square(), real
 
@@ -126,14 +128,6 @@ LIKELIHOODS = {"softmax": Softmax, "gaussian": Gaussian}  # values of `IAIConfig
 
 
 def vector_targets(labels: Tensor, mask: Tensor) -> Tensor:  # (N, n) or (N, n, o), (N, n)
-    """Labels, with padding marked as the losses want it."""
+    """Mark padding in labels as the losses expect it: with NaN in real targets, with -100 in class numbers."""
     hidden = (mask == 0).view(*mask.shape, *[1] * (labels.dim() - mask.dim()))
-    return labels.masked_fill(hidden, math.nan if labels.is_floating_point() else NO_TARGET)
-
-
-def zero_linear(width: int, num_scores: int) -> nn.Linear:
-    """A map to scores that say nothing at first."""
-    layer = nn.Linear(width, num_scores)
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
-    return layer
+    return labels.masked_fill(hidden, math.nan if labels.is_floating_point() else NO_LOSS)

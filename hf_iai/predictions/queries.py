@@ -1,6 +1,7 @@
-"""Queries: prompts whose answers are predicted behind a chunk.
+"""Queries: prompts whose answers are predicted after reading a chunk.
 
-Axes: B tasks, N queries (N / B consecutive ones of each task), T tokens of a prompt, S places behind it, C of a chunk.
+Axes: B tasks, N queries (N / B consecutive ones for each task), T tokens of a prompt, S places after it, C tokens of a
+chunk.
 """
 
 from dataclasses import dataclass
@@ -9,13 +10,12 @@ import torch
 from torch import Tensor
 
 from ..bases.base import Base, ages_of, positions_of
-
-NO_TARGET = -100
+from ..tensors import NO_LOSS
 
 
 @dataclass(frozen=True)
 class Queries:
-    """N prompts, real tokens first; see `prompts_of`."""
+    """N prompts without their answers, padded on the right; `prompts_of` makes them."""
 
     ids: Tensor  # (N, T), or embeddings (N, T, d)
     mask: Tensor  # (N, T)
@@ -24,20 +24,21 @@ class Queries:
         return len(self.ids)
 
     def repeated(self, times: int) -> "Queries":
-        """Every query so many times in a row."""
+        """Repeat every query a number of times in a row."""
         return Queries(self.ids.repeat_interleave(times, 0), self.mask.repeat_interleave(times, 0))
 
     def followed_by(
         self,
         base: Base,
-        chunk: dict[str, Tensor] | None,  # as `read_keys_values` gives it; None: no chunk
+        chunk: dict[str, Tensor] | None,  # what `read_keys_values` returned; None: no chunk
         embeddings: Tensor,  # (N, S, d)
-        real: Tensor | None = None,  # (N, S), which of them; all by default
+        real: Tensor | None = None,  # (N, S) 0 for padding among the embeddings; there is none by default
     ) -> tuple[Tensor, Tensor]:
-        """One pass over [chunk][prompt][embeddings], without a gap between them, however long each prompt is.
+        """One pass over [chunk][prompt][embeddings]. There is no padding between the three, whatever their lengths.
 
         Returns:
-            Last hidden states (N, S, d) of the places before the embeddings, which predict them, and of their own.
+            Last hidden states, (N, S, d) each: at the places before the embeddings, which predict them, and at the
+            embeddings' own places.
         """
         num = embeddings.shape[1]
         mask = torch.cat([self.mask, self.mask.new_ones(len(self), num) if real is None else real], 1)
@@ -57,13 +58,18 @@ class Queries:
 
 
 def read_keys_values(base: Base, embeddings: Tensor, mask: Tensor) -> dict[str, Tensor]:  # (B, C, d), (B, C)
-    """What all queries about a chunk share: `key` and `value` (B, L, H, C, D), and `mask`, padding first."""
+    """Read a chunk once for all queries about it.
+
+    Returns:
+        `key` and `value` (B, L, H, C, D), and `mask` (B, C), all with padding first.
+    """
     order = mask.argsort(dim=1, stable=True)
     embeddings, mask = embeddings.take_along_dim(order.unsqueeze(-1), 1), mask.gather(1, order)
     prefix = base.no_prefix(len(mask))
     _, keys_values = base.read(prefix, embeddings, mask, positions_of(mask), mask.shape[1])
     keys, values = (torch.stack(tensors, 1) for tensors in zip(*keys_values, strict=True))
-    # Padding attends to nothing, so that some kernels leave anything there, and 0 times anything may not be 0.
+    # Padding attends to nothing, and some kernels then return arbitrary values, which may be infinite or NaN. A weight
+    # of 0 would not remove those.
     real = mask[:, None, None, :, None] != 0
     return {"key": keys.where(real, 0), "value": values.where(real, 0), "mask": mask}
 
@@ -73,27 +79,35 @@ def prompts_of(
     mask: Tensor,  # (N, T)
     labels: Tensor | None,  # (N, T)
 ) -> tuple[Queries, Tensor | None]:
-    """Prompts without their answers, and the answers' tokens (N, A), -100 after the end of shorter ones.
+    """Split queries into prompts and answers.
 
-    A query's answer are its labelled tokens, which must be its last; its first token is never predicted. A row of
-    padding becomes a prompt of one token, without an answer.
+    The answer of a query is its labelled tokens, which must be its last tokens. Its first token is never predicted. A
+    row that is all padding becomes a prompt of one token without an answer.
+
+    Args:
+        ids: token ids of prompts and answers.
+        mask: 1 for real tokens, 0 for padding.
+        labels: the ids of the answer's tokens, -100 before them; None if there are no answers.
+
+    Returns:
+        The prompts, and the answers' tokens (N, A), with -100 after the end of shorter answers, or None.
 
     Raises:
-        ValueError: for labels of another shape, or an unlabelled token after a labelled one.
+        ValueError: if labels have another shape, or an unlabelled token follows a labelled one.
     """
     answers = None
     if labels is not None:
         if labels.shape != ids.shape:
             raise ValueError(f"labels of queries {tuple(ids.shape)} must have their shape, got {tuple(labels.shape)}")
-        answered = (labels != NO_TARGET) & (mask != 0) & (positions_of(mask) > 0)
+        answered = (labels != NO_LOSS) & (mask != 0) & (positions_of(mask) > 0)
         count = answered.sum(1, keepdim=True)  # (N, 1)
         if (answered != ((mask != 0) & (ages_of(mask) < count))).any():
             raise ValueError(
                 "a query's labelled tokens are its answer, which must be its last tokens: label them with their ids, "
-                f"and all before them with {NO_TARGET}"
+                f"and all before them with {NO_LOSS}"
             )
         order = (~answered).long().argsort(dim=1, stable=True)[:, : max(1, int(count.max()))]
-        answers = labels.masked_fill(~answered, NO_TARGET).gather(1, order)
+        answers = labels.masked_fill(~answered, NO_LOSS).gather(1, order)
         mask = mask.masked_fill(answered, 0)
     mask = mask.clone()
     mask[:, 0] = torch.where(mask.any(1), mask[:, 0], 1)

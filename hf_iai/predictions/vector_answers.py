@@ -1,6 +1,7 @@
-"""What may be answered about a vector: one of C classes, or o real numbers; learned, since no base knows them.
+"""The possible answers about a vector: one of C classes, or o real numbers.
 
-Axes: N queries, S = 1 slot, B tasks of n examples, d hidden width, C classes, o outputs.
+Their embeddings and scores are learned, since no pretrained model knows them. Axes: N queries, S = 1 slot, B tasks of n
+examples, d hidden width, C classes, o outputs.
 """
 
 import torch
@@ -8,19 +9,20 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from ..bases.base import Base
+from ..tensors import zero_linear
 from .answers import Answers
-from .likelihoods import Gaussian, zero_linear
+from .likelihoods import Gaussian
 from .queries import Queries
 
-SHARPNESS = 16.0
-FARTHEST = 4.0  # how far beyond the chunk's mean what it adds may lie, in distances from the prior's mean to it
+SHARPNESS = 16.0  # beta of the softplus that keeps the precision g of a chunk above 0
+FARTHEST = 4.0  # bound of the step past a chunk's mean m_i, in units of the distance from the prior's mean m(0) to m_i
 
 
 class ClassAnswers(nn.Module, Answers):
-    """One of C classes. A label is a learned row; at first nothing is known of any query.
+    """One of C classes. A label's embedding is a learned row. Before training all classes are equally likely.
 
     Args:
-        width: d.
+        width: d, width of the embeddings.
         num_outputs: C.
     """
 
@@ -30,6 +32,7 @@ class ClassAnswers(nn.Module, Answers):
         self.readout = zero_linear(width, num_outputs)
 
     def of_targets(self, labels: Tensor) -> Tensor:  # (B, n) -> (B, n, d)
+        """Embeddings of the labels in a chunk."""
         return self.rows[labels.clamp_min(0)]
 
     def embedded(self, base: Base, logits: Tensor) -> Tensor:  # (N, 1, C) -> (N, 1, d)
@@ -44,19 +47,21 @@ class ClassAnswers(nn.Module, Answers):
 
 
 class RealAnswers(nn.Module, Answers):
-    """o real numbers, each a Gaussian kept by its natural parameters, mean times precision and precision, V = 2 o.
+    """o real numbers, each a Gaussian. It is stored as mean times precision m p, and precision p, so V = 2 o.
+
+    A chunk of weight w that predicts N(m_i, 1 / p_i), where the prediction without a chunk is N(m(0), 1 / p(0)), adds
 
         g        = p(0) softplus(16 (p_i / p(0) - 1)) / 16             p_i - p(0) where that is positive, else about 0
         p       += w g            m p += w (g m_i + min(p(0), 4 g) (m_i - m(0)))
 
-    for a chunk of weight w that says N(m_i, 1 / p_i), where N(m(0), 1 / p(0)) is said without one. Added up these are a
-    product of Gaussians, as log probabilities are of classes, but for two bounds, without which the mean, a quotient,
-    would be thrown far out where chunks say little: no chunk takes away precision, and none adds a Gaussian whose mean
-    is farther beyond m_i than four times the way from m(0), which all of many chunks would approach. At first all are
-    N(0, 1), but for 0.04 in a chunk's g.
+    Without bounds this would be a product of Gaussians, as adding log probabilities is a product of experts for
+    classes. The mean is a quotient, though, and could become very large when chunks carry little information. So there
+    are two bounds. No chunk reduces the precision. And the Gaussian that a chunk adds has its mean at most
+    4 (m_i - m(0)) beyond m_i; the mean after many equal chunks would approach it. Before training every prediction is
+    N(0, 1), and softplus makes a chunk's g 0.04 instead of 0.
 
     Args:
-        width: d.
+        width: d, width of the embeddings.
         num_outputs: o.
     """
 
@@ -68,6 +73,7 @@ class RealAnswers(nn.Module, Answers):
         self.readout = zero_linear(width, 2 * num_outputs)
 
     def of_targets(self, targets: Tensor) -> Tensor:  # (B, n, o) -> (B, n, d)
+        """Embeddings of the targets in a chunk."""
         return self.value(targets)
 
     def embedded(self, base: Base, natural: Tensor) -> Tensor:  # (N, 1, 2 o) -> (N, 1, d)
@@ -79,11 +85,19 @@ class RealAnswers(nn.Module, Answers):
             return self.readout(hidden.float())
 
     def log_probs(self, base: Base, queries: Queries, chunk: dict | None, hidden: Tensor) -> Tensor:
-        """The natural parameters (N, 1, 2 o), which take their place."""
+        """The natural parameters (N, 1, 2 o), used in place of log probabilities."""
         return self.likelihood.natural(self.scores(base, hidden))
 
     def refined(self, natural: Tensor, said: Tensor, prior: Tensor, weight: Tensor, correction: Tensor) -> Tensor:
-        """All (N, 1, 2 o), the weight (N, 1, 1); the correction moves the mean that the chunk says."""
+        """The natural parameters after one more chunk; see the formula above.
+
+        Args:
+            natural: before the chunk, (N, 1, 2 o).
+            said: after reading the chunk alone, (N, 1, 2 o).
+            prior: without a chunk, (N, 1, 2 o).
+            weight: weight of the chunk, (N, 1, 1).
+            correction: its first o numbers are added to the chunk's mean, (N, 1, 2 o).
+        """
         shift, precision = said.chunk(2, -1)
         shift_before, precision_before = prior.chunk(2, -1)
         move, _ = correction.chunk(2, -1)

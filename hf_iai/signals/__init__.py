@@ -1,4 +1,4 @@
-"""What a chunk says about the state."""
+"""Signals: what a chunk says about the state, as read-outs (observations) or as gradients of its loss."""
 
 from .gradients import gradients_of, read_gradients
 from .observations import Reading, read_observations

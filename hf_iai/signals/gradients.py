@@ -1,4 +1,4 @@
-"""The signal `gradients`: how the loss of a chunk changes with the state."""
+"""The signal `gradients`: the gradient of a chunk's loss with respect to the state."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -8,11 +8,12 @@ from torch import Tensor, nn
 
 from ..bases.base import Base, without_first
 from ..bases.compat import check_double_backward, inner_backward, math_attention
+from ..tensors import NO_LOSS
 
 
 def read_gradients(
     base: Base,
-    state: nn.Module,  # of `hf_iai.states`
+    state: nn.Module,  # one of `hf_iai.states`
     tensors: dict[str, Tensor],  # (B, ...) each
     ids: Tensor,  # (B, C)
     mask: Tensor,  # (B, C)
@@ -20,14 +21,24 @@ def read_gradients(
     *,
     second_order: bool,
 ) -> dict[str, Tensor]:
-    """d loss / d tensors of each task, where its loss is the mean of -log p(label) over its labelled tokens, in nats.
+    """The gradient of each task's loss with respect to its tensors.
 
-    The first token of a chunk is not predicted. A row without labels has a gradient of zero. The sum over rows is
-    differentiated, so that no row's gradient depends on the others. First order: a constant. Second order: a function
-    of the tensors and of the predictor's weights, where gradients are being recorded at all.
+    The loss of a task is the mean of -log p(label) over its labelled tokens, in nats. The first token of a chunk is not
+    predicted. A row without labels has a gradient of zero. The sum over rows is differentiated, so the gradient of a
+    row does not depend on the other rows.
+
+    Args:
+        base: the pretrained model.
+        state: says how the base reads a text under the tensors.
+        tensors: the state's tensors of B tasks.
+        ids: token ids of the chunk.
+        mask: 1 for real tokens, 0 for padding.
+        labels: token ids, -100 where no loss is taken.
+        second_order: whether the gradient can itself be differentiated, with respect to the tensors and the predictor's
+            weights. It has no effect where torch records no gradients. Otherwise the result is a constant.
 
     Raises:
-        ValueError: for `second_order` with an attention or a sharding that cannot be differentiated twice.
+        ValueError: if `second_order` is set and the attention or the sharding cannot be differentiated twice.
     """
     twice = second_order and torch.is_grad_enabled()
     if twice:
@@ -50,7 +61,15 @@ def gradients_of(
     second_order: bool,
     around_backward: AbstractContextManager = nullcontext(),  # noqa: B008
 ) -> dict[str, Tensor]:
-    """d sum(losses) / d tensors, also where no gradient is being recorded; see `read_gradients`."""
+    """d sum(losses) / d tensors. It also works under `torch.no_grad` and `torch.inference_mode`.
+
+    Args:
+        losses: a function of the tensors and the chunk that gives the loss of each task.
+        tensors: the state's tensors of B tasks.
+        chunk: the other arguments of `losses`.
+        second_order: as in `read_gradients`.
+        around_backward: a context in which the backward pass runs.
+    """
     twice = second_order and torch.is_grad_enabled()
     with torch.inference_mode(False), torch.enable_grad():
         tensors = {
@@ -63,15 +82,15 @@ def gradients_of(
 
 
 def _losses(base: Base, prefix, ids: Tensor, mask: Tensor, labels: Tensor) -> Tensor:  # (B, C) each -> (B,)
-    labels = without_first(labels.masked_fill(mask == 0, -100), mask)[:, 1:]
-    # A row of padding alone would attend to nothing: it is read as text, and has no labels.
+    labels = without_first(labels.masked_fill(mask == 0, NO_LOSS), mask)[:, 1:]
+    # A row that is all padding would attend to nothing, so it is read as text. It has no labels.
     mask = mask.masked_fill((mask == 0).all(1, keepdim=True), 1)
     logits = base.answer(prefix, ids, mask).logits[:, :-1]  # (B, C - 1, V)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     losses = nn.functional.cross_entropy(logits.mT, labels, reduction="none")  # 0 where there is no label
-    return losses.sum(1) / (labels != -100).sum(1).clamp_min(1)
+    return losses.sum(1) / (labels != NO_LOSS).sum(1).clamp_min(1)
 
 
 def _usable(tensor: Tensor) -> Tensor:
-    """What was made in inference mode cannot be recorded, but a copy of it can."""
+    """Autograd cannot record tensors made in inference mode, but it can record a copy of them."""
     return tensor.clone() if tensor.is_inference() else tensor

@@ -1,4 +1,4 @@
-"""The signal `observations`: what the base holds about a chunk after reading it."""
+"""The signal `observations`: read-outs, the base's hidden states, keys and values after it has read a chunk."""
 
 from dataclasses import dataclass
 
@@ -10,28 +10,36 @@ from ..bases.base import Base, KeysValues, positions_of
 
 @dataclass
 class Reading:
-    """What one pass over [theta(0)][chunk][read-out slots] left behind; C tokens and P read-out slots."""
+    """The results of one pass over [theta(0)][chunk][read-out slots], with C tokens and P read-out slots."""
 
     hidden: Tensor  # (B, P, d) last hidden states of the slots
-    keys_values: KeysValues  # per layer (B, H, C + P, D), of chunk and slots; [] of a base that keeps none
+    keys_values: KeysValues  # per layer (B, H, C + P, D), of chunk and slots; [] if the base has no keys and values
     mask: Tensor  # (B, C)
     positions: Tensor  # (B, C)
-    surprisal: Tensor | None  # (B, C) in nats, of each token given those before it; None where not asked for
+    surprisal: Tensor | None  # (B, C) -log p(token | tokens before it) in nats; None if it was not asked for
 
 
 def read_observations(
     base: Base,
-    state: nn.Module,  # of `hf_iai.states`
+    state: nn.Module,  # one of `hf_iai.states`
     ids: Tensor,  # (B, C)
     mask: Tensor,  # (B, C)
     *,
     surprisal: bool = False,
 ) -> Reading:
-    """One pass over [theta(0)][chunk][read-out slots].
+    """Read a chunk in one pass over [theta(0)][chunk][read-out slots].
 
-    Every chunk is read from theta(0), never from the current state: read-outs of different chunks are then
-    commensurable, may be averaged, and can be read in one batch. Being last, the slots see the whole chunk; where they
-    will become slots in front of a text they take their positions, 0..P-1, and else those after the chunk.
+    Every chunk is read from theta(0), never from the current state. So the read-outs of different chunks are
+    comparable, can be averaged, and can be read in one batch. The slots come last and see the whole chunk. If they are
+    to become slots in front of a text, they already have the positions 0..P-1 of those slots. Otherwise their positions
+    follow the chunk.
+
+    Args:
+        base: the pretrained model.
+        state: holds theta(0) and the embeddings of the read-out slots.
+        ids: token ids of the chunk.
+        mask: 1 for real tokens, 0 for padding.
+        surprisal: whether to compute the surprisal of every token too.
     """
     start = {name: tensor[None] for name, tensor in state.start.items()}
     num_slots = len(state.read_slots)

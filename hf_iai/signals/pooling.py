@@ -1,4 +1,4 @@
-"""A chunk's own keys and values, pooled into slots."""
+"""Pooling of a chunk's keys and values into slots."""
 
 from dataclasses import dataclass
 
@@ -14,23 +14,23 @@ class Pooled:
 
     keys: Tensor  # (B, L, H, P, D)
     values: Tensor  # (B, L, H, P, D)
-    mass: Tensor  # (B, L, H, P)
-    address: Tensor  # (B, L, H, C, P) nearness of each token to the slots, sums to 1 over them
-    written: Tensor  # (B, L, H, P, C) what each slot is made of, sums to 1 over the tokens
+    mass: Tensor  # (B, L, H, P) sum of the tokens' shares in each slot
+    address: Tensor  # (B, L, H, C, P) how near each token is to each slot; sums to 1 over the slots
+    written: Tensor  # (B, L, H, P, C) each token's part of a slot; sums to 1 over the tokens
 
 
 class TokenPooling(nn.Module):
-    """slot_j = sum_t share(t, j) (k_t, v_t) / mass_j with mass_j = sum_t share(t, j), over the tokens of a chunk.
+    """Each slot is a weighted mean of the keys and values of a chunk's tokens:
 
-    Every token gives most to the slot whose centroid is nearest to its key:
-
+        slot_j      = sum_t share(t, j) (k_t, v_t) / mass_j,        mass_j = sum_t share(t, j)
         share(t, j) = softmax_j(<norm(k_t), c_j> / sqrt(D)) * exp(<g, norm(k_t)> / sqrt(D) - rate_j * age_t)
 
-    So a slot is an average of what the base itself holds about the text, in the span of the evidence, before anything
-    is learned; c starts at real tokens' keys, g at 0. Keys are taken at position 0, where averaging them makes sense.
+    A token gives its largest share to the slot whose centroid c_j is nearest to its key. The centroids c start at the
+    keys of real tokens, the importance g at 0. So even before training, a slot is an average of the base's own keys
+    and values for the text. Keys are rotated to position 0 first, since only keys of the same position can be averaged.
 
     Args:
-        centroids: (L, H, P, D), keys at position 0.
+        centroids: first values of c, keys at position 0, (L, H, P, D).
     """
 
     def __init__(self, centroids: Tensor) -> None:
@@ -43,8 +43,9 @@ class TokenPooling(nn.Module):
         keys: Tensor,  # (B, L, H, C, D) at position 0
         values: Tensor,  # (B, L, H, C, D)
         mask: Tensor,  # (B, C)
-        rate: Tensor,  # (L, H, P) per token, or what broadcasts to it
+        rate: Tensor,  # (L, H, P) forgetting rate per token, or a shape that broadcasts to it
     ) -> Pooled:
+        """Pool the tokens of a chunk into P slots."""
         normed = nn.functional.rms_norm(keys, keys.shape[-1:]) / keys.shape[-1] ** 0.5
         address = torch.einsum("blhcd,lhmd->blhcm", normed, self.centroids).softmax(-1)
         importance = torch.einsum("blhcd,lhd->blhc", normed, self.importance).unsqueeze(-1)

@@ -12,9 +12,10 @@ from torch.nn.functional import gelu, rms_norm
 
 from ..bases.base import Base, Prefix
 from ..config import IAIConfig
-from ..predictions.likelihoods import Likelihood, UnitGaussian, zero_linear
+from ..predictions.likelihoods import Likelihood, UnitGaussian
 from ..registry import STATES
 from ..signals import Reading
+from ..tensors import zero_linear
 from .slots import SlotState, check_slots
 
 
