@@ -17,11 +17,11 @@ def test_answers_equal_an_independent_reference(family, state_type, regime, atte
         torch.nn.init.zeros_(model.core.correction.write.weight)
         torch.nn.init.zeros_(model.core.correction.write.bias)
     state, query = model.adapt(chunks(3)), ids(2, 9, seed=1)
-    with torch.no_grad(), model._base.lora(regime == "explicit"):
+    with torch.no_grad(), model.reader.base.lora(regime == "explicit"):
         if state_type != "prompt":
             keys, values = state.tensors["key"], state.tensors["value"]
             if state_type == "kept":
-                kept = model._base.rotate(state.tensors["kept_key"], torch.tensor([[2, 3]]))
+                kept = model.reader.base.rotate(state.tensors["kept_key"], torch.tensor([[2, 3]]))
                 keys, values = torch.cat([keys, kept], -2), torch.cat([values, state.tensors["kept_value"]], -2)
             cache = DynamicCache(config=model.config)
             for layer in range(3):

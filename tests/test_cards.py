@@ -21,9 +21,9 @@ from transformers import AutoModelForCausalLM
 
 from examples.maintain import render_cards
 from hf_iai import IAIConfig, IAITrainer, embedded_base
+from hf_iai.bases.hub_ids import is_hub_id
 from hf_iai.embedded import EMBEDDED_NAME
 from hf_iai.hub.cards import RENDERED, CardFacts, Measurement, model_card
-from hf_iai.bases.hub_ids import is_hub_id
 
 ROOT = Path(__file__).parent.parent
 

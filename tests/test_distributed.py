@@ -23,10 +23,10 @@ from hf_iai.objectives import Objective
 torch.set_num_threads(1)
 rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 model = make_model(**json.loads(sys.argv[2])).train()
-model.base_model.objective = Objective("unrolled")
 query, support = ids(4, 1, 8, seed=1), ids(4, 3, 10)
 rows = slice(rank * 4 // world, (rank + 1) * 4 // world)
 inputs = {"input_ids": query[rows], "labels": query[rows], "chunk_input_ids": support[rows]}
+inputs["objective"] = Objective("unrolled")
 if world > 1:
     dist.init_process_group("gloo")
     if sys.argv[3] == "ddp":

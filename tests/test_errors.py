@@ -1,11 +1,14 @@
 """Bad input: each a clear error that names the value and what was expected."""
 
+import json
+
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PeftConfig, get_peft_model
 from tiny import SLOTS, VOCAB, WINDOW, chunks, ids, make_base, make_model
+from transformers import BatchEncoding
 
-from hf_iai import IAIConfig, IAITrainer, IAITrainingArguments
+from hf_iai import IAIConfig, IAITrainer, IAITrainingArguments, evaluate_curve, vector_base
 from hf_iai.objectives import Objective
 
 CAUSAL = {"task_type": "CAUSAL_LM"}
@@ -20,42 +23,74 @@ CAUSAL = {"task_type": "CAUSAL_LM"}
         ),
         ({"regime": "implicit", "num_state_tokens": 4}, "num_state_tokens=4 has no meaning for .*: leave it None"),
         ({"regime": "implicit", "prediction": "magic"}, "prediction must be one of .*'magic'"),
-        ({"prediction": "logits"}, "prediction='logits' needs regime='implicit', got regime='explicit'"),
+        (
+            {"prediction": "logits"},
+            "prediction='logits' has no meaning .*: leave it None; it is for task='refi",
+        ),
         ({"regime": "magic"}, "regime must be one of .*'magic'"),
         ({"state_type": "linear"}, "'linear' and task_type='SEQ_CLS' need each other, .* task_type='CAUSAL_LM'"),
         ({"task_type": "SEQ_CLS"}, "need each other, got state_type='prefix' and task_type='SEQ_CLS'"),
-        ({"pooling": "cls"}, "pooling='cls' needs state_type='linear', got 'prefix'"),
+        (
+            {"pooling": "cls"},
+            "pooling='cls' has no meaning .*: leave it 'mean'; it is for task='classific",
+        ),
         ({"task_type": "TOKEN_CLS"}, "task_type='TOKEN_CLS' is not available yet"),
         ({"state_type": "x"}, "state_type must be one of"),
         ({"signal": "magic"}, "signal must be one of"),
         ({"head": "sgd"}, r"signal='observations' has the heads \['gated'\], got head='sgd'"),
         ({"head": "gated", "signal": "gradients"}, r"has the heads \['learned_optimizer', .*got head='gated'"),
-        ({"second_order": True}, "second_order=True needs signal='gradients' or 'both', got signal='observations'"),
+        (
+            {"second_order": True},
+            "second_order=True has no meaning .*'observations'.*: leave it False; it is for",
+        ),
         (
             {"signal": "gradients", "accumulation": "recent"},
-            "need signal='observations', got signal='gradients' with 'rec",
+            "accumulation='recent' has no meaning .*; it is for head='gated'",
         ),
         ({"signal": "both", "num_kept_tokens": 2}, "got signal='both' with 'average' and 2"),
-        ({"signal": "gradients", "delta_rule": True}, "delta_rule=True needs signal='observations' or 'both'"),
+        (
+            {"signal": "gradients", "delta_rule": True},
+            "got signal='gradients' with 0 and True: leave them out",
+        ),
         ({"signal": "both", "correction": False}, "signal='both' uses gradients in the correction"),
         ({"signal": "gradients", "initial_rate": 0.0}, "initial_rate must be above 0"),
-        ({"signal": "both", "initial_rate": 0.1}, "initial_rate must .*with signal='gradients', got 0.1 with 'both'"),
-        ({"signal": "gradients", "path_window": 0}, "path_window must be at least 1, got 0"),
-        ({"learned_optimizer": {"hidden": 8}}, "{'hidden': 8} needs head='learned_optimizer', got head='gated'"),
+        (
+            {"signal": "both", "initial_rate": 0.1},
+            "initial_rate=0.1 has no meaning .*; it is for signal='gradients'",
+        ),
+        ({"signal": "gradients", "head": "path_aware", "path_window": 0}, "path_window must be at least 1, got 0"),
+        (
+            {"learned_optimizer": {"hidden": 8}},
+            "{'hidden': 8} has no meaning .*; it is for head='learned_optimizer'",
+        ),
         (
             {"signal": "gradients", "head": "sgd", "learned_optimizer": {"hidden": 8}},
-            "needs head='learned_optimizer', got head='sgd'",
+            "has no meaning .*head='sgd': leave it None; it is for head='learned_optimizer'",
         ),
         ({"state_type": "lora", "state_r": 0}, "state_r must be at least 1, got 0"),
         ({"state_type": "lora", "accumulation": "recent"}, "keeps tokens, which state_type='lora' cannot"),
         ({"accumulation": "overwrite"}, "accumulation must be one of"),
         ({"num_state_tokens": 0}, "num_state_tokens must be at least 1, got 0"),
         ({"num_kept_tokens": 16}, "from 0 to num_state_tokens - 1 = 15, got 16"),
-        ({"num_kept_tokens": 4, "state_type": "prompt"}, "num_kept_tokens=4 needs state_type='prefix'"),
-        ({"num_kept_tokens": 4, "accumulation": "recent"}, "'average', got 'prefix' and 'recent'"),
-        ({"delta_rule": True, "state_type": "prompt"}, "delta_rule=True needs .*got 'prompt', 'average' and True"),
-        ({"delta_rule": True, "accumulation": "recent"}, "got 'prefix', 'recent' and True"),
-        ({"delta_rule": True, "correction": False}, "got 'prefix', 'average' and False"),
+        (
+            {"num_kept_tokens": 4, "state_type": "prompt"},
+            "=4 has no meaning .*it is for state_type='prefix'",
+        ),
+        (
+            {"num_kept_tokens": 4, "accumulation": "recent"},
+            "needs accumulation='average', got 'recent'",
+        ),
+        (
+            {"delta_rule": True, "state_type": "prompt"},
+            "=True has no meaning .*it is for state_type='prefix'",
+        ),
+        ({"delta_rule": True, "accumulation": "recent"}, "delta_rule=True needs .*got 'recent' and True"),
+        ({"delta_rule": True, "correction": False}, "delta_rule=True needs .*got 'average' and False"),
+        ({"state_r": 3}, "state_r=3 has no meaning for state_type='prefix'.*leave it 8; it is for state_type='lora'"),
+        ({"path_window": 9}, "path_window=9 has no meaning .*head='gated': leave it 5; it is for head='path_aware'"),
+        ({"state_target_modules": ["x"]}, r"state_target_modules=\['x'\] has no meaning for state_type='prefix'"),
+        ({"fit_intercept": False}, "fit_intercept=False has no meaning .*it is for task='regression'"),
+        ({"signal": "gradients", "correction": False}, "correction=False has no meaning .*it is for head='gated'"),
         ({"bias": "all"}, "bias='all'"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"init_lora_weights": "pissa"}, "'pissa'"),
@@ -68,6 +103,69 @@ CAUSAL = {"task_type": "CAUSAL_LM"}
 def test_configuration(values, message):
     with pytest.raises(ValueError, match=message):
         IAIConfig(**(CAUSAL | values))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"state_r": 3},
+        {"state_r": 3, "path_window": 9, "state_target_modules": ["x"]},
+        {"state_type": "linear", "task_type": "SEQ_CLS", "state_r": 3},
+        {"regime": "implicit", "pooling": "cls"},
+    ],
+)
+def test_an_adapter_saved_with_an_unused_field_still_loads(values, tmp_path):
+    """Earlier versions accepted such fields: what they saved loads, with a warning, and means the same."""
+    plain = {name: value for name, value in values.items() if name in ("state_type", "task_type", "regime")}
+    config = IAIConfig(**(CAUSAL | plain))
+    config.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(saved | values))
+    first = next(name for name in values if name not in plain)
+    with pytest.warns(UserWarning, match=f"a field that is not used: {first}="):
+        loaded = PeftConfig.from_pretrained(tmp_path)
+    assert loaded.state_type == config.state_type and loaded.regime == config.regime
+
+
+@pytest.mark.parametrize(
+    "given", ["def f(): pass", ["one text", "another"], [3], iter(["x"])], ids=["text", "texts", "numbers", "stream"]
+)
+def test_text_in_place_of_chunks_says_what_a_chunk_is(given):
+    model = make_model()
+    with pytest.raises(ValueError, match=r"a chunk is a mapping with input_ids.*chunk_text\(text, tokenizer"):
+        model.adapt(given)
+
+
+def test_one_mapping_is_a_single_chunk():
+    """Such as a tokenizer's output."""
+    model, chunk = make_model(), {"input_ids": ids(1, 9)}
+    one, same = model.adapt(BatchEncoding(chunk)), model.adapt([chunk])
+    assert int(one.step) == 1
+    assert all(torch.equal(t, same.tensors[name]) for name, t in one.tensors.items())
+
+
+def test_a_state_shows_itself_in_one_line():
+    state = make_model().adapt(chunks(3))
+    shown = repr(state)
+    assert "\n" not in shown and len(shown) < 200
+    assert all(part in shown for part in ("average", "tasks=2", "chunks=3", "tokens=30", f"bytes={state.nbytes}"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": -5}, "batch_size=-5 has no meaning for this model's curve: leave it out"),
+        ({"static_model": "nonsense"}, "static_model='nonsense' has no meaning for this model's curve"),
+        ({"chunk_size": 0}, "chunk_size must be at least 1, got 0"),
+        ({"tokenizer": "a tokenizer"}, "tokenizer='a tokenizer' has no meaning"),
+    ],
+)
+def test_options_of_a_curve_that_mean_nothing(options, message):
+    config = IAIConfig(task_type="SEQ_CLS", state_type="linear", likelihood="gaussian")
+    model = get_peft_model(vector_base(3), config)
+    rows = [{"vector": [1.0, 0.0, float(i)], "label": float(i)} for i in range(4)]
+    with pytest.raises(ValueError, match=message):
+        evaluate_curve(model, [{"support": rows, "query": rows}], (1,), **({"chunk_size": 2} | options))
 
 
 @pytest.mark.parametrize(

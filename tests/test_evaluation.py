@@ -310,7 +310,7 @@ def test_missing_extra_says_what_to_install(package, call, monkeypatch, tmp_path
             raise ImportError(name)
         return real(name, *args)
 
-    monkeypatch.setattr("hf_iai.evaluation.render.import_module", without)
+    monkeypatch.setattr("hf_iai.evaluation.extras.import_module", without)
     arguments = [tmp_path / "curve.png"] if call == "plot" else []
     with pytest.raises(ImportError, match=r"hf_iai\[plots\]"):
         getattr(synthetic_curve(), call)(*arguments)

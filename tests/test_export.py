@@ -396,13 +396,13 @@ def test_impossible_types(tmp_path, state_type, peft_type, message):
 
 def test_bases_without_keys_and_values_everywhere():
     """There is no cache that all of a prefix could lie in, and of a Mamba's cache PEFT's generate knows nothing."""
-    hybrid = Qwen3NextConfig()
-    assert _checked_type(None, "prompt", hybrid) == PROMPT
+    hybrid, prompt = Qwen3NextConfig(), IAIConfig(task_type="CAUSAL_LM", state_type="prompt")
+    assert _checked_type(None, prompt, hybrid) == PROMPT
     with pytest.raises(ValueError, match=r"'qwen3_next' cannot become 'CARTRIDGE': pass one of \['PROMPT_TUNING'\]"):
-        _checked_type(CARTRIDGE, "prompt", hybrid)
+        _checked_type(CARTRIDGE, prompt, hybrid)
     for config in (MambaConfig(), Mamba2Config(), FalconMambaConfig()):
         with pytest.raises(ValueError, match=f"generates wrongly .* on '{config.model_type}'"):
-            _checked_type(None, "prompt", config)
+            _checked_type(None, prompt, config)
 
 
 def test_peft_still_generates_wrongly_on_mamba():

@@ -48,7 +48,7 @@ def test_answers_equal_a_reference(family, state_type):
     """The reference writes the state into transformers' own DynamicCache, or feeds the prompt as embeddings."""
     model = shared_model(family, state_type=state_type, correction=False)
     state, query = model.adapt(chunks(2)), ids(2, 9, seed=1)
-    with torch.no_grad(), model._base.lora(True):
+    with torch.no_grad(), model.reader.base.lora(True):
         if state_type == "prompt":
             embedded = model.get_input_embeddings()(query)
             embedded = torch.cat([state.tensors["prompt"][:, 0, 0], embedded], 1)
@@ -56,7 +56,7 @@ def test_answers_equal_a_reference(family, state_type):
         else:
             keys, values = state.tensors["key"], state.tensors["value"]
             if state_type == "kept":
-                kept = model._base.rotate(state.tensors["kept_key"], torch.tensor([[2, 3]]))
+                kept = model.reader.base.rotate(state.tensors["kept_key"], torch.tensor([[2, 3]]))
                 keys, values = torch.cat([keys, kept], -2), torch.cat([values, state.tensors["kept_value"]], -2)
             written = DynamicCache(config=model.config)
             for layer in range(keys.shape[1]):
@@ -186,7 +186,7 @@ def test_text_longer_than_a_sliding_window(family, state_type):
 @pytest.mark.parametrize("family", [f for f in ATTENTION_FAMILIES if f not in ABSOLUTE])
 def test_keys_are_moved_exactly(family, state_type):
     """Keys read at positions 7.. and moved back by 7 are those read at 0.., in every layer."""
-    base, text = shared_model(family, state_type=state_type)._base, ids(2, 12)
+    base, text = shared_model(family, state_type=state_type).reader.base, ids(2, 12)
     mask = torch.ones_like(text)
     with torch.no_grad(), base.lora(False):
         here, there = (

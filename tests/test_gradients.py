@@ -14,7 +14,13 @@ from hf_iai.objectives import Objective
 from hf_iai.signals import read_gradients
 
 STATES = ["prefix", "prompt", "lora"]
-FEW_MODULES = {"state_target_modules": ["v_proj", "down_proj"]}  # for what takes long with a lora state of all
+
+
+def few_modules(member: dict) -> dict:
+    """A lora state of two modules, for what takes long with a lora state of all."""
+    return member | ({"state_target_modules": ["v_proj", "down_proj"]} if member.get("state_type") == "lora" else {})
+
+
 HEADS = ["learned_optimizer", "sgd", "meta_sgd", "path_aware"]
 FAMILIES = ["llama", "qwen3", "gpt2"]
 # Whatever a state is and a chunk says.
@@ -42,7 +48,7 @@ every_member = pytest.mark.parametrize("member", [case(m, fast=is_fast(m)) for m
 
 def inner_loss(model, tensors, text, labels=None):
     """As a user would write it, from logits."""
-    base, core = model._base, model.core
+    base, core = model.reader.base, model.core
     with base.lora(model.active_peft_config.regime == "explicit"), core.state.under(base, tensors) as prefix:
         logits = base.answer(prefix, text, torch.ones_like(text)).logits
     labels = text if labels is None else labels
@@ -57,8 +63,8 @@ def theta_of(model, state):
 def gradients(model, theta, text, mask=None, labels=None, second_order=False):
     mask = torch.ones_like(text) if mask is None else mask
     labels = text.masked_fill(mask == 0, -100) if labels is None else labels
-    with model._base.lora(model.active_peft_config.regime == "explicit"):
-        return read_gradients(model._base, model.core.state, theta, text, mask, labels, second_order=second_order)
+    with model.reader.base.lora(model.active_peft_config.regime == "explicit"):
+        return read_gradients(model.reader.base, model.core.state, theta, text, mask, labels, second_order=second_order)
 
 
 # ---------------------------------------------------------------- the inner gradient
@@ -115,7 +121,7 @@ def test_second_order_equals_torch_func(state_type, attention):
     """d/d theta(0) of the loss after a step of SGD, with every derivative by torch.func; first order differs."""
     values = {"state_type": state_type, "head": "sgd", "second_order": True, "initial_rate": 0.5}
     model = gradient_model(make_base("llama", attention), **values)
-    text, query, core, base = ids(2, 7), ids(2, 6, seed=1), model.core, model._base
+    text, query, core, base = ids(2, 7), ids(2, 6, seed=1), model.core, model.reader.base
     theta = {n: t.detach() for n, t in core.state.initial(2).items()}
     eager = gradient_model(make_base("llama", "eager"), **values)
     rates = {name: core.head.rate(name).detach() for name in theta}
@@ -315,8 +321,8 @@ def test_an_episode_trains_everything(member, regime):
     for second_order in (False, True) if member["signal"] != "observations" else (False,):
         found = []
         for checkpointing in (False, True):
-            values = FEW_MODULES | ({"path_window": 2} if member.get("head") == "path_aware" else {})
-            model = lora_state_model(regime=regime, second_order=second_order, **member, **values).train()
+            values = {"path_window": 2} if member.get("head") == "path_aware" else {}
+            model = lora_state_model(regime=regime, second_order=second_order, **few_modules(member), **values).train()
             if checkpointing:
                 model.base_model.model.activation_checkpointing_enable({"use_reentrant": False})
             loss = model(**episode()).loss
@@ -342,9 +348,8 @@ def test_an_episode_trains_everything(member, regime):
 def test_untrained_members_leave_no_parameter_unused(member, objective):
     """As data-parallel training asks; second-order gradients at exact zeros are finite."""
     for second_order in (False, True) if member["signal"] != "observations" else (False,):
-        model = lora_state_model(trained=False, second_order=second_order, **FEW_MODULES, **member).train()
-        model.base_model.objective = Objective(objective, window=2, draw=random.Random(1))
-        model(**episode()).loss.backward()
+        model = lora_state_model(trained=False, second_order=second_order, **few_modules(member)).train()
+        model(**episode(), objective=Objective(objective, window=2, draw=random.Random(1))).loss.backward()
         assert [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
         assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.requires_grad)
 
@@ -358,9 +363,8 @@ def test_bfloat16(member):
     assert torch.isfinite(model(input_ids=query, task_state=state).logits).all()
     model = lora_state_model(**member).train()
     for objective in ("greedy", "unrolled"):
-        model.base_model.objective = Objective(objective)
         with torch.autocast("cpu", torch.bfloat16):
-            loss = model(**episode()).loss
+            loss = model(**episode(), objective=Objective(objective)).loss
         model.zero_grad()
         loss.backward()
         assert [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None] == []

@@ -227,7 +227,7 @@ def test_the_number_of_chunks_has_no_end():
 def test_the_chunk_is_read_once_for_all_its_queries(monkeypatch):
     model = shared_refiner()
     lengths = []
-    base_type = type(model.base_model._base)
+    base_type = type(model.base_model.reader.base)
     read = base_type.read
     monkeypatch.setattr(
         base_type, "read", lambda self, p, e, *rest: lengths.append(tuple(e.shape[:2])) or read(self, p, e, *rest)
@@ -366,30 +366,23 @@ def test_padding_of_an_episode_changes_nothing(make_episode):
     assert (out.logits[:, :2].log_softmax(-1) - expected.logits.log_softmax(-1)).abs().max() < 1e-4
 
 
-def make_training(model, objective: Objective):
-    """Training mode decides the objective; nothing in the base of these tests drops out."""
-    model.train()
-    model.base_model.objective = objective
-    return model
-
-
 @pytest.mark.parametrize("objective", ["unrolled", "truncated", "greedy"])
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_an_episode_trains_everything(prediction, objective):
-    model = make_training(refiner(prediction=prediction), Objective(objective))
-    model(**episode()).loss.backward()
+    model = refiner(prediction=prediction).train()
+    model(**episode(), objective=Objective(objective)).loss.backward()
     assert [n for n, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())] == []
 
 
 @pytest.mark.parametrize("make_episode", [episode, labelled_episode])
 def test_untrained_members_leave_no_parameter_unused(make_episode):
-    model = make_training(refiner(trained=False), Objective("greedy"))
-    model(**make_episode()).loss.backward()
+    model = refiner(trained=False).train()
+    model(**make_episode(), objective=Objective("greedy")).loss.backward()
     assert [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
 
 
 def test_unrolled_loss_is_the_mean_over_the_scored_predictions():
-    model, inputs = make_training(refiner(), Objective("unrolled")), episode()
+    model, inputs = refiner().train(), episode()
     total = model(**inputs).loss
     model.eval()
     expected = [model(**last_chunks(inputs, n)).loss for n in (0, 1, 2, 3)]
@@ -400,21 +393,22 @@ def test_greedy_is_one_step_from_a_constant():
     """Its gradient is that of the last step alone, taken from the prediction that the steps before it gave."""
     latest = random.Random(0)
     latest.randint = lambda low, high: high
-    model, inputs = make_training(refiner(), Objective("greedy", draw=latest)), episode(answer=1)
-    core, base = model.base_model.core, model.base_model._base
-    model(**inputs).loss.backward()
+    model, inputs = refiner().train(), episode(answer=1)
+    core, base = model.base_model.core, model.base_model.reader.base
+    model(**inputs, objective=Objective("greedy", draw=latest)).loss.backward()
     found = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
     model.zero_grad()
-    queries, answers, targets = model.base_model._inputs.episode(
-        inputs["input_ids"], torch.ones_like(inputs["input_ids"]), inputs["labels"], None, None
+    asked, read = inputs["input_ids"], inputs["chunk_input_ids"]
+    batch = model.base_model.reader.inputs.episode(
+        (asked, torch.ones_like(asked), inputs["labels"]), (read, torch.ones_like(read), None), (None, None)
     )
     evidence = [core.read(base, c, torch.ones_like(c), c) for c in inputs["chunk_input_ids"].unbind(1)]
-    start = state = core.first(base, queries, answers)
+    start = state = core.begin(base, batch)
     with torch.no_grad():
         for chunk in evidence[:-1]:
             state = core.step(base, state, chunk)
     logits = torch.cat([core.logits(base, s) for s in (start, core.step(base, state, evidence[-1]))])
-    torch.nn.functional.cross_entropy(logits[:, 0], targets[:, 0].repeat(2)).backward()
+    torch.nn.functional.cross_entropy(logits[:, 0], batch.labels[:, 0].repeat(2)).backward()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             assert (parameter.grad - found[name]).abs().max() < 1e-6, name
@@ -425,11 +419,11 @@ def test_graph_does_not_grow_with_chunks():
     for num_chunks in (4, 32):
         draw = random.Random(0)
         draw.randint = lambda low, high: high  # always the last step: the longest history
-        model = make_training(refiner(), Objective("greedy", draw=draw))
+        model = refiner().train()
         numbers = []
         hook = lambda t, numbers=numbers: numbers.append(t.numel()) or t  # noqa: E731
         with torch.autograd.graph.saved_tensors_hooks(hook, lambda t: t):
-            model(**episode(num_chunks))
+            model(**episode(num_chunks), objective=Objective("greedy", draw=draw))
         kept.append(sum(numbers))
     assert kept[0] == kept[1]
 
@@ -611,7 +605,7 @@ def test_chunks_that_cannot_be():
 
 
 def test_bases_that_cannot_be():
-    with pytest.raises(ValueError, match="regime='implicit' reads a chunk once .* which 'mamba' does not have"):
+    with pytest.raises(ValueError, match="needs keys and values in every layer, which 'mamba' does not"):
         refiner("mamba")
     config = BertConfig(vocab_size=50, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
     encoder = AutoModelForSequenceClassification.from_config(config)
@@ -619,9 +613,11 @@ def test_bases_that_cannot_be():
         get_peft_model(encoder, IAIConfig(task_type="CAUSAL_LM", regime="implicit", target_modules=["query"]))
 
 
-@pytest.mark.parametrize("values", [{"kl_weight": 0.5}, {"state_learning_rate": 0.1}])
-def test_what_the_trainer_cannot_do(values, tmp_path):
-    with pytest.raises(ValueError, match="regime='implicit' has no teacher and no learned theta"):
+@pytest.mark.parametrize(
+    ("values", "missing"), [({"kl_weight": 0.5}, "teacher"), ({"state_learning_rate": 0.1}, r"learned theta\(0\)")]
+)
+def test_what_the_trainer_cannot_do(values, missing, tmp_path):
+    with pytest.raises(ValueError, match=f"regime='implicit' has no {missing}, got .*: leave it out"):
         IAITrainer(refiner(), arguments(tmp_path, **values), processing_class=tokenizer())
 
 

@@ -186,8 +186,7 @@ def test_an_episode_is_refined_as_its_queries_are(likelihood):
 @every_likelihood
 def test_an_episode_trains_everything(likelihood, objective):
     model = vector_model(likelihood=likelihood).train()
-    model.base_model.objective = Objective(objective)
-    model(**episode(likelihood)).loss.backward()
+    model(**episode(likelihood), objective=Objective(objective)).loss.backward()
     assert [n for n, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())] == []
 
 

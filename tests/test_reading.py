@@ -127,7 +127,7 @@ def test_the_delta_rule_starts_as_the_plain_average():
 def test_the_delta_rule_against_a_loop_over_tokens():
     """The second chunk is averaged in after what the first one's slots recall at each of its tokens is taken out."""
     model = make_model(delta_rule=True)
-    base, core = model._base, model.core
+    base, core = model.reader.base, model.core
     with torch.no_grad():
         core.average.forgetting.zero_()
         core.delta.write.weight.normal_(std=0.3)
@@ -185,7 +185,7 @@ def surprises(monkeypatch):
 def test_kept_slots_against_a_loop_over_tokens(surprises):
     """Of all tokens read: the latest, and of the others those after most surprise for their age, oldest first."""
     model = make_model(trained=False, num_state_tokens=14, num_kept_tokens=12)
-    base, core = model._base, model.core
+    base, core = model.reader.base, model.core
     tokens = []  # (age, trace, values (L, H, D)) of every token
     support = [ids(1, 30), ids(1, 3, seed=1), torch.cat([ids(1, 12, seed=2), torch.arange(5, 13)[None]], 1)]
     with torch.no_grad():
@@ -248,8 +248,8 @@ def test_surprisal_against_a_loop_over_tokens():
 def test_kept_slots_not_yet_filled_show_the_start():
     model = make_model(num_state_tokens=10, num_kept_tokens=8)
     state = model.adapt([{"input_ids": ids(1, 3)}])
-    start = model.core.state.visible(model._base, model.initial_state().tensors)
-    shown = model.core.state.visible(model._base, state.tensors)
+    start = model.core.state.visible(model.reader.base, model.initial_state().tensors)
+    shown = model.core.state.visible(model.reader.base, state.tensors)
     assert torch.equal(start["value"][0], model.core.state.start["value"])
     assert torch.equal(shown["value"][..., 2:7, :], start["value"][..., 2:7, :])
     assert (shown["value"][..., 7:, :] - start["value"][..., 7:, :]).abs().amin() > 0

@@ -68,10 +68,10 @@ def test_no_graph_is_kept_alive(signal, training):
     counts, state = [], None
     if training:
         model.train()
-        model.base_model.objective = Objective("greedy")
-        query = ids(1, 1, 6)
+        query, objective = ids(1, 1, 6), Objective("greedy")
         for step in range(60 // 5):
-            model(input_ids=query, labels=query, chunk_input_ids=ids(1, 5, 6, seed=step)).loss.backward()
+            chunk_ids = ids(1, 5, 6, seed=step)
+            model(input_ids=query, labels=query, chunk_input_ids=chunk_ids, objective=objective).loss.backward()
             model.zero_grad(set_to_none=True)
             counts += [alive()] if step in (3, 11) else []
     else:

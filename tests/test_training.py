@@ -161,7 +161,6 @@ def test_checkpointing_changes_neither_loss_nor_gradients(family, state_type, re
 
 def test_unrolled_loss_is_the_mean_over_the_scored_states():
     model, inputs = make_model(), batch(num_chunks=3, queries=1)
-    model.base_model.objective = Objective("unrolled")
     for module in model.modules():  # training mode decides the objective; nothing in this base drops out
         module.training = True
     total = model(**inputs).loss
@@ -172,10 +171,9 @@ def test_unrolled_loss_is_the_mean_over_the_scored_states():
 
 def test_loss_after_all_chunks_alone():
     model, inputs = make_model(), batch(num_chunks=3, queries=1)
-    model.base_model.objective = Objective("unrolled", scored_states="last")
     for module in model.modules():
         module.training = True
-    total = model(**inputs).loss
+    total = model(**inputs, objective=Objective("unrolled", scored_states="last")).loss
     model.eval()
     expected = [model(**last_chunks(inputs, n)).loss for n in (0, 3)]
     assert (total - torch.stack(expected).mean()).abs() < 1e-5
@@ -190,14 +188,12 @@ def test_fewest_chunks_of_a_step(tmp_path):
 def test_greedy_gives_gradient_to_one_chunk_only():
     """Earlier read-outs are constants: the gradient equals that of the last step on a frozen state."""
     model, inputs = make_model().train(), batch(num_chunks=3, queries=1)
-    model.base_model.objective = Objective("greedy", draw=random.Random(1))
     saved = []
     hook = lambda t: saved.append(t.numel()) or t  # noqa: E731
     with torch.autograd.graph.saved_tensors_hooks(hook, lambda t: t):
-        model(**inputs)
+        model(**inputs, objective=Objective("greedy", draw=random.Random(1)))
     few = sum(saved)
     saved.clear()
-    model.base_model.objective = Objective("unrolled")
     with torch.autograd.graph.saved_tensors_hooks(hook, lambda t: t):
         model(**inputs)
     assert few < sum(saved)
@@ -212,11 +208,10 @@ def test_graph_does_not_grow_with_chunks(objective, state_type):
         model = make_model(state_type=state_type).train()
         fixed = random.Random(0)
         fixed.randint = lambda low, high: high  # always the last step: the longest history
-        model.base_model.objective = Objective(objective, window=2, draw=fixed)
         numbers = []
         hook = lambda t, numbers=numbers: numbers.append(t.numel()) or t  # noqa: E731
         with torch.autograd.graph.saved_tensors_hooks(hook, lambda t: t):
-            model(**batch(num_chunks))
+            model(**batch(num_chunks), objective=Objective(objective, window=2, draw=fixed))
         kept.append(sum(numbers))
     assert kept[0] == kept[1]
 
@@ -225,8 +220,7 @@ def test_kl_to_the_full_context_teacher():
     model, inputs = make_model().train(), batch()
     losses = []
     for weight in (0.0, 1.0):
-        model.base_model.objective = Objective("unrolled", kl_weight=weight)
-        losses.append(model(**inputs).loss)
+        losses.append(model(**inputs, objective=Objective("unrolled", kl_weight=weight)).loss)
     base_logits = []
     context = inputs["chunk_input_ids"].flatten(1).repeat_interleave(2, 0)
     query = inputs["input_ids"].flatten(0, 1)

@@ -72,7 +72,7 @@ def test_an_mlp_state_is_the_weights_of_a_network(likelihood):
     model, query = vector_model("mlp", likelihood), queries()
     state = model.adapt(stream(likelihood))
     core = model.base_model.core
-    rows = core.corrected(model.base_model._base, state)["rows"][0, 0, 0].detach()  # (h, n + 1 + V)
+    rows = core.corrected(model.base_model.reader.base, state)["rows"][0, 0, 0].detach()  # (h, n + 1 + V)
     expected = torch.zeros(4, OUTPUTS[likelihood])
     for row in rows:
         unit = gelu(query["inputs_embeds"] @ row[:WIDTH] + row[WIDTH])
@@ -86,7 +86,7 @@ def test_an_explicit_answer_is_read_out_behind_the_state(likelihood):
     """One token, of transformers' own hidden states; a soft prompt is a text in front of it."""
     model, query = vector_model("prompt", likelihood), queries()
     state = model.adapt(stream(likelihood))
-    core, base = model.base_model.core, model.base_model._base
+    core, base = model.base_model.core, model.base_model.reader.base
     with torch.no_grad():
         prompt = core.corrected(base, state)["prompt"][0, 0, 0]
         text = torch.cat([prompt.expand(4, -1, -1), core.vector(query["inputs_embeds"]).unsqueeze(1)], 1)
@@ -202,8 +202,7 @@ def test_every_parameter_learns(kind):
     """So that data-parallel training finds none unused."""
     for likelihood in OUTPUTS:
         model = vector_model(kind, likelihood).train()
-        model.base_model.objective = Objective(scored_states="last")
-        model(**episode(likelihood)).loss.backward()
+        model(**episode(likelihood), objective=Objective(scored_states="last")).loss.backward()
         without = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
         assert not without
 
@@ -283,7 +282,10 @@ def test_the_error_falls_with_chunks(kind, tmp_path):
         ({"accumulation": "recent"}, "accumulation='recent' is for text, got vector_width=5"),
         ({"num_kept_tokens": 2}, "num_kept_tokens=2 is for text"),
         ({"num_outputs": None}, "both be at least 1, or both None for text, got 5 and None"),
-        ({"prediction": "logits"}, "prediction='logits' needs regime='implicit'"),
+        (
+            {"prediction": "logits"},
+            "has no meaning .* it is for task='refined_text' or task='refined_v",
+        ),
         ({"state_type": "linear", "task_type": "SEQ_CLS"}, "vector_width=5 has no meaning for state_type='linear'"),
     ],
 )

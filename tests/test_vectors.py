@@ -130,7 +130,10 @@ def test_a_regression_without_an_intercept(tmp_path):
     other = make_model("gaussian", trained=False, base=vector_base(WIDTH))
     with pytest.raises(ValueError, match="this state belongs to .*, the model is"):
         logits(other, model.adapt(read))
-    with pytest.raises(ValueError, match="fit_intercept=False has no meaning for anything but state_type="):
+    with pytest.raises(
+        ValueError,
+        match="leave it True; it is for task='regression'",
+    ):
         make_model("softmax", fit_intercept=False)
 
 
@@ -206,7 +209,10 @@ def test_inputs_that_cannot_work(tmp_path):
         (lambda: model.adapt([one, {"input_ids": ids, "labels": y}], parallel=2), "cannot be read in one batch"),
         (lambda: TaskState.merge([state, model.adapt([one | {"labels": y[..., :1]}])]), "states of 1 and 2 outputs"),
         (lambda: export_classifier(model, state, tmp_path / "x"), "likelihood 'softmax'"),
-        (lambda: IAIConfig(task_type="CAUSAL_LM", likelihood="gaussian"), "likelihood='gaussian' needs state_type="),
+        (
+            lambda: IAIConfig(task_type="CAUSAL_LM", likelihood="gaussian"),
+            "has no meaning for state_type='prefix'",
+        ),
         (lambda: state.label_names, "likelihood 'softmax' has classes"),
         (lambda: list(batch_chunks([[one], [classes]])), "must hold the same, .*: read texts and vectors apart"),
         (lambda: chunk_vectors(X, ["a"]), r"got shape \(60, 12\) and 1 labels"),

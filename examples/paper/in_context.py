@@ -78,14 +78,14 @@ class InContext(nn.Module):
             target_modules="all-linear",
         )
         self.model: PeftModel = get_peft_model(small_base(), config)
-        self.model.base_model.objective = Objective(scored_states="last")
 
     def loss(self, tasks: Tasks, size: int) -> Tensor:
         """The mean negative log-likelihood before all chunks of `size` and after them."""
         x, y, queries, targets = tasks
         chunks, values = (torch.stack(self.chunks(t, size), 1) for t in (x, y.unsqueeze(-1)))
         episode = {"chunk_inputs_embeds": chunks, "chunk_labels": values}
-        return self.model(**episode, inputs_embeds=queries, labels=targets.unsqueeze(-1)).loss
+        objective = Objective(scored_states="last")
+        return self.model(**episode, inputs_embeds=queries, labels=targets.unsqueeze(-1), objective=objective).loss
 
     def forward(self, tasks: Tasks, size: int) -> Tensor:  # (B, Q)
         x, y, queries, _ = tasks

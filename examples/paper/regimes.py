@@ -16,7 +16,6 @@ from peft import get_peft_model
 from torch import Tensor, nn
 
 from hf_iai import IAIConfig
-from hf_iai.objectives import Objective
 
 from . import in_context
 from .in_context import WIDTH, Models, Tasks, small_base
@@ -33,7 +32,6 @@ class State(nn.Module):
             config |= {"r": WIDTH, "lora_alpha": WIDTH, "target_modules": "all-linear"}
         config |= {"task_type": "CAUSAL_LM", "vector_width": d, "num_outputs": 1, "likelihood": "gaussian"}
         self.model = get_peft_model(small_base(), IAIConfig(**config))
-        self.model.base_model.objective = Objective(scored_states="doubling")
 
     def loss(self, tasks: Tasks, size: int) -> Tensor:
         """Of the queries before any chunk of `size`, and after the last 1, 2, 4, ... of them."""
