@@ -61,7 +61,7 @@ def state_of(model, rows: int) -> TaskState:
 
 def head_and_gradient(state_type: str) -> tuple[Callable, Callable]:
     model = gradient_model(state_type)
-    core, base, ids = model.core, model._base, texts(1)
+    core, base, ids = model.core, model.reader.base, texts(1)
     state = state_of(model, 1)
     start = dict(core.state.start.items())
     theta = {name: state.tensors[name] for name in start}
