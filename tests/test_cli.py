@@ -1,0 +1,265 @@
+"""The command `hf-iai`: a fast start, quiet runs, the defaults of the code, errors of one line."""
+
+import json
+import logging
+import re
+import subprocess
+import sys
+import warnings
+from dataclasses import fields
+
+import pytest
+import typer
+from transformers import BertConfig, BertModel, ByT5Tokenizer
+from typer.testing import CliRunner
+
+from hf_iai import IAIConfig, IAITrainingArguments
+from hf_iai.cli import app, quiet
+from hf_iai.commands.inputs import adapter_folder, documents, json_lines
+from hf_iai.commands.train import text_config
+from hf_iai.hub.published import published_adapter
+
+COMMANDS = ["demo", "train", "adapt", "classify", "export"]
+# Runs each list of arguments through the installed script, then fails if a package in `forbidden` was imported.
+SCRIPT = """
+import json, sys
+from importlib.metadata import entry_points
+
+runs, forbidden = json.loads(sys.argv[1])
+(script,) = entry_points(group="console_scripts", name="hf-iai")
+main = script.load()
+for run in runs:
+    sys.argv = ["hf-iai", *run]
+    try:
+        main()
+    except SystemExit as end:
+        if end.code:
+            raise
+loaded = [name for name in forbidden if name in sys.modules]
+sys.exit(f"loaded {loaded}" if loaded else 0)
+"""
+WORDS = " ".join(f"word {i}" for i in range(400))
+
+
+def script(*runs, forbidden=(), cwd=None) -> subprocess.CompletedProcess:
+    arguments = json.dumps([[list(map(str, run)) for run in runs], list(forbidden)])
+    done = subprocess.run([sys.executable, "-c", SCRIPT, arguments], capture_output=True, text=True, cwd=cwd)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def run(*arguments) -> str:
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    assert result.exit_code == 0, result.output + repr(result.exception)
+    return result.output
+
+
+def refused(*arguments) -> str:
+    """The message, without the frame that typer may draw around it."""
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    assert result.exit_code == 2, result.output + repr(result.exception)
+    return " ".join(result.output.replace("│", " ").split())
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)], ids=lambda command: "-".join(command))
+def test_help_loads_neither_torch_nor_transformers_nor_peft(command):
+    output = script([*command, "--help"], forbidden=["torch", "transformers", "peft", "hf_iai"]).stdout
+    assert "Usage: hf-iai" in output
+    assert all(name in output for name in (COMMANDS if not command else ["--output"]))
+
+
+def test_the_module_runs_too():
+    done = subprocess.run([sys.executable, "-m", "hf_iai.cli", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and all(name in done.stdout for name in COMMANDS)
+
+
+# Options of `train`, by the name of the field that they set; with what the help says where the default is no value.
+OF_CONFIG = ["state_type", "num_state_tokens", "num_kept_tokens", "state_r", "signal", "head", "r", "target_modules"]
+OF_ARGUMENTS = {"batch_size": "per_device_train_batch_size"} | {
+    name: name for name in "chunk_size max_chunks max_steps num_train_epochs learning_rate seed".split()
+}
+IN_WORDS = {
+    "target_modules": "PEFT's choice for the base",
+    "chunk_size": "what the base can read at once",
+    "max_steps": "as many as the epochs have",
+}
+
+
+def test_train_has_no_defaults_of_its_own():
+    options = {option.name: option for option in typer.main.get_command(app).commands["train"].params}
+    assert set(options) == {"data", "output", "model", *OF_CONFIG, *OF_ARGUMENTS}
+    config = text_config()
+    gradients = text_config(signal="gradients")
+    arguments = {field.name: field.default for field in fields(IAITrainingArguments)}
+    usual = {name: getattr(config, name) for name in OF_CONFIG} | {"head": gradients.head}
+    usual |= {name: arguments[of] for name, of in OF_ARGUMENTS.items()}
+    for name, value in usual.items():
+        assert options[name].default is None
+        assert options[name].show_default == IN_WORDS.get(name, str(value)), name
+    assert (usual["target_modules"], usual["chunk_size"], usual["max_steps"]) == (None, None, -1)
+    assert usual["learning_rate"] == IAITrainingArguments(output_dir="out").learning_rate == 1e-3
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"num_kept_tokens": 3},
+        {"state_type": "prompt", "num_state_tokens": 5, "r": 2},
+        {"state_type": "lora", "signal": "gradients", "head": "sgd", "state_r": 2},
+        {"signal": "both"},
+        {"target_modules": "all-linear"},
+    ],
+)
+def test_options_of_train_make_a_configuration(options):
+    assert text_config(**options).to_dict() == IAIConfig(task_type="CAUSAL_LM", **options).to_dict()
+
+
+def test_target_modules_are_names_with_commas_between_them():
+    assert text_config(target_modules="q_proj,v_proj").target_modules == {"q_proj", "v_proj"}
+    assert text_config(target_modules="q_proj").target_modules == {"q_proj"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--state-type linear", "a state of type 'linear' is not read from texts"),
+        ("--signal magic", "signal must be one of"),
+        ("--head sgd", "signal='observations' has the heads ['gated'], got head='sgd'"),
+        ("--state-type prompt --num-kept-tokens 2", "num_kept_tokens=2 needs state_type='prefix'"),
+        ("--state-type mlp", "a state of type 'mlp' is not read from texts"),
+        ("--state-r 0", "Invalid value for '--state-r'"),
+        ("--chunk-size 64", "no document has a window of 576 tokens"),
+        ("--target-modules nothing", "Target modules {'nothing'} not found"),
+    ],
+)
+def test_train_refuses_options_that_cannot_work(tmp_path, options, message):
+    (tmp_path / "short.txt").write_text("short")
+    assert message in refused("train", "--data", tmp_path, "--output", tmp_path / "out", *options.split())
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("adapter", "message"),
+    [
+        ("nothing", "Error: 'nothing' is no folder, no Hub id and no published adapter; published: ['code-both',"),
+        ("FOLDER", "Error: Can't find 'adapter_config.json' at "),
+        ("minilm-linear", "Error: minilm-linear reads labelled texts, and makes a classifier of them: use `hf-iai cl"),
+        ("vectors-linear", "Error: vectors-linear reads vectors, which no file holds here: use model.adapt("),
+    ],
+)
+def test_an_adapter_that_cannot_read_text_is_one_line(tmp_path, adapter, message):
+    text = tmp_path / "text.txt"
+    text.write_text(WORDS)
+    adapter = str(tmp_path) if adapter == "FOLDER" else adapter
+    for command in (["adapt", "--data", text], ["export", "--state", tmp_path]):
+        result = CliRunner().invoke(app, [*map(str, command), "--adapter", adapter, "--output", str(tmp_path / "out")])
+        assert result.exit_code == 2 and result.output.count("\n") == 1
+        assert result.output.startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("bytes.txt", b"\xff\xfe\xfa", "is not UTF-8 text: convert it first"),
+        ("empty.txt", b"", "at least one chunk"),
+        ("rows.jsonl", b'{"text": "x"}\n{"text"\n', "line 2 of"),
+        ("rows.jsonl", b'["x"]\n', "line 1 of .*holds a list, not an object"),
+    ],
+)
+def test_data_that_cannot_be_read_is_one_line(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    found = refused("adapt", "--adapter", "code-prefix", "--data", tmp_path / name, "--output", tmp_path / "out")
+    assert re.match(f"Error: .*{message}", found)
+
+
+def test_documents_of_a_folder_and_of_json_lines(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "one.txt").write_text("first")
+    (tmp_path / "two.bin").write_bytes(b"\xff\xfe\xfa")
+    (tmp_path / "three.md").write_text("third")
+    assert list(documents(tmp_path)) == [{"text": "first", "path": "a/one.txt"}, {"text": "third", "path": "three.md"}]
+    lines = tmp_path / "rows.jsonl"
+    lines.write_text('{"text": "x"}\n\n{"text": "y", "path": "p"}\n')
+    assert list(documents(lines)) == [{"text": "x", "path": "rows.jsonl:0"}, {"text": "y", "path": "p"}]
+    assert list(json_lines(lines)) == [{"text": "x"}, {"text": "y", "path": "p"}]
+
+
+def test_an_adapter_is_published_or_a_folder_or_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    assert adapter_folder("code-prefix") == published_adapter("code-prefix")
+    assert [adapter_folder(name) for name in ("mine", "me/mine", str(tmp_path))] == ["mine", "me/mine", str(tmp_path)]
+
+
+def test_quiet_is_about_other_packages_and_ends(caplog, recwarn):
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    with quiet():
+        logger.warning("no kernel")
+        logger.error("broken")
+        warnings.warn_explicit("old name", FutureWarning, "peft.py", 1, module="peft.peft_model")
+        warnings.warn_explicit("ours", UserWarning, "config.py", 1, module="hf_iai.config")
+        warnings.warn_explicit("not ours", UserWarning, "torchvision.py", 1, module="torchvision")
+    logger.warning("again")
+    assert caplog.messages == ["broken", "again"]
+    assert [str(found.message) for found in recwarn] == ["ours", "not ours"]
+
+
+def test_commands_print_nothing_but_their_own(tmp_path):
+    """With pipes for stdout and stderr: no warnings, no progress bars."""
+    for number in range(4):
+        (tmp_path / f"data/{number}").mkdir(parents=True)
+        (tmp_path / f"data/{number}/text.txt").write_text(WORDS.replace("word", f"word{number}"))
+    rows = [{"text": f"{word} {i}", "label": word} for word in ("cat", "dog") for i in range(4)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    BertModel(BertConfig(vocab_size=400, **sizes)).save_pretrained(tmp_path / "encoder")  # without a classifier
+    ByT5Tokenizer().save_pretrained(tmp_path / "encoder")
+    few = "--chunk-size 32 --max-chunks 2 --max-steps 2 --batch-size 2 --num-state-tokens 4".split()
+    done = script(
+        ["train", "--data", "data", "--output", "adapter", *few],
+        ["adapt", "--adapter", "adapter", "--data", "data/0/text.txt", "--output", "state"],
+        ["export", "--adapter", "adapter", "--state", "state", "--output", "plain"],
+        ["adapt", "--adapter", "code-prefix", "--data", "data", "--output", "read"],
+        ["export", "--adapter", "code-prefix", "--state", "read", "--output", "read_plain"],
+        ["classify", "rows.jsonl", "--test", "rows.jsonl", "--encoder", "encoder", "--output", "classifier"],
+        cwd=tmp_path,
+    )
+    assert done.stderr == ""
+    assert "Warning" not in done.stdout and "\r" not in done.stdout
+    assert "next: hf-iai export --adapter code-prefix --state read --output FOLDER" in done.stdout.splitlines()
+    for folder in ("plain", "read_plain"):
+        assert json.loads((tmp_path / folder / "adapter_config.json").read_text())["peft_type"] == "PREFIX_TUNING"
+
+
+@pytest.mark.slow
+def test_the_demo_prints_nothing_but_its_own(tmp_path):
+    assert script(["demo", "--output", tmp_path / "code"], ["demo", "--task", "digits"], cwd=tmp_path).stderr == ""
+    assert (tmp_path / "code/curve.png").is_file() and (tmp_path / "demo_output/digits.png").is_file()
+
+
+@pytest.mark.slow
+def test_train_a_lora_state_then_export(tmp_path):
+    (tmp_path / "data.jsonl").write_text("\n".join([json.dumps({"text": WORDS})] * 4))
+    (tmp_path / "text.txt").write_text(WORDS)
+    adapter, state, plain = tmp_path / "adapter", tmp_path / "state", tmp_path / "plain"
+    few = "--chunk-size 32 --max-chunks 2 --max-steps 2 --batch-size 2 --state-type lora --signal gradients".split()
+    run("train", "--data", tmp_path / "data.jsonl", "--output", adapter, *few, "--head", "sgd", "--state-r", "2")
+    run("adapt", "--adapter", adapter, "--data", tmp_path / "text.txt", "--output", state, "--chunk-size", "32")
+    run("export", "--adapter", adapter, "--state", state, "--output", plain, "--type", "LORA")
+    assert json.loads((plain / "adapter_config.json").read_text())["peft_type"] == "LORA"
+
+
+@pytest.mark.slow
+def test_train_then_adapt(tmp_path):
+    (tmp_path / "data").mkdir()
+    for number in range(4):
+        (tmp_path / "data" / f"{number}.txt").write_text(WORDS.replace("word", f"word{number}"))
+    adapter, state = tmp_path / "adapter", tmp_path / "state"
+    few = "--chunk-size 32 --max-chunks 2 --max-steps 2 --batch-size 2 --num-state-tokens 4".split()
+    run("train", "--data", tmp_path / "data", "--output", adapter, *few)
+    run("adapt", "--adapter", adapter, "--data", tmp_path / "data" / "0.txt", "--output", state, "--chunk-size", "32")
+    examples = tmp_path / "examples.jsonl"
+    examples.write_text('{"prompt": "1 + 1 =", "completion": " 2"}\n' * 8)
+    run("adapt", "--adapter", adapter, "--data", examples, "--output", state, "--chunk-size", "32")
+    assert (state / "config.json").is_file()
