@@ -12,8 +12,9 @@ from typer.testing import CliRunner
 
 from examples.research.classifiers.row_training import states, train_head
 from examples.research.classifiers.vector_tasks import draw_population, training_tasks
-from hf_iai import IAIConfig, chunk_vectors, demo_digits, evaluate_curve, vector_base
+from hf_iai import IAIConfig, chunk_vectors, evaluate_curve, vector_base
 from hf_iai.cli import app
+from hf_iai.commands import demo_digits
 from hf_iai.commands.classify import load_reader
 from hf_iai.commands.demo_digits import WIDTH, digit_episodes, load_published
 from hf_iai.evaluation.accuracy import features_of
