@@ -1,4 +1,4 @@
-"""The tasks of `refine_functions.py`: what an answer is, where lines end, and what can be known."""
+"""The tasks of the string functions: what an answer is, where lines end, and what can be known."""
 
 import json
 

@@ -1,12 +1,15 @@
-"""What one more chunk costs as a stream of labelled texts grows, next to refitting logistic regression: growth.json.
+"""The cost of one more chunk as a stream of labelled texts grows, next to refitting logistic regression.
 
-    python -m examples.benchmarks.growth --data FOLDER      # 2 minutes on one core; docs/growth.json and .png
+    python -m examples.benchmarks.growth --data FOLDER    # 2 minutes on one core; docs/growth.json and docs/growth.png
 
-FOLDER holds `clinc105`, whose 105 intents are read in a random order, 20 examples a chunk. Two things grow: the
-examples, 20 to 5000 of 20 intents and of 100, and the classes, 5 to 100 at 500 examples. Times are processor time of
-one thread, the median of 5, without the encoder, which costs both sides the same and is measured apart: `seconds` to
-read the chunk and make the rows, `refit` to fit logistic regression (C = 10, without the cross-validation that would
-cost 13 fits) to all features so far. `bytes` is the state, `bytes_of_examples` the features that refitting keeps.
+FOLDER holds `clinc105`; its 105 intents are read in random order, 20 examples in a chunk. Two sizes grow: the examples
+(20 to 5000, of 20 and of 100 intents), and the classes (5 to 100, at 500 examples). Times are processor seconds of one
+thread, the median of 5. They exclude the encoder, which costs both sides the same and is measured separately.
+
+    seconds              read the chunk and make the classifier rows
+    refit                fit logistic regression to all features so far (C = 10; cross-validation would cost 13 fits)
+    bytes                size of the state
+    bytes_of_examples    size of the features that refitting has to keep
 """
 
 import json

@@ -1,13 +1,13 @@
-"""What gradients and one LoRA per task cost, as ratios of processor time: docs/overhead.json.
+"""The cost of gradients and of one LoRA per task, as ratios of processor time: docs/overhead.json.
 
     python -m examples.benchmarks.overhead        # 3 minutes on one core
 
-The base has 14 million random weights. Candidate and reference take turns within each repetition, on one thread; a
-ratio is that of the medians, its spread the quartiles of the ratios of single repetitions. Measured are
+The base has 14 million random weights. Candidate and reference take turns within each repetition, on one thread. A
+ratio is that of the medians; its spread shows the quartiles of the ratios of single repetitions. Measured are:
 
-- the learned optimizer's update of one state / the gradient that it updates by, of one chunk of 128 tokens;
-- a batch of 8 texts of 128 tokens, each under a LoRA of its own / the same under one LoRA of PEFT, of equal rank and
-  modules: a forward pass, and one forward and backward.
+- the learned optimizer's update of one state / the gradient it needs, for one chunk of 128 tokens;
+- a batch of 8 texts of 128 tokens, each with its own LoRA / the same batch with one LoRA of PEFT of equal rank and
+  modules: a forward pass, and a forward and backward pass.
 """
 
 import json
@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import typer
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from rich.table import Table
@@ -159,4 +160,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

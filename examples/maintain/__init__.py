@@ -1,1 +1,1 @@
-"""For maintainers: the base, the cards, publishing, comparing trees."""
+"""Scripts for maintainers: the base, the cards, publishing, comparing trees."""

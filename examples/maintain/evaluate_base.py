@@ -1,4 +1,4 @@
-"""What the embedded base can do: loss against context length, headroom, accuracy against shots.
+"""Measure the embedded base: loss against context length, headroom, accuracy against shots.
 
 python -m examples.maintain.evaluate_base        # about a minute on 2 cores; writes docs/base.json
 """

@@ -1,10 +1,9 @@
-"""What works on which family: runs tests/test_families.py, slow checks too, and writes docs/families.md of the run.
+"""Show what works on which model family: run tests/test_families.py, slow checks too, and write docs/families.md.
 
     python -m examples.maintain.families_table     # 5 minutes on one core
 
-A cell is `yes` where every case of the check passed, `refused` where the state type is refused with a message, and
-`-` where the check does not apply; the page says why. A failed check is written as FAILED, and the script then ends
-with an error.
+A cell is `yes` if every case of the check passed, `refused` if the state type is refused with a message, and `-` if the
+check does not apply (the page says why). A failed check is written as FAILED; the script then ends with an error.
 """
 
 import sys
@@ -15,6 +14,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+import typer
 
 ROOT = Path(__file__).parents[2]
 STATES = {  # as the tests name them, and as the page does
@@ -169,4 +169,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

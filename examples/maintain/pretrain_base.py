@@ -2,8 +2,8 @@
 
     python -m examples.maintain.pretrain_base --output hf_iai/embedded/base          # about 40 minutes on 2 cores
 
-Two thirds of the sequences are library code (train split only), one third generated in-context tasks. The run
-checkpoints every 500 steps and goes on where it stopped. Report: examples/maintain/evaluate_base.py.
+Two thirds of the sequences are library code (train split only), one third are generated in-context tasks. The run
+saves a checkpoint every 500 steps and continues from it. `examples/maintain/evaluate_base.py` measures the base.
 """
 
 import json

@@ -1,10 +1,10 @@
-"""Copy a trained adapter to `adapters/NAME` in Hub layout, note what was measured in its recipe, render its card.
+"""Copy a trained adapter to `adapters/NAME` in Hub layout, complete its recipe, and render its card.
 
     python -m examples.maintain.publish_adapter --name markov-prefix --adapter work/markov/reader-0/adapter
 
-`adapters/NAME/recipe.json` is written by hand before: the commands that train and evaluate, the data, the curves and
-picture in `docs/`, the measured limits; see the recipes that are there. What the curve's file says of its own making
-is copied into it.
+Write `adapters/NAME/recipe.json` by hand first: the commands that train and evaluate, the data, the curves and the
+picture in `docs/`, the measured limits. The existing recipes show the form. The script copies into it how the file of
+the first curve was made.
 """
 
 import json

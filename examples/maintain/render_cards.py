@@ -2,13 +2,15 @@
 
     python -m examples.maintain.render_cards
 
-`adapters/NAME/recipe.json` holds what a card says, and names the curves and the picture in `docs/`. Written are
-`adapters/NAME/README.md` with its `curve.png`, as they lie on the Hub, and the same card as `model_cards/NAME.md`.
-A curve is a list of rows in a JSON file, under the key `rows`; `where` picks those with the given values.
+`adapters/NAME/recipe.json` holds the text of a card and names the curves and the picture in `docs/`. The script writes
+`adapters/NAME/README.md` and `curve.png`, as they lie on the Hub, and the same card as `model_cards/NAME.md`. A curve
+is a list of rows in a JSON file, under the key `rows`; `where` selects the rows with the given values.
 """
 
 import json
 from pathlib import Path
+
+import typer
 
 from hf_iai import IAIConfig
 from hf_iai.hub.cards import CardFacts, Measurement, model_card
@@ -77,4 +79,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

@@ -1,10 +1,10 @@
 """Topological order of a structural causal model by reading chunks of its samples.
 
-A task is a random acyclic graph over n variables, a mechanism for each, and noise that is not Gaussian. A chunk is 32
-samples; every variable is standardised, on samples that are not read, since its variance alone would tell much of the
-order. What is asked is which of two variables comes before the other. Training has graphs and mechanisms of all kinds
-that are tested and three kinds of noise; test tasks are new ones, with Laplace noise, which training has, and Gumbel
-noise, which it has not.
+A task is a random acyclic graph over n variables, a mechanism for each variable, and noise that is not Gaussian. A
+chunk is 32 samples. Every variable is standardised on samples that are not read, since its variance alone would reveal
+much of the order. The query: which of two variables comes before the other? Training has all tested kinds of graphs and
+mechanisms, and three kinds of noise. Test tasks are new ones, with Laplace noise (in training) and Gumbel noise (not in
+training).
 
 Axes: B tasks, K chunks of m samples, n variables, h channels.
 """

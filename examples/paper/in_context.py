@@ -3,14 +3,14 @@
 The tasks are those of `linear_regression`: y = w x + 0.1 noise. A small transformer learns to predict y of a query from
 examples, trained on up to `TRAINED` chunks:
 
-    implicit            reads chunk after chunk, and each refines the prediction of the query (regime "implicit")
+    implicit            reads chunk after chunk; each refines the prediction of the query (regime "implicit")
     one pass            reads all examples at once, as one chunk: attention over n examples costs n^2
-    last chunk alone    reads one chunk, and has no more to go by at any later step
-    neural process      the mean of a code of each example, and a decoder of code and query
+    last chunk alone    reads one chunk only
+    neural process      averages a code of each example; a decoder reads the average and the query
 
-All take as many training steps, on as many examples each: one chunk in the first half, then up to `TRAINED`; chunks of
-2 to 16 examples. Beside the error: seconds that training took and that a step on the most examples takes, and seconds
-to answer the queries of a task.
+All take the same number of training steps, on the same number of examples: one chunk in the first half, then up to
+`TRAINED`; chunks have 2 to 16 examples. The table also has the training time in seconds, the time of a step on the most
+examples, and the time to answer the queries of a task.
 
 Axes: B tasks, N examples, d features, Q queries.
 """

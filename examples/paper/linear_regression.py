@@ -1,9 +1,9 @@
 """Linear regression by reading chunks: excess error after every chunk, next to ridge regression on all data so far.
 
-A task is y = w x + noise with w and x standard normal in d dimensions. The state is the predictor's weights, in the
-parametric regime: refined from the chunk itself (`heads.GaussianRows`, sums beside the weights), or from the gradient
-of the chunk's loss alone. Heads are trained on up to 10 chunks, on the loss after each; test tasks are new ones, and
-others than in training: more noise, larger or sparse weights.
+A task is y = w x + noise with w and x standard normal in d dimensions. The state is the predictor's weights (regime
+parametric). They are refined from the chunk itself (`heads.GaussianRows`, with sums beside the weights) or from the
+gradient of the chunk's loss alone. Heads are trained on up to 10 chunks, with the loss after each. The test tasks are
+new, and some differ from training: more noise, larger weights, sparse weights.
 
 Axes: B tasks, K chunks of n examples, d features.
 """

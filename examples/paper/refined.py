@@ -1,4 +1,4 @@
-"""Refinement by gradients alone, training and the device: what the tables have in common."""
+"""Shared by the tables: refinement by gradients alone, training, and the device."""
 
 from collections.abc import Callable, Iterable, Iterator
 

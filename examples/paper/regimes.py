@@ -1,12 +1,13 @@
 """States of linear regression that a small transformer reads examples into: its prefix, or the weights of an MLP.
 
-The tasks, base and training are those of `in_context`, whose table has the regime implicit:
+Tasks, base and training are those of `in_context`, whose table has the regime implicit.
 
     explicit                   theta is a prefix of 8 slots; base and LoRA answer, and a learned map decodes
-    parametric, read           theta is the weights of an MLP of 16 hidden units, which the base writes
-    parametric, gradients      the same, moved by the gradient of each chunk's loss: Meta-SGD, or a learned optimizer
+    parametric, read           theta is the weights of an MLP with 16 hidden units, which the base writes
+    parametric, gradients      the same weights, updated with the gradient of each chunk's loss, by Meta-SGD or a
+                               learned optimizer
 
-A state is as large after 5000 examples as after 10, and reads 16 at a time.
+A state has the same size after 5000 examples as after 10, and reads 16 examples at a time.
 """
 
 from functools import partial

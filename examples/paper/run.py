@@ -1,8 +1,8 @@
 """The paper's experiments: one command for each table.
 
-    python -m examples.paper.run --table linear_regression        # TABLE.json and TABLE.png beside this file
+    python -m examples.paper.run --table linear_regression        # writes TABLE.json and TABLE.png beside this file
 
-docs/paper.md puts the paper's findings beside what was measured here.
+docs/paper.md compares the paper's findings with what was measured here.
 """
 
 import json

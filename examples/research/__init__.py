@@ -1,1 +1,1 @@
-"""Scripts behind the measured results, by topic."""
+"""The scripts behind every measured figure, one folder for each topic."""

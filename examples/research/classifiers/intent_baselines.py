@@ -1,4 +1,4 @@
-"""Baselines of examples/research/classifiers/meta_train_intents.py, refitted on all examples so far: accuracies of each task, on disk."""
+"""Baselines of `meta_train_intents`, refitted on all examples so far; the accuracies of each task are kept on disk."""
 
 import json
 from pathlib import Path

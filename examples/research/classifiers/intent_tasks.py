@@ -1,8 +1,8 @@
-"""Tasks of examples/research/classifiers/meta_train_intents.py: labelled texts as features of a frozen sentence encoder, and queries.
+"""Tasks of `meta_train_intents`: labelled texts as features of a frozen sentence encoder, and queries.
 
-A task is some labels of one corpus, a stream of examples of them, and as many queries of each. The two corpora, CLINC
-and HWU, are divided by topic rather than by label: both have weather and music, so that labels of another topic are
-labels the training has not met under another name.
+A task consists of some labels of one corpus, a stream of examples of these labels, and the same number of queries for
+each. Each of the two corpora, CLINC and HWU, is split by topic. A split by label would not be enough: both corpora
+have weather and music, so a held-out label could occur in training under another name.
 """
 
 import json

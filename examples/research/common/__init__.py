@@ -1,1 +1,1 @@
-"""What the scripts share: training, plots, where a figure comes from."""
+"""Shared by the scripts: training, result files, tables, plots, and where a figure comes from."""

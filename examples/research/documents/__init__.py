@@ -1,1 +1,1 @@
-"""Reading documents: code, novels, Markov chains."""
+"""Reading documents: source code, novels, Markov chains."""

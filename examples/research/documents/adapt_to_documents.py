@@ -1,10 +1,11 @@
-"""Teach a base to read documents chunk by chunk, and draw the curve on documents it was not trained on.
+"""Train a base to read documents chunk by chunk, and measure the curve on a document that training has not seen.
 
-    python -m examples.research.documents.adapt_to_documents --model MODEL_ID_OR_FOLDER --data FOLDER_OF_TXT --held-out NAME.txt
+    python -m examples.research.documents.adapt_to_documents --model BASE --data FOLDER_OF_TXT --held-out NAME.txt
 
-Trains an explicit prefix adapter on all documents but the held-out one, and a static state of the same size that reads
-nothing, then writes the curve as a table, PNG and JSON. A few minutes for a small base on 2 cores. `--held-out all`
-holds every document out once and joins the curves; a single file counts as five documents, its consecutive fifths.
+Trains an explicit prefix adapter on all documents except the held-out one. For comparison it trains a static state: an
+adapter of the same size that reads nothing. Then it writes the curve as a table, PNG and JSON. This takes a few minutes
+for a small base on 2 cores. `--held-out all` holds out each document in turn and joins the curves. A single file is
+treated as five documents, its consecutive fifths.
 """
 
 from pathlib import Path

@@ -1,11 +1,12 @@
-"""The real curve: source code of packages that neither the base nor the adapter was trained on.
+"""The main curve: source code of packages that neither the base nor the adapter was trained on.
 
-    python -m examples.research.documents.code_curve train --seed 0       # adapter and static state, 17 minutes on a core with bfloat16
+    python -m examples.research.documents.code_curve train --seed 0       # 17 minutes on a core with bfloat16
     python -m examples.research.documents.code_curve evaluate --seeds 0,1,2
 
-Chunks of 128 tokens, m = 128 slots, 127 of them for single tokens; windows of 16 chunks and a query, not overlapping;
-intervals are bootstrapped over files. `evaluate` joins the seeds and writes `work/code/curve.json` and two pictures.
-Settings were chosen on three of the held-out packages (`evaluate --validation`); the test is on the others.
+`train` trains the adapter and a static state. `evaluate` joins the seeds and writes `work/code/curve.json` and two
+pictures. Chunks have 128 tokens and the state has 128 slots, 127 of them for single tokens. A test window has 16 chunks
+and a query; windows do not overlap. Intervals are bootstrapped over files. Settings were chosen on three of the
+held-out packages (`evaluate --validation`); the test is on the others.
 """
 
 from pathlib import Path

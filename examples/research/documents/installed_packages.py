@@ -1,6 +1,6 @@
-"""`adapters/code-prefix` on the source of three packages installed beside the project, which no training has seen.
+"""Measure `adapters/code-prefix` on three installed packages that no training has seen.
 
-    python -m examples.research.documents.installed_packages        # 5 minutes on one core; writes work/packages/curve.json and pictures
+    python -m examples.research.documents.installed_packages    # 5 minutes on one core; writes work/packages/curve.json
 
 scikit-learn, scipy and matplotlib are in neither split of `hf_iai.embedded.library_documents`: no base, adapter or
 choice of a setting has used them. Tests and vendored code are left out.

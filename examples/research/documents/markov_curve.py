@@ -1,12 +1,13 @@
-"""The exact curve: random Markov chains, where the Bayes predictor is known.
+"""A curve with a known optimum: random Markov chains, whose exact Bayes predictor can be computed.
 
-    python -m examples.research.documents.markov_curve train --seed 0                 # about 15 minutes on 2 cores
-    python -m examples.research.documents.markov_curve evaluate --seeds 0,1,2         # writes work/markov/curve.json and .png
+    python -m examples.research.documents.markov_curve train --seed 0          # about 15 minutes on 2 cores
+    python -m examples.research.documents.markov_curve evaluate --seeds 0,1,2  # work/markov/curve.json and curve.png
     python -m examples.research.documents.markov_curve evaluate --adapter adapters/markov-prefix
 
-8 states, rows drawn from a Dirichlet(0.5), chunks of 64 symbols, m = 8 slots, prefix, explicit. The text form is the
-letters a-h with one space before each. Loss of the next 64 symbols after n chunks, next to the exact Bayes predictor
-that saw the same symbols, to fewer shots and to the last chunk alone.
+A chain has 8 states, its transition rows are drawn from a Dirichlet(0.5). A chunk has 64 symbols, the state 8 slots
+(prefix, explicit). As text, the symbols are the letters a-h, each after a space. The measured loss is that of the next
+64 symbols after n chunks. It is compared with the exact Bayes predictor that saw the same symbols, with fewer shots,
+and with the state after the last chunk alone.
 """
 
 from pathlib import Path

@@ -1,11 +1,11 @@
-"""Which tokens of a text are worth a slot? The bare base answers, nothing is trained.
+"""Which tokens of a text are worth a slot? Nothing is trained; the bare base answers.
 
-    python -m examples.research.documents.token_choice        # about 10 minutes on 2 cores; writes work/token_choice.json
+    python -m examples.research.documents.token_choice    # about 10 minutes on 2 cores; writes work/token_choice.json
 
-1. What a token is worth: minus the derivative of a query's summed loss with respect to a bias on all attention to that
-   token, three chunks before the query in view, on windows of training packages; mean by surprisal and age.
-2. What a choice is worth: loss of the query behind the 64, 96 or 128 tokens that a criterion keeps of the last n
-   chunks, the latest quarter always, on the validation packages.
+1. The worth of a token is minus the derivative of a query's summed loss with respect to a bias on all attention to that
+   token. Three chunks before the query are in view. Reported: the mean by surprisal and age, on training packages.
+2. The worth of a selection rule: the loss of the query behind the 64, 96 or 128 tokens that the rule keeps of the last
+   n chunks. The latest quarter is always kept. Measured on the validation packages.
 """
 
 import json

@@ -1,10 +1,10 @@
-"""What gradient descent on each document's own chunks reaches: PEFT prompt and prefix tuning of equal size.
+"""Compare reading with gradient descent on each document: PEFT's prompt and prefix tuning with as many slots.
 
-    python -m examples.research.documents.tuned_baselines --num 12 --counts 1,4     # 4 minutes on one core; 16 chunks: 10 more
+    python -m examples.research.documents.tuned_baselines --num 12 --counts 1,4    # 4 minutes on one core
 
-For every held-out window, PEFT's PROMPT_TUNING and PREFIX_TUNING with m virtual tokens are trained on the n chunks
-before the query (AdamW, full batch), at each of 4 learning rates; the rate with the best mean query loss is reported,
-a choice in the baseline's favour. Next to it the adapter's loss and both adaptation times.
+For every held-out window, PROMPT_TUNING and PREFIX_TUNING with m virtual tokens are trained on the n chunks before the
+query (AdamW, full batch), at each of 4 learning rates. The rate with the best mean query loss is reported, which
+favours the baseline. Next to it stand the adapter's loss and both adaptation times. 16 chunks take 10 minutes more.
 """
 
 import json

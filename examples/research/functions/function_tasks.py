@@ -1,11 +1,11 @@
-"""Tasks of examples/research/functions/refine_functions.py, in a form that the embedded base can read: ` w o r d: q` and `word -> Word`.
+"""Tasks of `refine_functions`, as text for the embedded base: ` w o r d: q` and `word -> Word`.
 
-*Ciphers*: a word's last letter, under a map from the 26 letters onto the small or the capital ones. Each task draws its
-own of 2 * 26!, so that none is met twice. Words of one letter are associative recall: the letter is the key. Words are
-spelled, since the base's tokens are pieces of words and what letters these have is not known to it.
+*Ciphers* map a word's last letter to a letter: a permutation of the alphabet onto small or capital letters. Each task
+draws its own of 2 * 26! ciphers, so none occurs twice. With words of one letter this is associative recall: the letter
+is the key. Words are spelled, because the base's tokens are pieces of words and it does not know their letters.
 
-*Functions*: the ten that texts of the base's pretraining had, on other words; the answer is one of what all ten make of
-the query's word.
+*Functions* are the ten string functions in the base's pretraining text, on other words. The answer is one of the
+results of all ten functions on the query's word.
 """
 
 import json

@@ -1,10 +1,11 @@
 """String functions and associative recall as text, by refinement (regime implicit), on the embedded base.
 
     python -m examples.research.functions.refine_functions train --seed 0
-    python -m examples.research.functions.refine_functions evaluate --data FOLDER          # all seeds: refine_functions.json and .png
+    python -m examples.research.functions.refine_functions evaluate --data FOLDER    # all seeds
 
-Tasks are those of examples/research/functions/function_tasks.py; with `--data`, a folder with fv_tasks, real words too. "Full context" is
-the bare base, which sees all chunks at once; "known" a perfect memory.
+`evaluate` writes refine_functions.json and refine_functions.png. The tasks are those of `function_tasks.py`; with
+`--data`, a folder with fv_tasks, real words too. "Full context" is the bare base with all chunks in its context.
+"Known" is a perfect memory.
 """
 
 import json

@@ -1,6 +1,6 @@
-"""Loss of the next tokens after steps of plain SGD on each kind of state, by rate; nothing is trained.
+"""Loss of the next tokens after steps of plain SGD on each type of state, by learning rate; nothing is trained.
 
-python -m examples.research.gradients.gradient_rates        # a minute on one core; writes docs/gradient_rates.json
+python -m examples.research.gradients.gradient_rates    # a minute on one core; writes docs/gradient_rates.json
 """
 
 import json
@@ -8,6 +8,7 @@ from itertools import islice
 from pathlib import Path
 
 import torch
+import typer
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -49,4 +50,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

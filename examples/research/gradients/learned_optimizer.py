@@ -1,11 +1,13 @@
-"""A trained optimizer in a plain transformers Trainer, next to AdamW at the best of 6 learning rates.
+"""A learned optimizer in a plain transformers Trainer, next to AdamW with the best of 6 learning rates.
 
-    python -m examples.research.gradients.learned_optimizer                              # from PEFT's default start; --peft-type LORA
-    python -m examples.research.gradients.learned_optimizer --learned-start --seeds 0    # from the adapter's theta(0), which has no seed
+    python -m examples.research.gradients.learned_optimizer                  # from PEFT's default start
+    python -m examples.research.gradients.learned_optimizer --peft-type LORA
+    python -m examples.research.gradients.learned_optimizer --learned-start --seeds 0
 
-PEFT's own prompt tuning is trained on the chunks of one held-out document, in their order, one step each; what counts
-is the loss on the text that follows. AdamW's rate is chosen by that loss, in its favour. Intervals are bootstrapped
-over documents, the last row's of paired differences.
+PEFT's own prompt tuning is trained on the chunks of one held-out document, in their order, one step for each. The
+measured loss is that of the text that follows. AdamW's rate is chosen by that loss, which favours AdamW.
+`--learned-start` starts at the adapter's theta(0), which has no seed. Intervals are bootstrapped over documents; the
+last row shows paired differences.
 """
 
 import json

@@ -1,13 +1,14 @@
-"""Observations, gradients or both: one adapter with each signal, on library code and on associative recall.
+"""Observations, gradients or both: one adapter for each signal, on library code and on associative recall.
 
     python -m examples.research.gradients.signals train --task code --signal both --seed 0    # 3 minutes on one core
-    python -m examples.research.gradients.signals evaluate --task code                        # all that were trained
-    python -m examples.research.gradients.signals report                                      # the tables
-    python -m examples.research.gradients.signals curve                                       # one signal on code, next to baselines
+    python -m examples.research.gradients.signals evaluate --task code       # all adapters that were trained
+    python -m examples.research.gradients.signals report                     # the tables
+    python -m examples.research.gradients.signals curve                      # one signal on code, next to baselines
 
-Prefix states, explicit regime, the same number of training steps. Code: the loss of the 128 tokens that follow chunks
-of 64, of packages that neither base nor adapter was trained on. Recall: the exact match of 32 pairs, 8 of them
-rewritten, in 10 chunks; its base is made by `python -m examples.research.recall.associative_recall base --steps 1000`.
+All have prefix states in the explicit regime and the same number of training steps. Code: the loss of the 128 tokens
+after chunks of 64, in packages that neither base nor adapter was trained on. Recall: the exact match of 32 pairs, 8 of
+them rewritten, in 10 chunks. Its base is made by `python -m examples.research.recall.associative_recall base --steps
+1000`.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""The report of examples/research/gradients/steps_to_quality.py as tables, verdicts and a picture."""
+"""The report of `steps_to_quality` as tables, verdicts and a picture."""
 
 import os
 from pathlib import Path

@@ -1,16 +1,16 @@
-"""Steps to quality: a learned optimizer against tuned Adam, SGD and Meta-SGD on documents that no training saw.
+"""Steps to quality: a learned optimizer against tuned Adam, SGD and Meta-SGD on documents that no training has seen.
 
-    python -m examples.research.gradients.steps_to_quality train --state prompt --seed 0     # 10 minutes on one core
-    python -m examples.research.gradients.steps_to_quality evaluate --state prompt           # all seeds that were trained
-    python -m examples.research.gradients.steps_to_quality report                            # table, verdicts, picture
+    python -m examples.research.gradients.steps_to_quality train --state prompt --seed 0    # 10 minutes on one core
+    python -m examples.research.gradients.steps_to_quality evaluate --state prompt          # all trained seeds
+    python -m examples.research.gradients.steps_to_quality report                           # table, verdicts, picture
 
-Update k reads chunk k of a document, for all methods; the loss is that of the text that follows the last chunk. n
-updates read the n chunks right before that text, and begin again with the first where there are fewer; `adam_few` has
-only the 5 right before it, again and again, as many as the learned updates were trained on. By default the
-base is the embedded one and the documents are library code; `--model FOLDER --data FOLDER --held-out A.txt,B.txt` takes
-others. Rates of the baselines are the best of six on other held-out documents, for every method, start and n, found
-with the first seed.
-docs/gradients.md has the results.
+For every method, update k reads chunk k of a document, and the loss is that of the text after the last chunk. n updates
+read the n chunks right before that text; where there are fewer chunks, they start again with the first. `adam_few` has
+only the 5 chunks right before the text, again and again: as many as the learned updates were trained on.
+
+By default the base is the embedded one and the documents are library code. `--model FOLDER --data FOLDER --held-out
+A.txt,B.txt` takes others. The rates of the baselines are the best of six on other held-out documents, chosen for every
+method, start and n with the first seed. docs/gradients.md has the results.
 """
 
 import json
@@ -31,6 +31,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from examples.research.common.provenance import provenance
 from examples.research.common.training import train_adapter
 from examples.research.documents.code_curve import VALIDATION, held_out_documents, unread_documents
+from examples.research.gradients.steps_report import draw, means, print_report
 from hf_iai import (
     EpisodeCollator,
     IAIConfig,
@@ -435,8 +436,6 @@ def guard(
 @app.command()
 def report(work: Path = WORK, output: Path = WORK.parent) -> None:
     """Tables and verdicts, and for each report a picture and the means over its windows."""
-    from steps_report import draw, means, print_report
-
     for path in sorted(work.glob("*.json")):
         found = json.loads(path.read_text())
         print_report(found)

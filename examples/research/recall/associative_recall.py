@@ -1,11 +1,11 @@
 """Associative recall: the state as a memory of key/value pairs, some of them rewritten.
 
-    python -m examples.research.recall.associative_recall base              # a base that recalls in context: 15 minutes on one core
+    python -m examples.research.recall.associative_recall base              # a base that recalls in context: 15 minutes
     python -m examples.research.recall.associative_recall train --seed 0    # an adapter: 25 minutes on one core
-    python -m examples.research.recall.associative_recall evaluate          # all that were trained: recall.json and three pictures
+    python -m examples.research.recall.associative_recall evaluate          # all trained adapters
 
-docs/recall.md has the results, and lists the runs that they need. The pairings of a task are drawn anew, so nothing but
-the state can answer; chance is 1 / 64.
+`evaluate` writes recall.json and three pictures. docs/recall.md has the results and lists the runs that they need. Each
+task draws its pairs anew, so only the state can answer. Chance is 1 / 64.
 """
 
 import json
@@ -31,6 +31,7 @@ from transformers import (
 
 from examples.research.common.provenance import provenance
 from examples.research.common.training import train_adapter
+from examples.research.recall.recall_pictures import draw_chunks, draw_sizes, draw_steps, print_table
 from examples.research.recall.recall_tasks import (
     ALL_KEYS,
     CHUNK,
@@ -349,8 +350,6 @@ def ages(seed: int = 0, num_tasks: int = 32, work: Path = WORK) -> None:
 @app.command()
 def pictures(report: Path = WORK / "recall.json", output: Path = WORK) -> None:
     """The table and the three pictures of a report."""
-    from recall_pictures import draw_chunks, draw_sizes, draw_steps, print_table
-
     found = json.loads(report.read_text())
     print_table(found)
     draw_chunks(found, output / "recall.png")

@@ -1,15 +1,15 @@
-"""A long conversation whose early facts are asked for late: a state of fixed size against a truncated window.
+"""Facts from early in a long conversation, asked at its end: a state of fixed size against a truncated window.
 
     python -m examples.research.recall.chat_memory train --seed 0          # the reader
-    python -m examples.research.recall.chat_memory train-window --seed 0   # plain LoRA on the end of the conversation, to compare with
-    python -m examples.research.recall.chat_memory evaluate --seeds 0      # writes work/chat/chat.json and .png
+    python -m examples.research.recall.chat_memory train-window --seed 0   # the baseline: LoRA on the truncated window
+    python -m examples.research.recall.chat_memory evaluate --seeds 0      # writes work/chat/chat.json and chat.png
     python -m examples.research.recall.chat_memory talk --seed 0           # one conversation, turn by turn
 
-The user tells 8 facts (`A b`: a letter and what it stands for), all before three quarters of the small talk; two of
-them are told anew with another value. At the end every fact is asked (`A`). The embedded base reads the conversation as
-`{"messages": ...}`, in chunks of 16 tokens; its window holds 32 of them. Conversations are drawn anew, so only what was
-read can answer. What is compared has the same base and LoRA rank, was trained on the same conversations for 200 steps
-(to a loss of 0.03 nats a token), and sees the last 464 tokens themselves.
+The user tells 8 facts (`A b`: a letter and its meaning), all within the first quarter of the small talk. Two facts are
+told again with another value. At the end every fact is asked (`A`). The embedded base reads the conversation as
+`{"messages": ...}` in chunks of 16 tokens; its window holds 32 chunks. Every conversation is drawn anew, so nothing but
+what was read can answer. The baseline has the same base and LoRA rank, was trained on the same conversations for 200
+steps (to a loss of 0.03 nats per token), and sees the last 464 tokens themselves.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""The report of examples/research/recall/associative_recall.py as a table and three pictures."""
+"""The report of `associative_recall` as a table and three pictures."""
 
 import os
 from collections import defaultdict

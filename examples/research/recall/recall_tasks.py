@@ -1,7 +1,7 @@
-"""Tasks of examples/research/recall/associative_recall.py: which pairs are written when, and what is asked.
+"""Tasks of `associative_recall`: which pairs are written when, and what is asked.
 
-A task writes `num_pairs` pairs of a key and a value symbol, 4 pairs to a chunk, in random order; a share `rewrite_rate`
-of the keys is written again in a later chunk, with another value, and the newest value counts. Every key is asked.
+A task writes `num_pairs` pairs of a key and a value symbol, 4 pairs in a chunk, in random order. A share `rewrite_rate`
+of the keys is written again in a later chunk with another value; the newest value counts. Every key is asked.
 """
 
 from collections.abc import Iterator

@@ -1,10 +1,11 @@
 """Associative recall by refinement: each query keeps its own prediction, and there is no task state (regime implicit).
 
     python -m examples.research.recall.refine_recall train --base work/recall/base --prediction logits --seed 0
-    python -m examples.research.recall.refine_recall evaluate --base work/recall/base     # all seeds: refine_recall.json, .png
+    python -m examples.research.recall.refine_recall evaluate --base work/recall/base    # all seeds
 
-The base is that of `python -m examples.research.recall.associative_recall base`; tasks are those of examples/research/recall/recall_tasks.py. Chance is
-1 / 64. Untrained, the prediction is a product of experts (or a mixture, or a mean of latents) of the bare base.
+`evaluate` writes refine_recall.json and refine_recall.png. The base is made by `python -m
+examples.research.recall.associative_recall base`; the tasks are those of `recall_tasks.py`. Chance is 1 / 64.
+Untrained, the prediction is a product of experts of the bare base (or a mixture of experts, or a mean of latents).
 """
 
 import json
