@@ -89,7 +89,8 @@ def export_classifier(
     tuner = getattr(model, "base_model", None)
     if not isinstance(tuner, IAIModel) or "classifier" not in tuner.task.exports:
         raise ValueError(
-            f"export_classifier needs an IAI model with a linear state of likelihood 'softmax', not {type(model).__name__}"
+            f"export_classifier needs an IAI model with a linear state of likelihood 'softmax', got "
+            f"{type(model).__name__}"
         )
     config, path = model.active_peft_config, Path(os.path.abspath(path))
     family = _checked_family(tuner.model)
