@@ -126,7 +126,7 @@ def test_target_modules_are_names_with_commas_between_them():
         ("--state-type linear", "a state of type 'linear' is not read from texts"),
         ("--signal magic", "signal must be one of"),
         ("--head sgd", "signal='observations' has the heads ['gated'], got head='sgd'"),
-        ("--state-type prompt --num-kept-tokens 2", "num_kept_tokens=2 needs state_type='prefix'"),
+        ("--state-type prompt --num-kept-tokens 2", "num_kept_tokens=2 has no meaning for state_type='prompt'"),
         ("--state-type mlp", "a state of type 'mlp' is not read from texts"),
         ("--state-r 0", "Invalid value for '--state-r'"),
         ("--chunk-size 64", "no document has a window of 576 tokens"),
@@ -162,7 +162,7 @@ def test_an_adapter_that_cannot_read_text_is_one_line(tmp_path, adapter, message
     ("name", "content", "message"),
     [
         ("bytes.txt", b"\xff\xfe\xfa", "is not UTF-8 text: convert it first"),
-        ("empty.txt", b"", "at least one chunk"),
+        ("empty.txt", b"", "adapt got no chunk: pass at least one"),
         ("rows.jsonl", b'{"text": "x"}\n{"text"\n', "line 2 of"),
         ("rows.jsonl", b'["x"]\n', "line 1 of .*holds a list, not an object"),
     ],
