@@ -4,9 +4,9 @@
     python train_on_documents.py my-texts               # all .txt files of a folder; every fifth is for the test
     python train_on_documents.py my-texts --base Qwen/Qwen3-0.6B --steps 2000       # wants a GPU
 
-The state is a prefix of 32 slots, most of which keep single tokens. At the end stands a table of the loss against
+The state is a prefix of as many slots as a chunk has tokens; all but one keep single tokens. At the end stands a table of the loss against
 chunks read, next to the bare base with as many real tokens ("fewer_shots") and with all of them ("full_context").
-The picture needs matplotlib: pip install 'hf_iai[plots]'. 60 steps take about a minute on a CPU; 500 are better.
+The picture needs matplotlib: pip install 'hf_iai[plots]'. 60 steps take a few minutes on a CPU; 600 are better.
 """
 
 from pathlib import Path
@@ -26,7 +26,7 @@ def main(
     base: Annotated[str | None, typer.Option(help="Hub id or folder of the base.")] = None,
     output: Annotated[Path, typer.Option(help="Folder for the adapter and the curve.")] = Path("my-reader"),
     steps: int = 60,
-    chunk_size: int = 64,
+    chunk_size: int = 128,
     max_chunks: int = 4,
     num_test: int = 32,
 ) -> None:
@@ -45,8 +45,8 @@ def main(
     torch.manual_seed(0)
     config = IAIConfig(
         task_type="CAUSAL_LM",
-        num_state_tokens=32,
-        num_kept_tokens=28,
+        num_state_tokens=chunk_size,
+        num_kept_tokens=chunk_size - 1,
         r=16,
         lora_alpha=32,
         target_modules="all-linear",
@@ -61,8 +61,9 @@ def main(
         max_steps=steps,
         chunk_size=chunk_size,
         max_chunks=max_chunks,
-        learning_rate=1e-3,
-        state_learning_rate=1e-2,  # the slots' start wants a larger rate than LoRA
+        learning_rate=3e-4,  # a higher rate harms slots that keep tokens
+        state_learning_rate=3e-3,  # theta(0) needs a larger rate than LoRA
+        kl_weight=1.0,  # the bare base that sees the real text is the teacher
         lr_scheduler_type="cosine",
         logging_steps=10,
         save_strategy="no",
