@@ -4,9 +4,10 @@
     python train_on_documents.py my-texts               # all .txt files of a folder; every fifth is for the test
     python train_on_documents.py my-texts --base Qwen/Qwen3-0.6B --steps 2000       # wants a GPU
 
-The state is a prefix of as many slots as a chunk has tokens; all but one keep single tokens. At the end stands a table of the loss against
-chunks read, next to the bare base with as many real tokens ("fewer_shots") and with all of them ("full_context").
-The picture needs matplotlib: pip install 'hf_iai[plots]'. 60 steps take a few minutes on a CPU; 600 are better.
+The state is a prefix of as many slots as a chunk has tokens; all but one keep single tokens. The table at the end has
+the loss against chunks read, next to the bare base with as many real tokens ("fewer_shots") and with all of them
+("full_context"). The picture needs matplotlib: pip install 'hf_iai[plots]'. 60 steps take a few minutes on a CPU; 600
+are better.
 """
 
 from pathlib import Path
