@@ -184,7 +184,6 @@ class Text(Subject):
     def __init__(self, family: str = "llama", dtype: torch.dtype = torch.float32) -> None:
         self.family, self.dtype = family, dtype
         self.defaults = {"task_type": "CAUSAL_LM", "num_state_tokens": SLOTS, "r": 2, "target_modules": "all-linear"}
-        self.defaults |= {"state_r": 2, "path_window": 2}
         self.curve = {"num_chunks": (0, 2), "chunk_size": 8}
 
     def base(self) -> PreTrainedModel:
@@ -419,7 +418,7 @@ class Vectors(_VectorData):
         if refines:
             self.defaults |= {"regime": "implicit", "target_modules": "all-linear"}
         else:
-            self.defaults |= {"num_state_tokens": SLOTS, "path_window": 2}
+            self.defaults |= {"num_state_tokens": SLOTS}
 
     def base(self) -> PreTrainedModel:
         torch.manual_seed(0)
@@ -452,7 +451,12 @@ class Member:
             return self.subject.load(self.adapter)
         base = self.subject.base()
         torch.manual_seed(1)
-        return get_peft_model(base, IAIConfig(**(self.subject.defaults | self.config)))
+        values = self.subject.defaults | self.config
+        if values.get("head") == "path_aware":
+            values = {"path_window": 2} | values
+        if values.get("state_type") == "lora":
+            values = {"state_r": 2} | values
+        return get_peft_model(base, IAIConfig(**values))
 
     def moved_model(self) -> PeftModel:
         """With noise on all that is saved, so that parts which start at zero have an effect; a published one as it is.
