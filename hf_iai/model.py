@@ -213,8 +213,7 @@ class IAIModel(IAITuner):
     ) -> Any:
         """Answer queries under a state, or run a whole episode: read its chunks, then answer its queries.
 
-        An episode is what `IAITrainer` trains on. The call is one when `chunk_input_ids` or `chunk_inputs_embeds` is
-        given.
+        An episode is what `IAITrainer` trains on. A call with `chunk_input_ids` or `chunk_inputs_embeds` is an episode.
 
             kind of task      queries                 logits           labels             loss
             text              input_ids (B, T)        (B, T, V)        (B, T)             cross-entropy of next tokens
@@ -237,8 +236,8 @@ class IAIModel(IAITuner):
             input_ids, attention_mask, labels: the queries. Text uses `labels[:, 1:]`, as in transformers.
             task_state: the state of B tasks, or of one task for all queries. None: the predictor without a state, which
                 is the bare base in regime `"parametric"` and base + LoRA in `"explicit"`. It has no slots and is not
-                theta(0). A linear state has no predictor without a state, except the base itself inside
-                `disable_adapter()`.
+                theta(0). Vectors, and labelled texts, have no predictor without a state; inside `disable_adapter()` the
+                encoder of a linear state answers with its own head.
             chunk_input_ids, chunk_attention_mask, chunk_labels: chunks of an episode (B, K, C), or (B, K, n, T) and
                 labels (B, K, n) for labelled examples; see `adapt`.
             inputs_embeds, chunk_inputs_embeds: vectors in place of ids, (N, d); in an episode (B, Q, d) and (B, K, n,
