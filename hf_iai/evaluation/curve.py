@@ -22,7 +22,8 @@ class Curve:
     """The losses of E queries, token by token, for every method, number of chunks n and training seed.
 
     Intervals are 95% bootstrap intervals over whole groups. Many methods take `from_token` = k: then only the query
-    tokens k, k+1, ... count. Token 0 has no loss. Later tokens show what remains once the first query tokens are known.
+    tokens k, k+1, ... count. Token 0 has no loss. The text right before a query helps mostly with its first tokens, so
+    later tokens show what else was learned.
 
     Args:
         losses: (method, n, seed) -> values (E, columns); NaN where there is none. See `metric`.

@@ -43,7 +43,7 @@ def evaluate_curve(
     - `fewer_shots`: the bare base also sees the m = `model.num_slots` tokens before the query.
     - `last_chunk`: the state that has read the last chunk only.
     - `full_context`: the bare base sees n chunks of real text. If n chunks do not fit its window, it sees as many
-      tokens as fit, and the number of chunks that this is (a fraction) is reported.
+      tokens as fit. This row then has the number of chunks that it really sees, which may be a fraction.
     - `static_state`, with `static_model`: a trained initial state of the same size that reads nothing.
 
     In regime implicit the answer of a query are its labelled tokens. Each of several answer tokens is predicted given
@@ -60,8 +60,9 @@ def evaluate_curve(
             several queries. The support must fill `max(num_chunks)` chunks. Confidence intervals are clustered by
             `group`; an episode without one is a group of its own.
         num_chunks: the values of n, in any order. None: the defaults above.
-        baselines: names of baselines (`static_state` only needs `static_model`). None: all four for text,
-            `nearest_class_mean` and `logistic_regression` for classes, `ridge` for real targets.
+        baselines: names of baselines (`static_state` only needs `static_model`). None: the first four for text (no
+            `fewer_shots` in regime implicit), `nearest_class_mean` and `logistic_regression` for classes, `ridge` for
+            real targets.
         tokenizer: the base's tokenizer; not needed if the examples are tokenised (`{"input_ids"}`).
         chunk_size: tokens or examples per chunk. None: `model.max_chunk_size`.
         batch_size: episodes per batch, for text. It changes only speed and memory. None: 16.
