@@ -1,4 +1,4 @@
-"""IAIConfig: everything that is saved in `adapter_config.json`."""
+"""IAIConfig: all settings of an adapter, saved in `adapter_config.json`."""
 
 import warnings
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ from .bases.registration import IAIType
 from .embedded import EMBEDDED_NAME, embedded_base, is_embedded_base
 from .registry import HEADS, SIGNALS, STATES, TASKS, kind_of, own_fields, owners, unused_fields
 
-# Values of the fields that no part registers itself for, and what the design names but this version does not have yet.
+# Values of the fields that have no registry; and values that are planned, but not available in this version.
 CHOICES = {
     "regime": ("parametric", "explicit", "implicit"),
     "accumulation": ("average", "recent"),
@@ -25,59 +25,101 @@ NOT_YET = {"task_type": ("TOKEN_CLS", "FEATURE_EXTRACTION", "SEQ_2_SEQ_LM")}
 class IAIConfig(LoraConfig):
     """Configuration of iterative amortized inference: `theta(i+1) = h_phi(theta(i), chunk(i))`.
 
-    The LoRA fields (`r`, `lora_alpha`, `target_modules`, ...) describe the reader: it is active while a chunk is read,
-    and, in regime `"explicit"`, while a query is answered. A linear state compares queries with what was read, so that
-    both are embedded alike: by the frozen encoder in regime `"parametric"`, by encoder + LoRA in `"explicit"`.
+    A model reads a task chunk by chunk into a state theta, and answers queries under that state. The adapter learns how
+    to do this from many tasks. It consists of theta(0), the update h_phi, and a LoRA in the base.
+
+    The fields of `LoraConfig` (`r`, `lora_alpha`, `target_modules`, ...) describe this LoRA. It is active while the
+    base reads a chunk out, and in regime `"explicit"` also while a query is answered.
+
+    Only fields that belong to the chosen task, state type, signal and head may be set; all others keep their defaults:
+
+        task                     chosen by                              fields
+        text                     task_type="CAUSAL_LM"                  regime, state_type, signal
+        vectors                  vector_width, num_outputs              the same, and likelihood
+        classification           task_type="SEQ_CLS", "linear"          regime, state_type, pooling
+        regression               the same, likelihood="gaussian"        the same, and likelihood, fit_intercept
+        predictions of text      regime="implicit"                      regime, prediction
+        predictions of vectors   the same, vector_width, num_outputs    the same, and likelihood
+
+        state_type   the state of a task                                num_state_tokens   further fields
+        "prefix"     keys and values of m slots in every layer          m slots            num_kept_tokens, delta_rule
+        "prompt"     m input embeddings (a soft prompt)                 m slots
+        "lora"       a low-rank update of the base's weights            m read-out slots   state_r, state_target_modules
+        "mlp"        weights of a small network that answers (vectors)  m hidden units
+        "linear"     rows of a classifier or regression over features   none
+
+        signal           heads, the default first                                  further fields
+        "observations"   "gated"
+        "gradients"      "learned_optimizer", "sgd", "meta_sgd", "path_aware"      second_order, initial_rate
+        "both"           "gated"                                                   second_order
+
+        head                  the update                                             further fields
+        "gated"               average of read-outs, and a learned correction         accumulation, correction, pin_bos
+        "learned_optimizer"   a small network computes the step                      learned_optimizer
+        "sgd"                 one learned rate per tensor (MAML)
+        "meta_sgd"            one learned rate per coordinate
+        "path_aware"          the same, and a step back every w chunks               path_window
+
+    Classification and regression have a head of their own. Predictions have neither state type, signal nor head.
 
     Args:
-        regime: `"parametric"` (queries are answered by the bare base), `"explicit"` (by base + LoRA), or `"implicit"`:
-            there is no task state, each query refines its own prediction by each chunk (`IAIModel.refine`). None:
-            explicit, but for a linear state and an mlp.
-        prediction: of regime `"implicit"`, what a prediction is kept as: `"logits"` (None: this), `"probabilities"` or
-            `"latent"`.
-        vector_width: observations are vectors of so many numbers, each with a class or real targets (`likelihood`), and
-            the base, often a small one made from a configuration, reads each as one token. In regime `"explicit"` a
-            state of observations is averaged, and a learned map decodes what base and LoRA make of a query. None: text.
-        num_outputs: of vectors, how many classes there are, or how many targets each has.
-        state_type: `"prefix"` (keys and values of every layer; all layers must be attention), `"prompt"` (input
-            embeddings), `"lora"` (a low-rank update of the base's weights, one per task), with `vector_width` also
-            `"mlp"` (the weights of a small network that answers by itself, with `num_state_tokens` hidden units; see
-            `states.MLPState`), or, with `task_type="SEQ_CLS"` and only there, `"linear"` (the rows of a classifier; see
-            `cores.LinearCore`).
-        signal: `"observations"`: what the base holds about the chunk's tokens; `"gradients"`: how the loss of the
-            chunk's labels changes with the state; or `"both"`.
-        head: how the state is refined. Of observations and of both: `"gated"`, an average with a learned
-            correction. Of gradients: `"learned_optimizer"`, `"sgd"` (one learned rate per tensor; MAML),
-            `"meta_sgd"` (one per coordinate) or `"path_aware"`. None: the first of these.
-        second_order: whether training differentiates through the gradients of a chunk; several times the memory.
-        initial_rate: what the learned rates of gradients start as; None: measured for the state type.
-        learned_optimizer: decays, times and sizes of `head="learned_optimizer"`, which its trained weights mean nothing
-            without: keys of `heads.LearnedStepSettings`. What is not given is completed with the defaults.
-        path_window: w of `"path_aware"`, which mixes in the state of w chunks before after every w-th.
-        num_state_tokens: m, the number of slots; at least 1. None: 16. Of a lora state the read-out slots; gradients
-            alone need none. A linear state has none; of an mlp state they are the hidden units.
-        state_r: r, the rank of a lora state.
-        state_target_modules: which modules a lora state updates: the last parts of their names, a regular expression
-            for whole paths, or `"all-linear"`. None: PEFT's choice for the base's family, such as the query and value
-            projections, and `"all-linear"` for a family that PEFT does not know.
-        accumulation: `"average"`, the running average of the read-outs, or `"recent"`, exactly the last m tokens.
-        num_kept_tokens: K < m, how many slots of an averaged prefix keep single tokens as they are: the latest, and
-            those after most surprise (see `heads.kept`); for text that repeats names.
-        correction: whether learned precisions and the learned correction exist (`"average"` only).
-        delta_rule: before a token is added to an averaged prefix, take out what the state recalls in its place (see
-            `heads.delta`); for text in which newer facts replace older ones. It needs the order of the text:
-            `TaskState.merge` cannot know which of two states is the newer, and leaves it out.
-        pin_bos: keep a begin-of-sequence token in slot 0, for bases that need an attention sink (`"recent"` only).
-        pooling: how the last hidden states of a text become one vector, of a linear state: `"mean"` over its tokens, or
-            its first token's, `"cls"`.
-        likelihood: of a linear state, and of vectors. `"softmax"`: targets are classes; a linear state's features are
-            centred and of unit length. `"gaussian"`: targets are real vectors; a linear state is a linear regression
-            (`cores.GaussianCore`) on the pooled vector as it is, since it needs its scale; a linear and an mlp state
-            say nothing of the variance, which is 1.
-        fit_intercept: of a linear regression; False, where targets are known to be 0 at features of 0: b = 0.
+        regime: who answers a query. `"parametric"`: the bare base. `"explicit"`: base and LoRA. `"implicit"`: there is
+            no task state; each query has its own prediction, which every chunk refines (`IAIModel.refine`). For a
+            linear state, `"parametric"` means that the frozen encoder embeds examples and queries, and `"explicit"`
+            that encoder and LoRA embed them. None: `"parametric"` for a linear or mlp state, else `"explicit"`.
+        vector_width: width of the vectors, if examples and queries are vectors (x, y) instead of text. The base,
+            usually a small one without pretraining, reads each example as one token. A state `"prefix"`, `"prompt"` or
+            `"lora"` then needs regime `"explicit"` and `signal="observations"`, and a learned map turns what base and
+            LoRA make of a query into the answer. `"mlp"` needs regime `"parametric"`. None: text, or features of an
+            encoder.
+        num_outputs: number of classes, or of real targets per vector. Set it together with `vector_width`.
+        likelihood: the targets of vectors and linear states. `"softmax"`: classes. `"gaussian"`: real numbers.
+
+        state_type: what the state is, see the table. `"prefix"` needs a base in which all layers are attention. `"mlp"`
+            needs `vector_width`. `"linear"` and `task_type="SEQ_CLS"` need each other.
+        num_state_tokens: m, at least 1. None: 16, or none for a linear state. A lora state learned from gradients alone
+            does not use it.
+        state_r: rank of a lora state.
+        state_target_modules: the modules that a lora state updates: the last parts of their names, a regular expression
+            for whole paths, or `"all-linear"`. None: PEFT's choice for the base's family (such as query and value
+            projections), or `"all-linear"` for a family that PEFT does not know.
+
+        signal: what a chunk is learned from. `"observations"`: what the base holds after reading it (keys, values,
+            hidden states). `"gradients"`: the gradient of the chunk's loss with respect to the state. `"both"`: both of
+            them.
+        head: how the state is updated, see the table. None: the default of the signal.
+        second_order: whether training differentiates through the chunks' gradients. This takes several times the
+            memory.
+        initial_rate: initial value of the learned rates of gradient steps. None: a measured value for the state type.
+        learned_optimizer: hyperparameters of `head="learned_optimizer"`, keys of `heads.LearnedStepSettings`. Missing
+            keys get their defaults. The trained weights are only valid with the hyperparameters of their training.
+        path_window: w of `head="path_aware"`. After every w-th chunk it mixes in the state from w chunks before.
+
+        accumulation: `"average"`: a running average of what was read out of the chunks. `"recent"`: exactly the last m
+            tokens, as a control.
+        correction: whether an average has learned weights and a learned correction; only with `accumulation="average"`.
+        num_kept_tokens: K < m, how many slots of an averaged prefix hold single tokens unchanged: the latest tokens,
+            and those after large surprises (`heads.kept`). Only with `signal="observations"`. Meant for text that
+            repeats names.
+        delta_rule: whether the value that a token replaces is subtracted from an averaged prefix before the token is
+            added (`heads.delta`). Meant for text in which newer facts replace older ones. The order of chunks then
+            matters, so `TaskState.merge`, which does not know it, leaves the rule out.
+        pin_bos: keep a begin-of-sequence token in slot 0, for bases that need an attention sink. Only with
+            `accumulation="recent"`.
+
+        pooling: how a linear state makes one vector of a text. `"mean"`: the mean of its last hidden states. `"cls"`:
+            the last hidden state of its first token. For classes the vector is then centred and scaled to unit length;
+            for a regression it stays as it is, since the scale matters.
+        fit_intercept: whether a linear regression has an intercept b. False: b = 0, for targets that are known to be 0
+            at features of 0.
+        prediction: the form of a prediction in regime `"implicit"`: `"logits"`, `"probabilities"` or `"latent"` (hidden
+            states). None: `"logits"`.
+
+    With `likelihood="gaussian"`, linear and mlp states predict means only; the variance is fixed at 1.
 
     Raises:
-        ValueError: for an unknown value, one that is not available yet, or a combination that cannot work.
+        ValueError: for an unknown value, one that is not available yet, a field that the choice does not use, or values
+            that cannot work together.
 
     Example:
         >>> from hf_iai import IAIConfig
@@ -127,7 +169,7 @@ class IAIConfig(LoraConfig):
     fit_intercept: bool = field(default=True, metadata={"help": "of a linear regression (gaussian linear state)"})
 
     def __post_init__(self) -> None:
-        from_file = self.peft_version is not None  # which PEFT writes into every saved configuration
+        from_file = self.peft_version is not None  # PEFT writes it into every saved configuration
         self._check_choices()
         task = kind_of(self)
         self.regime = task.default_regime(self) if self.regime is None else self.regime
@@ -135,7 +177,7 @@ class IAIConfig(LoraConfig):
         self._refuse_unused(parts, task, only_warn=from_file)
         for part in parts:
             part.check(self)
-        if not self.uses_reader:  # without LoRA, data-parallel training finds no unused parameter
+        if not self.uses_reader:  # unused LoRA layers would be unused parameters in data-parallel training
             self.target_modules = "dummy-target-modules"
         super().__post_init__()
         self.peft_type = IAIType.IAI
@@ -159,7 +201,7 @@ class IAIConfig(LoraConfig):
                 raise ValueError(f"{name} must be one of {known}, got {given!r}")
 
     def _refuse_unused(self, parts: list[type], task: type, *, only_warn: bool) -> None:
-        """A field that nothing uses is a mistake; an adapter that was saved with one still loads."""
+        """Refuse fields that nothing uses. A saved adapter that has one still loads, with a warning."""
         for name in unused_fields(self, parts):
             users = f"; it is for {' or '.join(owners(name))}" if owners(name) else ""
             message = (
@@ -186,11 +228,11 @@ class IAIConfig(LoraConfig):
 
     @property
     def uses_reader(self) -> bool:
-        """Whether any pass runs with LoRA: one that answers, or one that reads chunks out."""
+        """Whether any pass uses LoRA: answering a query, or reading a chunk out."""
         return self.lora_answers or kind_of(self).reads_out(self)
 
     def to_dict(self) -> dict[str, Any]:
-        """As saved: an adapter of the embedded base names it, not the folder that holds it on this machine."""
+        """The values to save. An adapter of the embedded base names it instead of its folder on this machine."""
         values = super().to_dict()
         if values.get("modules_to_save") == [UNUSED_CLASSIFIER]:  # see `compat.leave_out_classifier`
             values["modules_to_save"] = None

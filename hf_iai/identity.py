@@ -16,7 +16,7 @@ from .state import Identity
 from .tasks import task_of
 
 SAMPLED_TENSORS, SAMPLED_VALUES = 16, 64
-# What decides the meaning of every state; paths, names and training switches do not. Parts add their own fields.
+# Fields that change the meaning of any state, unlike paths, names and training switches. Parts add their own fields.
 COMMON_FIELDS = (
     "regime state_type signal num_state_tokens accumulation num_kept_tokens correction pin_bos r lora_alpha "
     "use_rslora rank_pattern alpha_pattern layers_to_transform fan_in_fan_out bias"
@@ -24,7 +24,13 @@ COMMON_FIELDS = (
 
 
 def fingerprint(base: Base, config: IAIConfig, adapter: Iterable[tuple[str, Tensor]]) -> Identity:
-    """Hash of the base's architecture, a sample of its weights, and the adapter's weights and configuration."""
+    """Hash the base's architecture, a sample of its weights, and the adapter's weights and configuration.
+
+    Args:
+        base: the pretrained model.
+        config: the adapter's configuration.
+        adapter: names and values of the adapter's weights.
+    """
     digest = hashlib.sha256()
     task = task_of(config)
     fields = {*COMMON_FIELDS, *decisive_fields(config, task.parts(config))}
@@ -34,13 +40,13 @@ def fingerprint(base: Base, config: IAIConfig, adapter: Iterable[tuple[str, Tens
     weights = sorted(
         (n.replace(".base_layer.", "."), p)
         for n, p in base_model.named_parameters()
-        # Kernels lay quantized weights out anew at their first use.
+        # Some kernels rearrange quantized weights at their first use, so only floating weights are sampled.
         if "lora_" not in n and p.is_floating_point() and base.reads(n)
     )
     for name, tensor in weights[:: max(1, len(weights) // SAMPLED_TENSORS)]:
         flat = tensor.detach().flatten()
         sample = flat[:: max(1, len(flat) // SAMPLED_VALUES)][:SAMPLED_VALUES]
-        # In bfloat16 a checkpoint is the same base whether it was loaded in that type or in float32.
+        # Compared in bfloat16, a checkpoint is the same base whether it was loaded in bfloat16 or in float32.
         _update(digest, name, sample.to(torch.bfloat16))
     for name, tensor in sorted(adapter):
         _update(digest, name, tensor.detach())

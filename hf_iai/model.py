@@ -1,4 +1,4 @@
-"""IAIModel: reads chunks into a task state, answers queries under it, or refines their predictions."""
+"""IAIModel: reads chunks into a task state, and answers queries under it or refines their predictions."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -17,7 +17,7 @@ from .tasks.refined_text import Labels
 from .tensors import eval_mode
 from .tuner import IAITuner
 
-# Of the base's forward: the state decides them.
+# Arguments of the base's forward that the state sets.
 OWN_ARGUMENTS = {"use_cache", "past_key_values", "position_ids"}
 NOT_TEXT = (
     "a chunk is a mapping with input_ids (batch, tokens), got {given}: use "
@@ -26,10 +26,10 @@ NOT_TEXT = (
 
 
 class IAIModel(IAITuner):
-    """f_gamma(x, theta) and theta(i+1) = h_phi(theta(i), chunk(i)), on one pretrained decoder or encoder.
+    """The predictor f_gamma(x, theta) and the update theta(i+1) = h_phi(theta(i), chunk(i)), on one pretrained model.
 
-    Made by `get_peft_model(base, IAIConfig(...))`, or `AutoPeftModelForCausalLM.from_pretrained(folder)`; everything
-    below is reached through the PeftModel that these return.
+    `get_peft_model(base, IAIConfig(...))` and `AutoPeftModelForCausalLM.from_pretrained(folder)` make one. They return
+    a PeftModel, which passes all calls below on to it.
 
     Example:
         >>> from peft import get_peft_model
@@ -49,7 +49,11 @@ class IAIModel(IAITuner):
     # ---------------------------------------------------------------- reading
 
     def initial_state(self, batch_size: int = 1) -> TaskState:
-        """theta(0) for `batch_size` tasks: the learned state before anything was read."""
+        """theta(0) for `batch_size` tasks: the learned state before anything was read.
+
+        Raises:
+            ValueError: in regime `"implicit"`, which has no task state.
+        """
         self.task.check_can("initial_state")
         return self.reader.initial_state(batch_size, self.identity)
 
@@ -62,24 +66,37 @@ class IAIModel(IAITuner):
         on_step: Callable[[TaskState], None] | None = None,
         parallel: int = 1,
     ) -> TaskState:
-        """Read chunks and return the state after the last one.
+        """Read chunks of B tasks and return the state after the last chunk.
+
+        No gradient is kept, and memory does not grow with the number of chunks. A row whose mask is all 0 leaves its
+        task's state unchanged. The tensors of a chunk depend on the kind of task:
+
+            kind of task      input                         attention_mask    labels
+            text              input_ids (B, C)              (B, C)            (B, C) token ids, -100 for no loss
+            classification    input_ids (B, n, T)           (B, n, T)         (B, n) class numbers, -100 for padding
+                              or inputs_embeds (B, n, d)    (B, n)
+            regression        the same                      the same          (B, n) or (B, n, o), floating
+            vectors           inputs_embeds (B, n, w)       (B, n)            (B, n) classes below num_outputs,
+                                                                              or (B, n) or (B, n, o), floating
+
+        C are the tokens of a chunk, n its examples, T the tokens of an example, o the targets of an example. The mask
+        is optional, 1 by default. For text, labels are used only by gradients; by default every token where the mask is
+        1 is a label. A classification chunk may have `label_names`, the names of its class numbers. They are matched by
+        name to the classes of the state; new names become new classes.
 
         Args:
-            chunks: a finite iterable of mappings with `input_ids` (B, C) and optionally `attention_mask` and `labels`
-                (B, C). Gradients are of the labels' loss, -100 for none; default: all tokens where the mask is 1.
-                Of a linear state ids and mask (B, n, T) of n examples, or `inputs_embeds` (B, n, d) and mask (B, n),
-                `labels` (B, n), -100 for padding, and optionally `label_names`, what the labels' numbers mean: matched
-                by name to the state's classes. Of a regression floating `labels` (B, n) or (B, n, o). With
-                `vector_width` as of vectors under a linear state, but classes are numbers below `num_outputs`.
-            state: where to go on; theta(0) by default.
-            show_progress: a progress bar, one tick per chunk.
+            chunks: a finite iterable of chunks, or a single one. `chunk_text`, `chunk_examples` and `chunk_vectors`
+                make them.
+            state: the state to continue from. None: theta(0).
+            show_progress: whether to show a progress bar, which advances by one for each chunk.
             on_step: called with the state after every chunk.
-            parallel: how many chunks the base reads in one batch; the result is the same up to rounding. Gradients
-                are taken one after the other all the same.
+            parallel: how many chunks the base reads in one batch. The result is the same up to rounding. Gradients are
+                still taken one chunk after the other.
 
         Raises:
-            ValueError: for no chunk, one longer than `max_chunk_size`, ids beyond the vocabulary, a batch that
-                differs from the state's, or a state of another base or adapter.
+            ValueError: if there is no chunk, a chunk is text or longer than `max_chunk_size`, an id is not in the
+                vocabulary, the batch size differs from the state's, the state belongs to another base or adapter, or in
+                regime `"implicit"`.
         """
         last = None
         steps = self.adapt_steps(chunks, state, parallel=parallel)
@@ -95,7 +112,7 @@ class IAIModel(IAITuner):
     def adapt_steps(
         self, chunks: Iterable[Chunk], state: TaskState | None = None, *, parallel: int = 1
     ) -> Iterator[TaskState]:
-        """The state after each chunk of a stream that may never end; see `adapt`."""
+        """Yield the state after each chunk of a stream that may be endless; see `adapt`."""
         self.task.check_can("adapt")
         self._refuse_when_disabled("adapt")
         if parallel < 1:
@@ -115,29 +132,32 @@ class IAIModel(IAITuner):
         num_answer_tokens: int | None = None,
         with_start: bool = False,
     ) -> Iterator[Tensor]:
-        """The logits of queries' answers after each chunk of a stream that may never end (regime `"implicit"`).
+        """Yield the logits of the queries' answers after each chunk, in regime `"implicit"`. The stream may be endless.
 
-            yhat(i+1) = r_gamma([x, yhat(i)], chunk(i)),    yhat(0) = what base and LoRA say without a chunk
+            yhat(i+1) = r_gamma([x, yhat(i)], chunk(i)),    yhat(0) = the prediction of base and LoRA without a chunk
 
-        Each chunk is read once for all its queries; nothing grows with the number of chunks. See `cores.ImplicitCore`.
+        Each chunk is read once for all its queries. Memory does not grow with the number of chunks. See
+        `cores.ImplicitCore`.
 
         Args:
-            chunks: mappings with `input_ids` (B, C) and optionally `attention_mask`; a row whose mask is all 0 leaves
-                its queries' predictions as they are, bitwise. With `vector_width` examples as of `chunk_vectors`.
-            query: `input_ids` (N, T), optionally `attention_mask`; N / B consecutive queries of each task. If it has
-                `labels` (N, T), the labelled tokens, its last ones, are the answer: they are cut off, and there are as
-                many slots. With `vector_width` `inputs_embeds` (N, vector_width).
-            labels: token ids of the answers to choose among, any number of tokens each; none: any tokens.
-            num_answer_tokens: A, the slots of a free answer. None: as many as the query's labels have, or 1.
-            with_start: yield the logits of yhat(0) first.
+            chunks: mappings with `input_ids` (B, C) and optionally `attention_mask`. A row whose mask is all 0 leaves
+                the predictions of its queries unchanged. With `vector_width`, chunks as `chunk_vectors` makes them.
+            query: `input_ids` (N, T) and optionally `attention_mask`. N / B consecutive queries belong to each of the B
+                tasks. A query may have `labels` (N, T): then its labelled tokens, which must be its last ones, are the
+                answer. They are cut off and replaced by as many slots. With `vector_width`, `inputs_embeds` (N,
+                vector_width).
+            labels: token ids of each possible answer, if the answer is one of a set of labels. None: any tokens.
+            num_answer_tokens: A, number of tokens of a free answer. None: as many as the query's labels have, or 1.
+            with_start: whether to yield the logits of yhat(0) first.
 
         Returns:
-            A generator of float32 logits (N, C) of labels or of a vector's classes, (N, A, V) of free answers, or means
-            (N, o) of real targets. Token a of a free answer is predicted behind the current prediction of those before.
+            A generator of float32 tensors: logits (N, C) for labels or for the classes of vectors, logits (N, A, V) for
+            free answers, means (N, o) for real targets. Token a of a free answer is predicted given the current
+            prediction of the tokens before it.
 
         Raises:
-            ValueError: for another regime, labels that are empty or alike, queries that cannot be shared out among the
-                tasks, ids beyond the vocabulary, or chunk, query and answer that do not fit the window together.
+            ValueError: in another regime, if labels are empty or equal, if N is not a multiple of B, if an id is not in
+                the vocabulary, or if chunk, query and answer together do not fit the window.
 
         Example:
             >>> from peft import get_peft_model
@@ -191,28 +211,48 @@ class IAIModel(IAITuner):
         objective: Objective | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Answer queries under a state, or go through a whole episode.
+        """Answer queries under a state, or run a whole episode: read its chunks, then answer its queries.
+
+        An episode is what `IAITrainer` trains on. A call with `chunk_input_ids` or `chunk_inputs_embeds` is an episode.
+
+            kind of task      queries                 logits           labels             loss
+            text              input_ids (B, T)        (B, T, V)        (B, T)             cross-entropy of next tokens
+            classification    input_ids (N, T), or    (N, C)           (N,)               cross-entropy
+                              inputs_embeds (N, d)
+            regression        the same                (N, o) means     (N,) or (N, o)     half the mean squared error
+            vectors, softmax  inputs_embeds (N, w)    (N, C)           (N,)               cross-entropy
+            and gaussian      the same                (N, o) means     (N,) or (N, o)     -log p; with an mlp state
+                                                                                          half the mean squared error
+
+        T are the tokens of a query, N the queries of all B tasks (N / B consecutive ones of each), V the vocabulary, C
+        the classes, o the targets of a query. Labels of a classification are the state's class numbers.
+
+        In an episode queries and labels have the leading axes (B, Q, ...), and so have the logits. In regime
+        `"implicit"` the logits of an episode are (B, Q, A, V) for the tokens of free answers, (B, Q, C) for labels or
+        classes, and means (B, Q, o) for real targets; the loss is the mean cross-entropy, or the mean of -log p for
+        real targets.
 
         Args:
-            input_ids, attention_mask, labels: queries (B, T); in an episode (B, Q, T).
-            task_state: of B tasks, or of one for all queries. None: the predictor with no slots at all.
-            chunk_input_ids, chunk_attention_mask, chunk_labels: the episode's chunks (B, K, C); the objective decides,
-                in training, which states the loss is taken under. Gradients are of the chunks' labels; see `adapt`.
-            inputs_embeds, chunk_inputs_embeds: vectors (Q, d), in an episode (B, Q, d) and (B, K, n, d), in place of
-                ids under a linear state or with `vector_width`.
-            objective: which states of an episode are scored in training, see `hf_iai.objectives`; default: unrolled.
-            label_input_ids, label_attention_mask: in an episode of regime implicit, the labels (B, C, L) that each
-                task's answers are of; without them answers are free.
+            input_ids, attention_mask, labels: the queries. Text uses `labels[:, 1:]`, as in transformers.
+            task_state: the state of B tasks, or of one task for all queries. None: the predictor without a state, which
+                is the bare base in regime `"parametric"` and base + LoRA in `"explicit"`. It has no slots and is not
+                theta(0). Vectors, and labelled texts, have no predictor without a state; inside `disable_adapter()` the
+                encoder of a linear state answers with its own head.
+            chunk_input_ids, chunk_attention_mask, chunk_labels: chunks of an episode (B, K, C), or (B, K, n, T) and
+                labels (B, K, n) for labelled examples; see `adapt`.
+            inputs_embeds, chunk_inputs_embeds: vectors in place of ids, (N, d); in an episode (B, Q, d) and (B, K, n,
+                d).
+            label_input_ids, label_attention_mask: in an episode of regime `"implicit"`, the labels (B, C, L) that each
+                task's answers are chosen from. None: free answers.
+            objective: which states of an episode are scored in training, see `hf_iai.objectives`. None: unrolled.
 
         Returns:
-            transformers' output, `logits` (B, T, V) (episode: (B, Q, T, V)), `loss` over `labels[:, 1:]`. Of a linear
-            state `logits` (Q, C) (episode: (B, Q, C)), `loss` over `labels` (Q,) (episode: (B, Q)); chunks are
-            (B, K, n, T), `chunk_labels` (B, K, n), and without a state only `disable_adapter()` lets the base answer.
-            Of a regression `logits` (Q, o) are means, `labels` (Q,) or (Q, o), `loss` half the mean squared error. With
-            `vector_width` the same, but that in regime explicit the `loss` of means is their negative log-likelihood.
-            Of an episode in regime implicit `logits` (B, Q, A, V) of the answers' tokens after the last chunk, or
-            (B, Q, C) of the labels or classes, and `loss` their mean cross-entropy; of real targets means (B, Q, o),
-            and `loss` the mean negative log-likelihood.
+            The output of transformers, with `logits` and, if there are labels, `loss`. The loss of an episode is that
+            of the objective in training mode; in eval mode it is the loss of the queries after all chunks.
+
+        Raises:
+            ValueError: if both chunks and a state are given, the state belongs to another base or adapter, a batch size
+                or shape does not fit, or a chunk or query is too long for the window.
         """
         reader = self.reader
         if chunk_input_ids is not None or chunk_inputs_embeds is not None:
@@ -236,11 +276,17 @@ class IAIModel(IAITuner):
         return reader.answer(state, ids, mask, labels, **kwargs)
 
     def _predictor_without_state(self) -> AbstractContextManager[None]:
-        """Regime parametric, and inside `disable_adapter()`: the bare base; else base + LoRA."""
+        """The bare base in regime parametric and inside `disable_adapter()`, else base + LoRA."""
         return base_of(self.model).lora(self._config.lora_answers and not self._disabled)
 
     def generate(self, input_ids: Tensor | None = None, task_state: TaskState | None = None, **kwargs) -> Tensor:
-        """`generate` of transformers, under a state; returns prompt and new ids, (B, T + new)."""
+        """Generate with transformers' `generate` under a state. Returns the prompt and the new ids, (B, T + new).
+
+        Args:
+            input_ids: the prompts (B, T); an `attention_mask` may go with them.
+            task_state: the state of B tasks, or of one task for all prompts. None: the predictor without a state.
+            kwargs: options of transformers' `generate`.
+        """
         self.task.check_can("generate")
         state = self._state_for(task_state)
         if state is None:
@@ -254,7 +300,7 @@ class IAIModel(IAITuner):
 
     @contextmanager
     def using(self, state: TaskState) -> Iterator[None]:
-        """Every call inside answers under `state`, for code that cannot pass `task_state`; nests.
+        """Answer all calls in this context under `state`, for code that cannot pass `task_state`. Contexts nest.
 
         Example:
             >>> with model.using(state):  # doctest: +SKIP
@@ -268,15 +314,16 @@ class IAIModel(IAITuner):
 
     @torch.no_grad()
     def state_effect(self, state: TaskState, query: Chunk) -> dict[str, float]:
-        """Is the state used at all? Compares answers with and without it.
+        """Compare the answers with and without a state, to see whether the state is used.
 
         Args:
-            state: of one task, or as many as the query has rows.
-            query: `input_ids` (B, T), optionally `attention_mask` and `labels` (default: the ids).
+            state: the state of one task, or of as many tasks as the query has rows.
+            query: `input_ids` (B, T), optionally `attention_mask` and `labels`; by default the ids are the labels.
 
         Returns:
-            `kl`: mean over predicted tokens of KL(with state || without), nats; `loss_with`, `loss_without` and
-            their difference `loss_difference` (negative: the state helps), nats per token.
+            `kl`, the mean of KL(with state || without state) over the predicted tokens, in nats; `loss_with` and
+            `loss_without`, in nats per token; and `loss_difference`, their difference. If it is negative, the state
+            helps.
         """
         self.task.check_can("state_effect")
         ids = query["input_ids"]
@@ -296,7 +343,7 @@ class IAIModel(IAITuner):
     # ---------------------------------------------------------------- checks
 
     def _state_for(self, task_state: TaskState | None) -> TaskState | None:
-        """The state to answer under, on our device: the one given, or that of `using`."""
+        """The state to answer under, on the model's device: the given one, or that of `using`."""
         if task_state is None and self._using:
             self._refuse_when_disabled("a task state")
             return self._using[-1]
@@ -306,7 +353,7 @@ class IAIModel(IAITuner):
         """The state on the base's device.
 
         Raises:
-            ValueError: for a state of another base or adapter, or where a state has no meaning.
+            ValueError: if the state belongs to another base or adapter, or the model can use no state.
         """
         self.task.check_can("a task state")
         self._refuse_when_disabled("a task state")
@@ -319,10 +366,10 @@ class IAIModel(IAITuner):
 
 
 def checked_chunks(chunks: Iterable[Chunk]) -> Iterable[Chunk]:
-    """What `adapt` and `refine` read; one mapping, such as a tokenizer's output, is a single chunk.
+    """Check the chunks of `adapt` and `refine`. A single mapping, such as a tokenizer's output, is one chunk.
 
     Raises:
-        ValueError: for text, which has to be cut into chunks first.
+        ValueError: for text that was not cut into chunks.
     """
     if isinstance(chunks, Mapping):
         return [chunks]

@@ -22,18 +22,24 @@ SCORED = ("doubling", "last")
 
 @dataclass
 class Objective:
-    """How an episode of K chunks becomes a loss; theta(0) is always scored too.
+    """Which states of an episode of K chunks are scored in training, and through which chunks gradients flow.
+
+    The loss is the mean over the queries and the scored states. theta(0), the state before any chunk, is always scored.
 
     Args:
-        kind: `"unrolled"`: gradient to every chunk, loss under `scored_states`. `"truncated"`: one window of
-            `window` chunks, drawn, gets gradient, loss after it. `"greedy"`: a window of one, the paper's objective;
-            memory does not grow with K in the last two.
-        window: chunks with gradient, `"truncated"` only.
-        scored_states: of `"unrolled"`; `"doubling"`: loss after the last 1, 2, 4, ..., K chunks; `"last"`: after all K
-            alone, for queries that may be about any chunk.
-        kl_weight: weight of KL(teacher || student) under the last state; the teacher is the bare base that sees as
-            much of the real context as its window holds.
-        draw: source of randomness; the trainer makes one of (seed, step) for each step, equal on all ranks.
+        kind: the objective. `"unrolled"`: gradients flow through all chunks, and `scored_states` are scored.
+            `"truncated"`: gradients flow through a random window of `window` chunks, and the state after it is scored.
+            `"greedy"`: the same with a window of one chunk, as in the paper. With the last two, memory does not grow
+            with K.
+        window: number of chunks with gradient, for `"truncated"`.
+        scored_states: for `"unrolled"`. `"doubling"`: the states after the last 1, 2, 4, ..., K chunks. `"last"`: only
+            the state after all K chunks, for queries that may be about any chunk.
+        kl_weight: weight of KL(teacher || student) under the last state. The teacher is the bare base; it sees as much
+            of the real context as its window holds.
+        draw: the source of randomness. The trainer makes one from (seed, step) for every step, so all ranks draw alike.
+
+    Raises:
+        ValueError: for an unknown value, `"last"` without `"unrolled"`, or a window below 1.
     """
 
     kind: str = "unrolled"
@@ -54,13 +60,13 @@ class Objective:
 
 
 def episode_loss(reader: Reader, objective: Objective, episode: EpisodeBatch, *, training: bool) -> Any:
-    """transformers' output of the queries under the last state; its `loss` is the objective's.
+    """The model output for the queries under the last state. Its `loss` is that of the objective.
 
     Args:
-        reader: of the adapter.
+        reader: reads and answers with the adapter.
         objective: which states are scored in training.
-        episode: B tasks, checked.
-        training: without it, the queries are scored after all chunks alone.
+        episode: B checked episodes.
+        training: if False, queries are scored only after all chunks.
     """
     states = _states(reader, objective, episode, training=training)
     outputs = reader.score(states, episode)
@@ -71,7 +77,7 @@ def episode_loss(reader: Reader, objective: Objective, episode: EpisodeBatch, *,
 
 
 def _states(reader: Reader, objective: Objective, episode: EpisodeBatch, *, training: bool) -> list[State]:
-    """The states to score, the last one last."""
+    """The states to score, ending with the last one."""
     start, chunks = reader.core.begin(reader.base, episode), episode.chunks
     num_chunks = chunks[0].shape[1]
     if not training:
@@ -83,7 +89,7 @@ def _states(reader: Reader, objective: Objective, episode: EpisodeBatch, *, trai
         return [start, *reader.after_last(start, chunks, sorted(powers | {num_chunks}))]
     last = objective.draw.randint(1, num_chunks)
     first = max(0, last - (objective.window if objective.kind == "truncated" else 1))
-    # The chunks that lie right before the query: the state is then as old as it will be in use.
+    # The chunks right before the query: there the state is used later too.
     chunks = tuple(t[:, num_chunks - last :] for t in chunks)
     with torch.no_grad():
         earlier = reader.read_on(start, tuple(t[:, :first] for t in chunks)) if first else start
@@ -91,7 +97,7 @@ def _states(reader: Reader, objective: Objective, episode: EpisodeBatch, *, trai
 
 
 def _teacher_loss(base: Base, logits: Tensor, episode: EpisodeBatch) -> Tensor:  # (B * Q, T, V)
-    """KL(teacher || student) over the predicted query tokens, nats per token."""
+    """KL(teacher || student) over the predicted query tokens, in nats per token."""
     ids, mask, (chunk_ids, chunk_mask, _) = episode.ids, episode.mask, episode.chunks
     room = base.window - ids.shape[1]
     context = chunk_ids.flatten(1)[:, -room:].repeat_interleave(episode.num_queries, 0)  # (B * Q, R)

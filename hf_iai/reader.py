@@ -1,6 +1,6 @@
-"""Reader: the one loop that reads chunks into a state, and the one place that answers under it.
+"""Reader: reads chunks into a state and answers queries under it. All reading and answering goes through this class.
 
-A state is a `TaskState`, or in regime `implicit` the `Prediction` of each query.
+A state is a `TaskState`, or a `Prediction` for each query in regime `implicit`.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -22,9 +22,9 @@ from .tensors import eval_mode
 
 
 class Reader:
-    """Reads, steps and answers with one adapter on one base.
+    """Reads and answers with one adapter on one base.
 
-    Not a module: it owns no parameters and is made anew for each use.
+    This is no `nn.Module`: it owns no parameters, and a new one is made for each use.
 
     Args:
         task: the kind of task.
@@ -37,7 +37,7 @@ class Reader:
         self.inputs = task.inputs(base, core)
 
     def frozen(self) -> AbstractContextManager[None]:
-        """Passes inside run in eval mode, as reading and answering do outside of training."""
+        """A context in which passes run in eval mode, as for reading and answering outside of training."""
         return eval_mode(self.base.model, self.core)
 
     # ---------------------------------------------------------------- reading
@@ -48,11 +48,11 @@ class Reader:
             return self.core.initial_state(self.base, batch_size, identity).clone()
 
     def states(self, chunks: Iterable[Chunk], first: Callable[[int], State], parallel: int = 1) -> Iterator[State]:
-        """The state after each chunk; nothing that grows is kept.
+        """Yield the state after each chunk. Memory does not grow with the number of chunks.
 
         Args:
-            chunks: any number of them.
-            first: makes the state before the first chunk, given the number of rows of that chunk.
+            chunks: any number of chunks.
+            first: makes the state before the first chunk from the batch size of that chunk.
             parallel: how many chunks the base reads in one batch.
         """
         chunks, state = iter(chunks), None
@@ -76,13 +76,13 @@ class Reader:
     # ---------------------------------------------------------------- in training
 
     def read_on(self, state: State, chunks: Chunks) -> State:
-        """The state after K chunks (B, K, C), one after the other, with gradient where it is recorded."""
+        """The state after K more chunks (B, K, C), read one after the other. Gradients flow if they are enabled."""
         for ids, mask, labels in zip(*(t.unbind(1) for t in chunks), strict=True):
             state = self.core.step(self.base, state, self.core.read(self.base, ids, mask, labels))
         return state
 
     def after_last(self, state: State, chunks: Chunks, counts: list[int]) -> list[State]:
-        """The states after the last n chunks, for each n of `counts`; all chunks are read in one batch."""
+        """The states after the last n chunks, for each n of `counts`. All chunks are read in one batch."""
         batch, num_chunks = chunks[0].shape[:2]
         evidence = self.core.read(self.base, *(t.flatten(0, 1) for t in chunks))  # (B * K, ...)
         evidence = {name: t.unflatten(0, (batch, num_chunks)).unbind(1) for name, t in evidence.items()}
@@ -96,21 +96,21 @@ class Reader:
         return states
 
     def score(self, states: list[State], episode: EpisodeBatch) -> Any:
-        """transformers' output: `loss` over the queries under all states, `logits` under the last one."""
+        """The model output: `loss` over the queries under all states, `logits` under the last one."""
         with self.base.lora(self.task.config.lora_answers):
             return self.core.score(self.base, states, episode)
 
     # ---------------------------------------------------------------- answering
 
     def answer(self, state: TaskState, ids: Tensor, mask: Tensor, labels: Tensor | None, **kwargs: Any) -> Any:
-        """transformers' output for queries (N, T) under a task state."""
+        """The model output for queries (N, T) under a task state."""
         self.inputs.check_query(ids, state.batch_size)
         labels = self.inputs.query_labels(labels, ids, mask)
         with self.base.lora(self.task.config.lora_answers):
             return self.core.answer(self.base, state, ids, mask, labels, **kwargs)
 
     def generate(self, state: TaskState, ids: Tensor, mask: Tensor, **kwargs: Any) -> Tensor:
-        """Prompt and new ids, (B, T + new)."""
+        """The prompt and new token ids, (B, T + new)."""
         self.inputs.check_query(ids, state.batch_size)
         with (
             torch.no_grad(),
@@ -120,7 +120,7 @@ class Reader:
             return self.base.generate(prefix, ids, mask, **kwargs)
 
     def features(self, inputs: Chunk) -> Tensor:  # (N, d)
-        """What a linear state sees of texts (N, T) or vectors (N, d)."""
+        """The features of texts (N, T) or vectors (N, d) that a linear state is computed from."""
         ids, mask = self.inputs.on_device(inputs)
         with torch.no_grad(), self.frozen():
             return self.core.features(self.base, ids, mask)

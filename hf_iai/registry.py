@@ -1,7 +1,7 @@
-"""What can be chosen in an `IAIConfig`: states, signals, heads and kinds of task register here, each under its name.
+"""Registries of state types, signals, heads and kinds of task: the parts that an `IAIConfig` chooses by name.
 
-A part says which fields of the configuration mean something to it. So a field that nothing uses is refused in one
-place, and a new part needs no change anywhere else: it registers itself where it is written.
+Each part declares the fields of the configuration that it uses. One loop then refuses every other field that was set.
+A new part registers itself in its own file; no other file changes.
 """
 
 from collections.abc import Callable
@@ -15,10 +15,10 @@ class Part:
     """A member of a registry: a state type, a signal, a head or a kind of task.
 
     Attributes:
-        fields: fields of `IAIConfig` that mean something to it.
-        fingerprint: those that decide what a state means, and so belong to its fingerprint.
-        fingerprint_if_changed: the same, but only where the value is not the default. Fields that came later are here:
-            the fingerprints of older adapters stay as they were.
+        fields: the fields of `IAIConfig` that it uses.
+        fingerprint: the fields that change the meaning of a state, and so belong to the adapter's fingerprint.
+        fingerprint_if_changed: the same, but only for values that differ from the default. Fields that were added later
+            are listed here, so that the fingerprints of older adapters do not change.
     """
 
     fields: frozenset[str] = frozenset()
@@ -27,12 +27,12 @@ class Part:
 
     @classmethod
     def is_default(cls, config: Any, name: str) -> bool:
-        """Whether a field has its default."""
+        """Whether a field has its default value."""
         return getattr(config, name) == own_fields(config)[name]
 
     @classmethod
     def check(cls, config: Any) -> None:
-        """Complete the fields that were left open, and check those that depend on each other.
+        """Fill in fields that were left None, and check values that depend on each other.
 
         Raises:
             ValueError: for values that cannot work together.
@@ -40,7 +40,7 @@ class Part:
 
 
 class Registry(dict[str, type[Part]]):
-    """Name -> part, for one field of the configuration.
+    """Maps names to parts, for one field of the configuration.
 
     Args:
         field: the field whose values are the names.
@@ -51,10 +51,10 @@ class Registry(dict[str, type[Part]]):
         self.field = field
 
     def register(self, name: str) -> Callable[[type], type]:
-        """Class decorator: make the class known as `name`.
+        """Class decorator that registers a class under `name`.
 
         Raises:
-            ValueError: for a name that is taken.
+            ValueError: if the name is taken.
 
         Example:
             >>> from hf_iai.registry import Part, Registry
@@ -80,10 +80,10 @@ TASKS = Registry("task")
 
 
 def kind_of(config: Any) -> type[Part]:
-    """The kind of task that a configuration describes, as a class; what registered last is asked first.
+    """The class of the kind of task that a configuration describes. The last registered kind that matches wins.
 
     Raises:
-        ValueError: for a configuration that describes none.
+        ValueError: if no kind matches.
     """
     for kind in reversed(TASKS.values()):
         if kind.matches(config):
@@ -92,25 +92,25 @@ def kind_of(config: Any) -> type[Part]:
 
 
 def own_fields(config: Any) -> dict[str, Any]:
-    """Name -> default of the fields that `IAIConfig` adds to PEFT's `LoraConfig`."""
+    """The fields that `IAIConfig` adds to PEFT's `LoraConfig`, with their defaults."""
     inherited = {field.name for field in dataclass_fields(LoraConfig)}
     return {field.name: field.default for field in dataclass_fields(config) if field.name not in inherited}
 
 
 def unused_fields(config: Any, parts: list[type[Part]]) -> list[str]:
-    """Fields that were given, though they mean nothing to the chosen parts."""
+    """The names of fields that were set although none of the chosen parts uses them."""
     used = frozenset().union(*(part.fields for part in parts))
     given = (name for name, default in own_fields(config).items() if getattr(config, name) != default)
     return [name for name in given if name not in used]
 
 
 def decisive_fields(config: Any, parts: list[type[Part]]) -> set[str]:
-    """Fields that the chosen parts add to the fingerprint."""
+    """The names of fields that the chosen parts add to the fingerprint."""
     changed = {name for p in parts for name in p.fingerprint_if_changed if not p.is_default(config, name)}
     return changed.union(*(part.fingerprint for part in parts))
 
 
 def owners(field: str) -> list[str]:
-    """The parts that a field means something to, such as `"state_type='lora'"`."""
+    """The parts that use a field, such as `"state_type='lora'"`."""
     parts = ((registry, name, part) for registry in (TASKS, STATES, SIGNALS, HEADS) for name, part in registry.items())
     return [f"{registry.field}={name!r}" for registry, name, part in parts if field in part.fields]

@@ -1,4 +1,4 @@
-"""TaskState: what has been learned about a batch of tasks, as a value."""
+"""TaskState: the state of a batch of tasks, as a value."""
 
 import json
 import os
@@ -23,7 +23,12 @@ WEIGHTS, CONFIG = "task_state.safetensors", "config.json"
 
 @dataclass(frozen=True)
 class Identity:
-    """Which base and adapter a state belongs to; two are equal when their fingerprints are."""
+    """The base and adapter that a state belongs to. Two identities are equal if their fingerprints are.
+
+    Args:
+        fingerprint: a hash, see `identity.fingerprint`.
+        name: a display name for error messages.
+    """
 
     fingerprint: str
     name: str
@@ -37,15 +42,16 @@ class Identity:
 
 @dataclass(frozen=True, eq=False)
 class TaskState:
-    """The state theta of B tasks. Updates return a new one.
+    """The state theta of B tasks. It is never changed: every update returns a new one.
 
     Args:
-        tensors: name -> tensor, batch first; the layout is documented by the state type (`hf_iai.states`).
-        step: (B,) int64, chunks read.
-        num_tokens: (B,) int64, tokens read.
-        identity: the base and adapter that made it.
-        accumulation: how it came about: `"average"`, `"recent"`, `"gradients"`, `"both"`; `"sums"`: a linear state.
-        class_names: of a linear state the names of each task's classes; see `label_names`. None: of a regression.
+        tensors: name -> tensor (B, ...). The classes of `hf_iai.states` document the layout of each state type.
+        step: number of chunks read, (B,) int64.
+        num_tokens: number of tokens read, (B,) int64.
+        identity: the base and adapter that made the state.
+        accumulation: how the state was made: `"average"`, `"recent"`, `"gradients"`, `"both"`, or `"sums"` for a linear
+            state.
+        class_names: the names of each task's classes, for a classifier; see `label_names`. None for all other states.
 
     Example:
         >>> import torch
@@ -64,7 +70,7 @@ class TaskState:
     class_names: tuple[Names, ...] | None = None
 
     def __repr__(self) -> str:
-        """One line: how it came about, tasks, chunks and tokens read, bytes, adapter."""
+        """One line: accumulation, number of tasks, chunks and tokens read, bytes, adapter."""
         counts = [sorted({*t.tolist()}) for t in (self.step, self.num_tokens)]
         chunks, tokens = (f"{c[0]}" if len(c) == 1 else f"{c[0]}..{c[-1]}" if c else "0" for c in counts)
         return (
@@ -74,10 +80,10 @@ class TaskState:
 
     @property
     def label_names(self) -> Names:
-        """Of a linear state of one task: what the columns of its logits are called.
+        """The names of the logits' columns, for a classifier of one task.
 
         Raises:
-            ValueError: for a state without classes, or of several tasks.
+            ValueError: if the state has no classes, or holds several tasks.
         """
         if self.class_names is None:
             raise ValueError("only a linear state of likelihood 'softmax' has classes, which this is not")
@@ -91,11 +97,11 @@ class TaskState:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of `tensors`: what the state costs to keep."""
+        """The size of `tensors` in bytes."""
         return sum(t.numel() * t.element_size() for t in self.tensors.values())
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "TaskState":
-        """A state with `function` applied to every tensor, counts included."""
+        """The state after `function` was applied to every tensor, counts included."""
         return replace(
             self,
             tensors={name: function(t) for name, t in self.tensors.items()},
@@ -113,10 +119,10 @@ class TaskState:
         return self.map(lambda t: t.to(device))
 
     def select(self, index: int) -> "TaskState":
-        """Task `index` alone, B = 1.
+        """The state of task `index` alone, with B = 1.
 
         Raises:
-            IndexError: beyond the batch.
+            IndexError: if there is no such task.
         """
         if not -self.batch_size <= index < self.batch_size:
             raise IndexError(f"task {index} of a state of {self.batch_size} tasks")
@@ -129,10 +135,10 @@ class TaskState:
 
     @staticmethod
     def stack(states: Sequence["TaskState"]) -> "TaskState":
-        """One state that holds the tasks of all `states`, in order.
+        """Combine states into one state that holds all their tasks, in order.
 
         Raises:
-            ValueError: for no state, or states of different adapters.
+            ValueError: if there is no state, or states belong to different adapters.
         """
         first, names = _same_kind(states), None
         if first.class_names is not None:
@@ -152,22 +158,24 @@ class TaskState:
 
     @staticmethod
     def merge(states: Sequence["TaskState"]) -> "TaskState":
-        """What one state would be that had read the chunks of all of them.
+        """Combine states that read different chunks of the same tasks into the state that has read all these chunks.
 
-        Every averaged slot holds a weighted mean of read-outs, and its mean weight (`precision`), so with n chunks read
+        An averaged slot is a weighted mean of read-outs. The state also stores the mean weight as `precision`. With n_s
+        chunks read by state s,
 
             weight_s = n_s precision_s,   slot = sum_s weight_s slot_s / sum_s weight_s
 
-        which equals reading in sequence, whatever the order, but for what depends on it: forgetting rates and the delta
-        rule are left out. Kept tokens age by what the states after theirs have read:
-        with `num_kept_tokens` the states go from the earliest text to the latest.
+        This equals reading all chunks in sequence, in any order, except that forgetting rates and the delta rule are
+        left out, because they depend on the order. Kept tokens (`num_kept_tokens`) age by the tokens that later states
+        have read, so give the states in the order of their texts, the earliest first.
 
-        The sums of linear states add up, class by class of the same name. Their learned corrections and weights of
-        examples depend on what had been read before: without them it equals reading in sequence, as regressions do.
+        The sums of linear states are added. Classes of the same name are added to each other. For regressions this
+        equals reading in sequence. The learned corrections and example weights of a classifier depend on what was read
+        before, so there it is equal only without them.
 
         Raises:
-            ValueError: for no state, different adapters or batches, or states of another accumulation than
-                `"average"` and `"sums"`.
+            ValueError: if there is no state, adapters or batch sizes differ, or the accumulation is neither `"average"`
+                nor `"sums"`.
         """
         first = _same_kind(states)
         if first.accumulation not in ("average", "sums"):
@@ -180,7 +188,7 @@ class TaskState:
         return merged
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
-        """Write `config.json` and `task_state.safetensors`; each is renamed into place when it is whole."""
+        """Write `config.json` and `task_state.safetensors`. Each file is renamed into place when it is complete."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: t.detach().contiguous().cpu() for name, t in self.tensors.items()}
@@ -209,14 +217,14 @@ class TaskState:
         revision: str | None = None,
         commit_message: str = "Upload task state",
     ) -> str:
-        """Save to a model repository of the Hub, made if it is not there, and return the commit's address.
+        """Save the state to a repository on the Hub, which is created if needed. Returns the commit's address.
 
         Args:
             repo_id: `"name"` or `"owner/name"`.
             private, token, revision, commit_message: as in `huggingface_hub.HfApi`.
 
         Raises:
-            huggingface_hub's own errors.
+            The errors of huggingface_hub.
         """
         api = HfApi(token=token)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
@@ -231,16 +239,16 @@ class TaskState:
     def from_pretrained(
         cls, folder: str | os.PathLike, *, revision: str | None = None, token: str | bool | None = None
     ) -> "TaskState":
-        """Read a saved state from a folder or, where there is no such folder, from the Hub.
+        """Load a saved state from a folder. If there is no such folder, load it from the Hub.
 
         Args:
             folder: a folder, or the id of a repository, `"owner/name"`.
-            revision, token: of the repository, as in `huggingface_hub.snapshot_download`.
+            revision, token: for the repository, as in `huggingface_hub.snapshot_download`.
 
         Raises:
-            FileNotFoundError: when a file is missing.
-            ValueError: for another format, a damaged file, or values that are not finite.
-            huggingface_hub's own errors: for a repository that is missing, gated, or not cached while offline.
+            FileNotFoundError: if a file is missing.
+            ValueError: if the format is unknown, a file is damaged, or a value is not finite.
+            huggingface_hub's own errors: if the repository is missing, gated, or not cached while offline.
         """
         if is_hub_id(folder, with_owner=True):
             folder = snapshot_download(folder, revision=revision, token=token, allow_patterns=[CONFIG, WEIGHTS])

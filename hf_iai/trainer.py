@@ -1,4 +1,4 @@
-"""IAITrainer: a thin `transformers.Trainer` over episodes."""
+"""IAITrainer: a `transformers.Trainer` for episodes."""
 
 import math
 import random
@@ -20,25 +20,28 @@ from .model import IAIModel
 from .tasks import Task, task_of
 from .training_args import IAITrainingArguments
 
-CURVE = re.compile(r"(.+)_loss_at_chunks_(\d+)")  # as `evaluate` logs it
+CURVE = re.compile(r"(.+)_loss_at_chunks_(\d+)")  # the names that `evaluate` logs
 
 
 class IAITrainer(Trainer):
-    """Trains an IAI adapter on episodes, `{"support": [...], "query": [...]}`; rows with labels for linear states.
+    """Trains an IAI adapter on episodes, rows `{"support": [...], "query": [...]}`.
+
+    The model reads the support chunk by chunk; the loss is taken on the query. Rows of text are in one of TRL's formats
+    (`{"text"}`, `{"prompt", "completion"}`, `{"messages"}`). Linear states need labelled rows, `{"text", "label"}` or
+    `{"vector", "label"}`; adapters with `vector_width` need `{"vector", "label"}`.
+
+    `evaluate` logs `eval_loss`, the loss after all chunks, and `eval_loss_at_chunks_{n}`, the loss after the n chunks
+    right before the query. `push_to_hub` writes a card with the facts of the run and the last of these curves.
 
     Args:
-        model: an IAI PeftModel, or a base model or its id together with `peft_config`.
+        model: an IAI PeftModel; or, with `peft_config`, a base model or its id.
         args: `IAITrainingArguments`.
-        peft_config: `IAIConfig` to wrap `model` with.
-        processing_class: the tokenizer; loaded with the model when the model is an id. A linear adapter without one is
-            trained on vectors, rows `{"vector", "label"}`, and so is one with `vector_width`.
+        peft_config: the `IAIConfig` of a new adapter on `model`.
+        processing_class: the tokenizer. If the model is an id, it is loaded with the model. Leave it out for vectors.
 
     Raises:
-        ValueError: when `peft_config` and `model` do not fit together, the tokenizer is missing, or `kl_weight` or
-            `state_learning_rate` cannot be honoured.
-
-    `evaluate` logs `eval_loss`, under all chunks, and `eval_loss_at_chunks_{n}`, under the n right before the query.
-    `push_to_hub` carries a card with the run's facts and the last of these curves.
+        ValueError: if `peft_config` and `model` do not fit together, the tokenizer is missing or not needed, or the
+            task has no use for `kl_weight` or `state_learning_rate`.
     """
 
     def __init__(
@@ -72,7 +75,7 @@ class IAITrainer(Trainer):
         collator = self.task.collator(processing_class, args.chunk_size or model.max_chunk_size)
         kwargs.setdefault("data_collator", collator)
         super().__init__(model=model, args=args, processing_class=processing_class, **kwargs)
-        # Our loss is a mean over query tokens: Trainer must not rescale it by its own count of labels.
+        # The loss is a mean over query tokens already, so Trainer must not rescale it by its own count of labels.
         self.model_accepts_loss_kwargs = False
         self.loss_is_scaled_for_ga = False
 
@@ -81,7 +84,7 @@ class IAITrainer(Trainer):
         return self.accelerator.unwrap_model(self.model).base_model
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """As in `transformers.Trainer`; the adapter's card then says how it was trained, wherever it is saved."""
+        """Train as `transformers.Trainer` does. The adapter's card, wherever it is saved, then says how."""
         result = super().train(*args, **kwargs)
         self._iai.card_facts[self._iai.active_adapters[0]] = self._card_facts()
         return result
@@ -94,7 +97,7 @@ class IAITrainer(Trainer):
         return optimizer
 
     def _set_apart(self, optimizer: torch.optim.Optimizer, start: set[nn.Parameter]) -> None:
-        """Move theta(0) into groups with a learning rate of their own."""
+        """Move theta(0) to parameter groups with a learning rate of their own."""
         groups, optimizer.param_groups = optimizer.param_groups, []
         for group in groups:
             for params, rate in (
@@ -133,7 +136,7 @@ class IAITrainer(Trainer):
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         eval_dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
-        if isinstance(eval_dataset, dict):  # super() has come back here once for each of them
+        if isinstance(eval_dataset, dict):  # super().evaluate has called this method for each dataset
             return metrics
         curve = self._loss_at_chunks(eval_dataset)
         curve = {f"{metric_key_prefix}_loss_at_chunks_{n}": loss for n, loss in curve.items()}
@@ -142,7 +145,7 @@ class IAITrainer(Trainer):
 
     @torch.no_grad()
     def _loss_at_chunks(self, dataset) -> dict[int, float]:
-        """Mean loss of what is scored after the n nearest chunks, for each n of `eval_chunks` that exists."""
+        """The mean loss after the n nearest chunks, for each n of `eval_chunks` that the episodes have."""
         self.model.eval()
         counts = self.args.eval_chunks
         sums = torch.zeros(len(counts), 2, device=self.args.device)  # loss and tokens
@@ -169,14 +172,15 @@ class IAITrainer(Trainer):
         dataset: str | list[str] | None = None,
         dataset_args: str | list[str] | None = None,
     ) -> None:
-        """Write `README.md` of `output_dir`, unless a person has taken it over; `push_to_hub` calls it.
+        """Write `README.md` in `output_dir`, unless somebody has edited it. `push_to_hub` calls this method.
 
         Args:
-            language, license, tags: of the card's metadata.
-            model_name: the card's title; the folder's name by default.
+            language, license, tags: metadata of the card.
+            model_name: title of the card. None: the name of the folder.
             dataset, dataset_args: names of the data and of its configuration, in words.
             dataset_tags: Hub ids of the data.
-            finetuned_from, tasks: of `transformers.Trainer`; not used, the adapter's configuration decides them.
+            finetuned_from, tasks: accepted as in `transformers.Trainer`, but not used; the adapter's configuration
+                decides.
         """
         if not self.is_world_process_zero():
             return
@@ -193,7 +197,7 @@ class IAITrainer(Trainer):
         model_card(self.task.config, facts).save(output / "README.md")
 
     def _card_facts(self, data: str = "", dataset_tags: Sequence[str] = ()) -> CardFacts:
-        """What this run knows; `data` names the dataset in words."""
+        """The facts about this run for the card; `data` names the dataset in words."""
         data = data or ", ".join(dataset_tags) or "data without a name"
         return CardFacts(
             name=Path(self.args.output_dir).name,
@@ -215,7 +219,7 @@ class IAITrainer(Trainer):
         return extract_hyperparameters_from_trainer(self) | {name: getattr(self.args, name) for name in own.split()}
 
     def _measurements(self, data: str, dataset_tags: list[str]) -> tuple[Measurement, ...]:
-        """The last curve of each evaluation set, or that of the step whose weights were loaded at the end."""
+        """The last curve of each evaluation set, or the curve of the step whose weights were loaded at the end."""
         best = self.state.best_global_step if self.args.load_best_model_at_end else None
         last = {}
         for entry in self.state.log_history:
@@ -235,13 +239,13 @@ class IAITrainer(Trainer):
 
 
 def last_chunks(inputs: dict[str, Tensor], n: int) -> dict[str, Tensor]:
-    """The episode with only the n chunks that lie right before the query."""
+    """The episode with only the n chunks right before the query."""
     start = max(0, _chunked(inputs).shape[1] - n)
     return {name: t[:, start:] if name.startswith("chunk_") else t for name, t in inputs.items()}
 
 
 def _chunked(inputs: dict[str, Tensor]) -> Tensor:
-    """Any of the chunks' tensors: the first axes of all are (B, K, C)."""
+    """Any of the chunk tensors. The first axes of all of them are (B, K, C)."""
     return next(t for name, t in inputs.items() if name.startswith("chunk_"))
 
 

@@ -1,4 +1,4 @@
-"""IAITrainingArguments."""
+"""IAITrainingArguments: the settings of `IAITrainer`."""
 
 import random
 from dataclasses import dataclass, field
@@ -10,24 +10,29 @@ from .objectives import Objective
 
 @dataclass
 class IAITrainingArguments(TrainingArguments):
-    """`transformers.TrainingArguments` and how episodes are read in training.
+    """`transformers.TrainingArguments`, plus how episodes are read in training.
+
+    The number of chunks differs from step to step. It is drawn log-uniformly from `min_chunks` up to a limit, which
+    grows to `max_chunks` over the first `curriculum` of the steps. So the adapter learns to work with few and with many
+    chunks.
 
     Args:
-        chunk_size: C in tokens; None: the most the base can read, window - 2m.
-        max_chunks: K, the most chunks a training step reads. The number of each step is drawn log-uniformly from
-            `min_chunks` to a bound that grows to `max_chunks` over the first `curriculum` share of the steps.
-        min_chunks: the fewest; `max_chunks`, with `halve_chunks=0`, where a query may be about any chunk.
-        curriculum: share of the training steps over which that bound grows; 0 for none.
-        halve_chunks: probability that a step reads its chunks in halves, so that the length varies too.
+        chunk_size: C, tokens per chunk. None: the most that the base can read, window - 2m.
+        max_chunks: K, the largest number of chunks that a training step reads.
+        min_chunks: the smallest number. If a query may be about any chunk, set it to `max_chunks`, with
+            `halve_chunks=0`.
+        curriculum: share of the steps over which the limit grows, 0 to 1; 0: none.
+        halve_chunks: probability of a step in which every chunk is cut in two, so that the length of chunks varies too.
         objective, truncation_window, scored_states, kl_weight: see `hf_iai.objectives.Objective`.
-        learning_rate: peak learning rate. The default is 1e-3; the 5e-5 of `transformers.TrainingArguments` suits
-            training of a whole model, and hardly moves an adapter.
-        state_learning_rate: learning rate of theta(0), which as a prefix or soft prompt wants a larger one than LoRA
-            does; None: `learning_rate`.
-        eval_chunks: chunk counts of `eval_loss_at_chunks_{n}`; those beyond the episodes are left out.
+        learning_rate: peak learning rate, 1e-3 by default. The default of `transformers.TrainingArguments`, 5e-5, suits
+            the training of whole models and hardly moves an adapter.
+        state_learning_rate: learning rate of theta(0). Prefixes and soft prompts need a larger one than LoRA. None:
+            `learning_rate`.
+        eval_chunks: the numbers of chunks n at which `evaluate` logs `eval_loss_at_chunks_{n}`. Numbers larger than an
+            episode has are left out.
 
     Raises:
-        ValueError: for a value out of range.
+        ValueError: for a value that is out of range.
 
     Example:
         >>> from hf_iai import IAITrainingArguments
@@ -72,6 +77,6 @@ class IAITrainingArguments(TrainingArguments):
         self.make_objective()
 
     def make_objective(self, draw: random.Random | None = None) -> Objective:
-        """The objective of one training step; `draw` is its randomness."""
+        """The objective of one training step, with `draw` as its source of randomness."""
         chosen = (self.objective, self.truncation_window, self.scored_states, self.kl_weight)
         return Objective(*chosen) if draw is None else Objective(*chosen, draw)

@@ -1,4 +1,4 @@
-"""IAITuner: what PEFT asks of a tuner, and what it holds: LoRA in the base, and a core for each adapter."""
+"""IAITuner: the tuner that PEFT drives. It holds LoRA layers in the base, and a core for each adapter."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +19,7 @@ from .tasks import Task, task_of
 
 
 class IAITuner(LoraModel):
-    """Adapters come, go and are switched; one is active at a time. What it does with a task: `IAIModel`."""
+    """Adds, switches and removes adapters; one is active at a time. `IAIModel` adds reading and answering."""
 
     prefix = "lora_"
     uses_shared_state = True  # transformers' own load_adapter then refuses it with a clear message
@@ -30,7 +30,7 @@ class IAITuner(LoraModel):
         if "iai" not in self._modules:  # the first adapter
             self.iai = nn.ModuleDict()
             self._disabled, self._using, self._identities = False, [], {}
-            self.card_facts = {}  # adapter -> what its training said of itself, for its card
+            self.card_facts = {}  # adapter -> facts about its training, for its card
         base, config = base_of(model), self.peft_config[adapter_name]
         task = task_of(config)
         task.check_base(base)
@@ -103,30 +103,33 @@ class IAITuner(LoraModel):
 
     @property
     def task(self) -> Task:
-        """The kind of task that the active adapter was made for."""
+        """The kind of task of the active adapter."""
         return task_of(self._config)
 
     @property
     def reader(self) -> Reader:
-        """Reads and answers with the active adapter."""
+        """A reader that reads and answers with the active adapter."""
         return Reader(self.task, base_of(self.model), self.core)
 
     @property
     def window(self) -> int:
-        """Positions the base has; `sys.maxsize` for one without positions."""
+        """The largest number of positions in a pass of the base; `sys.maxsize` for a base without positions."""
         return base_of(self.model).window
 
     @property
     def num_slots(self) -> int:
-        """m, the slots of the state; 0 for states without slots."""
+        """m, the number of slots of the state; 0 for a state without slots."""
         return self._config.num_state_tokens or 0
 
     @property
     def max_chunk_size(self) -> int:
-        """The longest chunk that fits: window - 2m tokens, for theta(0) and m read-out slots.
+        """The longest chunk that fits the window: window - 2m tokens, beside m slots of theta(0) and m read-out slots.
 
-        A lora state takes no positions: window - m tokens, or all of the window with gradients alone. A linear state
-        and vectors read 20 examples, the usual number; regime implicit reads half of the window.
+            kind of task or state                       largest chunk
+            prefix, prompt                              window - 2m tokens
+            lora                                        window - m tokens; with gradients alone the whole window
+            linear, vectors                             20 examples, the usual number, if they fit
+            regime implicit, text                       half of the window; query and answer need places too
 
         Raises:
             ValueError: for a base without positions, such as Mamba, which has no window.
@@ -135,11 +138,11 @@ class IAITuner(LoraModel):
 
     @property
     def identity(self) -> Identity:
-        """Recomputed only after a weight has changed."""
+        """The fingerprint and name of the active adapter. It is recomputed only after a weight has changed."""
         name = self.active_adapters[0]
         adapter = list(self.core.named_parameters())
         adapter += [(n.replace(f".{name}", ""), p) for n, p in self.model.named_parameters() if f".{name}." in n]
-        # Fused optimizers change values without counting a version: the norms see them.
+        # Fused optimizers change values without a new version number, so norms are compared too.
         norms = torch.stack([p.detach().float().norm() for _, p in adapter]).tolist()
         versions = tuple((p.data_ptr(), p._version, norm) for (_, p), norm in zip(adapter, norms, strict=True))
         if self._identities.get(name, (None,))[0] != versions:

@@ -1,1 +1,1 @@
-"""What the commands of `hf-iai` do."""
+"""The commands of `hf-iai`."""

@@ -1,4 +1,4 @@
-"""What is behind `hf-iai adapt`: an adapter reads a text, texts or examples, and the task state is saved."""
+"""`hf-iai adapt`: an adapter reads a text, several texts or examples, and the task state is saved."""
 
 import sys
 from collections.abc import Iterator
@@ -14,15 +14,16 @@ from .inputs import documents, json_lines, load_text_reader, text_of
 
 
 def adapt(adapter: str, data: Path, output: Path, chunk_size: int | None = None) -> TaskState:
-    """Let an adapter read `data`; write the task state to `output`.
+    """Let an adapter read `data`, and write the task state to `output`.
 
     Args:
         adapter: published name, Hub id or folder.
-        data: a text file, a folder of them, or JSON lines with one example each.
-        chunk_size: tokens per chunk; None: what the base can read at once.
+        data: a text file, a folder of text files, or JSON lines with one example each.
+        output: folder for the task state.
+        chunk_size: tokens per chunk. None: as many as the base can read.
 
     Raises:
-        ValueError: for an adapter that does not read texts, or data without one.
+        ValueError: if the adapter does not read texts, or there is no text in the data.
     """
     model = load_text_reader(adapter)
     tokenizer = AutoTokenizer.from_pretrained(model.active_peft_config.base_model_name_or_path)
@@ -34,7 +35,7 @@ def adapt(adapter: str, data: Path, output: Path, chunk_size: int | None = None)
 def chunks_of(
     data: Path, tokenizer: PreTrainedTokenizerBase, chunk_size: int | None, model: PeftModel
 ) -> Iterator[Chunk]:
-    """Chunks of one text, or of examples; the files of a folder are examples, each of which ends with the end token."""
+    """Chunks of one text, or of examples. A file of a folder is an example and ends with the end-of-sequence token."""
     if data.is_dir():
         texts = ({"text": document["text"]} for document in documents(data))
         return chunk_examples(texts, tokenizer, chunk_size=chunk_size, model=model)

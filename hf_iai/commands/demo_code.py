@@ -1,4 +1,4 @@
-"""The tour behind `hf-iai demo`: one short function per step, under four minutes on two cores."""
+"""`hf-iai demo`: a tour in short steps, one function each, in less than four minutes on two cores."""
 
 import sys
 import time
@@ -25,18 +25,18 @@ from ..state import TaskState
 from ..trainer import IAITrainer
 from ..training_args import IAITrainingArguments
 
-CODE_CHUNK = 128  # tokens; what code-prefix was trained on
+CODE_CHUNK = 128  # tokens; the chunk size that code-prefix was trained with
 MARKOV_CHUNK = 64  # symbols, one token each
 MARKOV_CHUNKS = 4
 TRAINING_SECONDS = 60
-PACKAGES = ["http", "json", "logging", "multiprocessing", "unittest", "xml"]  # held out from base and adapter alike
+PACKAGES = ["http", "json", "logging", "multiprocessing", "unittest", "xml"]  # neither base nor adapter has seen them
 READ_PACKAGE = "json"
 
 console = Console()
 
 
 def run(output: Path) -> None:
-    """All steps in order; the plot, the fresh adapter and the saved state go to `output`."""
+    """Run all steps. The plot, the fresh adapter and the saved state are written to `output`."""
     started = time.perf_counter()
     output.mkdir(parents=True, exist_ok=True)
     model, tokenizer = load_published()
@@ -49,7 +49,7 @@ def run(output: Path) -> None:
 
 
 def load_published() -> tuple[IAIModel, PreTrainedTokenizerBase]:
-    """The embedded base with the adapter `code-prefix` on it."""
+    """The embedded base with the adapter `code-prefix`."""
     console.rule("1. Load the embedded base and the published adapter")
     model = AutoPeftModelForCausalLM.from_pretrained(published_adapter("code-prefix"))
     tokenizer = AutoTokenizer.from_pretrained(embedded_base())
@@ -63,7 +63,7 @@ def load_published() -> tuple[IAIModel, PreTrainedTokenizerBase]:
 
 
 class StopAfter(TrainerCallback):
-    """Ends training after `seconds`, so that a slow machine does not wait longer."""
+    """Ends training after `seconds`, so that it takes no longer on a slow machine."""
 
     def __init__(self, seconds: float):
         self.seconds = seconds
@@ -76,7 +76,7 @@ class StopAfter(TrainerCallback):
 
 
 def train_fresh_adapter(tokenizer: PreTrainedTokenizerBase, output: Path) -> None:
-    """A new adapter learns, for about a minute, to carry what it reads of a random Markov chain."""
+    """Train a new adapter for about a minute: its state has to carry what it read of a random Markov chain."""
     console.rule(f"2. Train a fresh adapter for {TRAINING_SECONDS} s: random Markov chains, a new one per episode")
     torch.manual_seed(0)
     config = IAIConfig(task_type="CAUSAL_LM", num_state_tokens=8, r=32, lora_alpha=64, target_modules="all-linear")
@@ -93,7 +93,7 @@ def train_fresh_adapter(tokenizer: PreTrainedTokenizerBase, output: Path) -> Non
             save_strategy="no",
             logging_steps=25,
             disable_tqdm=not sys.stderr.isatty(),
-            dataloader_pin_memory=False,  # there is no accelerator to pin for
+            dataloader_pin_memory=False,  # pinned memory is of use only with an accelerator
         ),
         train_dataset=markov_episodes(tokenizer, 1000, seed=0),
         eval_dataset=markov_episodes(tokenizer, 48, seed=1),
@@ -108,7 +108,7 @@ def train_fresh_adapter(tokenizer: PreTrainedTokenizerBase, output: Path) -> Non
 
 
 def markov_episodes(tokenizer: PreTrainedTokenizerBase, num_episodes: int, seed: int) -> Dataset:
-    """One freshly drawn 8-state chain per episode: `MARKOV_CHUNKS` chunks to read, then the symbols to predict."""
+    """Episodes with a new 8-state chain each: `MARKOV_CHUNKS` chunks to read, then the symbols to predict."""
     rng = np.random.default_rng(seed)
     length = (MARKOV_CHUNKS + 1) * MARKOV_CHUNK
     texts = [symbols_to_text(markov_symbols(rng, markov_chain(rng, 8), length)) for _ in range(num_episodes)]
@@ -125,7 +125,7 @@ def print_before_and_after(before: dict[str, float], after: dict[str, float]) ->
 
 
 def read_package(model: IAIModel, tokenizer: PreTrainedTokenizerBase) -> tuple[TaskState, dict[str, torch.Tensor]]:
-    """Read a held-out package but for its last whole chunk; returns the state and that chunk."""
+    """Read a held-out package except its last whole chunk. Returns the state and that chunk."""
     console.rule(f"3. Read the package {READ_PACKAGE!r}, which neither the base nor the adapter has seen")
     texts = (document["text"] for document in library_documents("held_out", packages=[READ_PACKAGE]))
     chunks = chunk_text("".join(texts), tokenizer, chunk_size=CODE_CHUNK)
@@ -138,7 +138,7 @@ def read_package(model: IAIModel, tokenizer: PreTrainedTokenizerBase) -> tuple[T
 
 
 def measure_curve(model: IAIModel, tokenizer: PreTrainedTokenizerBase, plot: Path) -> None:
-    """Loss of the next chunk against the number of chunks read, beside the baselines."""
+    """Measure the loss of the next chunk against the number of chunks read, beside the baselines."""
     console.rule("4. What reading gained, on held-out packages")
     episodes = episodes_from_documents(
         library_documents("held_out", packages=PACKAGES),
@@ -165,7 +165,7 @@ def measure_curve(model: IAIModel, tokenizer: PreTrainedTokenizerBase, plot: Pat
 def generate_with_and_without(
     model: IAIModel, tokenizer: PreTrainedTokenizerBase, state: TaskState, continuation: dict[str, torch.Tensor]
 ) -> None:
-    """The same prompt, continued by the bare base and by the model that has read the package."""
+    """Continue the same prompt with the bare base, and with the model that has read the package."""
     console.rule("5. Continue the package's last lines")
     prompt = {name: continuation[name][:, : CODE_CHUNK // 4] for name in ("input_ids", "attention_mask")}
     length = prompt["input_ids"].shape[1]
@@ -184,7 +184,7 @@ def generate_with_and_without(
 
 
 def save_and_reload(model: IAIModel, state: TaskState, query: dict[str, torch.Tensor], folder: Path) -> None:
-    """A saved state is a folder with a config and safetensors; it comes back bit for bit."""
+    """Save the state, a folder with a config and safetensors, load it, and check that it is the same bit for bit."""
     console.rule("6. Save the state and load it again")
     state.save_pretrained(folder)
     loaded = TaskState.from_pretrained(folder)

@@ -1,4 +1,4 @@
-"""The tour behind `hf-iai demo --task digits`: real digits, read by an adapter that was trained on synthetic tasks."""
+"""`hf-iai demo --task digits`: an adapter that was trained on synthetic tasks reads images of digits."""
 
 import sys
 import time
@@ -25,7 +25,7 @@ console = Console()
 
 
 def run(output: Path) -> None:
-    """All steps in order; the plot goes to `output`."""
+    """Run all steps. The plot is written to `output`."""
     started = time.perf_counter()
     output.mkdir(parents=True, exist_ok=True)
     model = load_published()
@@ -35,7 +35,7 @@ def run(output: Path) -> None:
 
 
 def load_published() -> PeftModel:
-    """The adapter `vectors-linear` on a base that hands vectors on as they are."""
+    """The adapter `vectors-linear`, on a base that returns vectors as they are."""
     console.rule("1. Load the published adapter, which has seen no image")
     model = PeftModel.from_pretrained(vector_base(WIDTH), published_adapter(METHOD)).eval()
     size = sum(p.numel() for p in model.base_model.core.parameters())
@@ -44,7 +44,7 @@ def load_published() -> PeftModel:
 
 
 def digit_episodes(num: int, num_support: int, num_queries: int, seed: int = 0) -> list[dict]:
-    """Draws of digits to read and of others to ask about, out of the 1797 images of 8 x 8 pixels in scikit-learn."""
+    """Random draws of digits to read and other digits to classify, from scikit-learn's 1797 images of 8 x 8 pixels."""
     pixels, digits = require_extra("sklearn.datasets", "baselines").load_digits(return_X_y=True)
     rows = [{"vector": x, "label": str(y)} for x, y in zip(pixels / 16, digits, strict=True)]
     rng, episodes = np.random.default_rng(seed), []
@@ -55,7 +55,7 @@ def digit_episodes(num: int, num_support: int, num_queries: int, seed: int = 0) 
 
 
 def read_digits(model: PeftModel) -> None:
-    """One stream of digits: after every chunk the state is a classifier, and holds none of what it has read."""
+    """Read a stream of digits. After every chunk the state is a classifier, and no digit itself is stored."""
     console.rule(f"2. Read digits, {CHUNK} a chunk, and ask about {QUERIES} others in between")
     (episode,) = digit_episodes(1, CHUNK * COUNTS[-1], QUERIES, seed=1)
     (pixels, digits), (queries, wanted) = (
@@ -72,7 +72,7 @@ def read_digits(model: PeftModel) -> None:
 
 
 def measure_curve(model: PeftModel, plot: Path) -> Curve:
-    """Accuracy against chunks read, beside the baselines; at each count, how far it is from the best of them."""
+    """Measure accuracy against chunks read, beside the baselines, and print the differences to the best baseline."""
     console.rule(f"3. Next to classifiers refitted on all digits read, {DRAWS} draws")
     episodes = digit_episodes(DRAWS, CHUNK * COUNTS[-1], QUERIES)
     curve = evaluate_curve(

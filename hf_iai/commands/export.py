@@ -1,4 +1,4 @@
-"""What is behind `hf-iai export`: a task state becomes a plain PEFT adapter."""
+"""`hf-iai export`: writes a task state as a plain PEFT adapter."""
 
 from pathlib import Path
 
@@ -14,9 +14,9 @@ def export(adapter: str, state: str, output: Path, peft_type: str | None = None)
         adapter: published name, Hub id or folder of the adapter that made the state.
         state: Hub id or folder of the state.
         output: folder for the export.
-        peft_type: see `export_to_peft`; None: the type that fits the state.
+        peft_type: see `export_to_peft`. None: the default for the state type.
 
     Raises:
-        ValueError: for a state of another adapter, or a type that cannot hold it.
+        ValueError: if the state belongs to another adapter, or cannot become this type.
     """
     export_to_peft(load_text_reader(adapter), TaskState.from_pretrained(state), output, peft_type=peft_type)

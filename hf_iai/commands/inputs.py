@@ -1,4 +1,4 @@
-"""What the options of the commands name: adapters, documents, examples."""
+"""Loads what the options of the commands name: adapters, documents, examples."""
 
 import json
 from collections.abc import Iterator
@@ -12,10 +12,10 @@ from ..hub.published import published_adapter, published_names
 
 
 def adapter_folder(adapter: str) -> str:
-    """Folder of a published adapter; any other folder or Hub id as it is.
+    """The folder of a published adapter. Any other folder or Hub id is returned as it is.
 
     Raises:
-        ValueError: for a name that is neither published nor a folder nor a Hub id; the message lists the published.
+        ValueError: if the name is neither published nor a folder nor a Hub id; the message lists the published names.
 
     Example:
         >>> from hf_iai.commands.inputs import adapter_folder
@@ -32,13 +32,13 @@ def adapter_folder(adapter: str) -> str:
 
 
 def load_text_reader(adapter: str) -> PeftModel:
-    """An adapter that reads text, on its base.
+    """Load an adapter that reads text, on its base.
 
     Args:
         adapter: published name, Hub id or folder.
 
     Raises:
-        ValueError: for an adapter of another method, or one that reads vectors or labelled texts.
+        ValueError: if it is an adapter of another method, or it reads vectors or labelled texts.
     """
     folder = adapter_folder(adapter)
     config = PeftConfig.from_pretrained(folder)
@@ -53,7 +53,7 @@ def load_text_reader(adapter: str) -> PeftModel:
 
 
 def documents(path: Path) -> Iterator[dict]:
-    """`{"text", "path"}` of every text file in a folder, or of every line of a JSON-lines file."""
+    """Yield `{"text", "path"}` for every text file in a folder, or for every line of a JSON-lines file."""
     if path.is_file():
         yield from ({"path": f"{path.name}:{number}", **row} for number, row in enumerate(json_lines(path)))
         return
@@ -67,10 +67,10 @@ def documents(path: Path) -> Iterator[dict]:
 
 
 def json_lines(path: Path) -> Iterator[dict]:
-    """The object in every line that is not empty.
+    """Yield the object of every line that is not empty.
 
     Raises:
-        ValueError: for a line that holds no JSON object.
+        ValueError: if a line is not a JSON object.
     """
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
@@ -79,10 +79,10 @@ def json_lines(path: Path) -> Iterator[dict]:
 
 
 def text_of(path: Path) -> str:
-    """All of a text file.
+    """The text of a file.
 
     Raises:
-        ValueError: for a file that is not UTF-8 text.
+        ValueError: if the file is not UTF-8 text.
     """
     try:
         return path.read_text("utf-8")

@@ -1,4 +1,4 @@
-"""What is behind `hf-iai train`: an adapter learns to read documents."""
+"""`hf-iai train`: trains an adapter to read documents."""
 
 import sys
 from pathlib import Path
@@ -16,17 +16,17 @@ from .inputs import documents
 
 
 def train(data: Path, output: Path, base: str, config: dict, arguments: dict) -> None:
-    """Train an adapter on documents; write it and its card.
+    """Train an adapter on documents; write the adapter and its card.
 
     Args:
-        data: folder of text files, or JSON lines with `"text"`.
+        data: a folder of text files, or JSON lines with `"text"`.
         output: folder for the adapter.
-        base: Hub id or folder of the base model; `"hf_iai:embedded"` is the small one inside the package.
+        base: Hub id or folder of the base model. `"hf_iai:embedded"` is the small base inside the package.
         config: fields of `IAIConfig` that differ from its defaults.
-        arguments: the same for `IAITrainingArguments`.
+        arguments: fields of `IAITrainingArguments` that differ from its defaults.
 
     Raises:
-        ValueError: for a value that cannot work, or documents that are too short.
+        ValueError: if a value cannot work, or the documents are too short.
     """
     reader = text_config(**config)
     base = embedded_base() if base == EMBEDDED_NAME else base
@@ -51,14 +51,14 @@ def train(data: Path, output: Path, base: str, config: dict, arguments: dict) ->
 
 
 def text_config(*, target_modules: str | None = None, **values) -> IAIConfig:
-    """The configuration that the options of `hf-iai train` ask for.
+    """The configuration for the options of `hf-iai train`.
 
     Args:
         target_modules: `"all-linear"`, or names with commas between them.
         values: other fields of `IAIConfig`.
 
     Raises:
-        ValueError: for a state that is not read from texts, or what `IAIConfig` refuses.
+        ValueError: if the state type is not for texts, or `IAIConfig` refuses a value.
 
     Example:
         >>> from hf_iai.commands.train import text_config

@@ -1,4 +1,4 @@
-"""What an adapter learns besides LoRA, and how it refines a state."""
+"""Cores: what an adapter learns besides LoRA, and how it updates a state."""
 
 from .average import AverageCore
 from .both import BothCore

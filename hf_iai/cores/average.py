@@ -1,4 +1,4 @@
-"""The running average of what the base holds about each chunk, and its learned correction."""
+"""The running average of read-outs, and its learned correction."""
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from .signal import SignalCore
 
 @SIGNALS.register("observations")
 class AverageCore(SignalCore):
-    """`accumulation="average"`: every chunk is read out from theta(0), and the read-outs are averaged."""
+    """`accumulation="average"`: every chunk is read out from theta(0), and the state is the average read-out."""
 
     default_head = "gated"
     in_words = "No gradient is taken"
@@ -44,11 +44,11 @@ class AverageCore(SignalCore):
 
     def _initial(self, base: Base, batch_size: int) -> dict[str, Tensor]:
         tensors = self.state.initial(batch_size)
-        first = next(iter(tensors.values()))  # (B, L, H, P, D), P = m but for kept tokens
+        first = next(iter(tensors.values()))  # (B, L, H, P, D), P = m without the slots of kept tokens
         return tensors | {"precision": first.new_zeros(first.shape[:-1])}
 
     def read(self, base: Base, ids: Tensor, mask: Tensor, labels: Tensor) -> dict[str, Tensor]:  # (B, C) each
-        """A state of one chunk."""
+        """The read-out of one chunk, in the layout of a state."""
         return self._read_out(base, tokens_of(ids, mask, labels)["ids"], mask)
 
     def _read_out(self, base: Base, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:  # (B, C), or (B, C, d), and (B, C)
@@ -76,12 +76,12 @@ class AverageCore(SignalCore):
         return tensors
 
     def _replaced(self, state: TaskState, evidence: dict[str, Tensor]) -> Tensor:  # (B, L, H, P, D)
-        """What the chunk's tokens replace, per slot; nothing where nothing was read."""
+        """The values that the chunk's tokens replace, for each slot; 0 before the first chunk."""
         replaced = self.delta(state.tensors["value"], *(evidence[name] for name in WRITES))
         return replaced * (state.step > 0).view(-1, 1, 1, 1, 1)
 
     def _rate(self) -> Tensor:  # (L, H, P), or what broadcasts to it
-        """Forgetting per token; none without the correction."""
+        """The forgetting rate per token. It is 0 without the correction."""
         return self.average.rate() if self.config.correction else self.state.read_slots.new_zeros(1, 1, 1)
 
     def corrected(self, base: Base, state: TaskState) -> dict[str, Tensor]:
@@ -95,11 +95,11 @@ class AverageCore(SignalCore):
         return tensors
 
     def _gradient(self, state: TaskState) -> Tensor | None:  # (B, m, L, H, W)
-        """What the correction sees of gradients."""
+        """The gradients that the correction sees; None here."""
         return None
 
     def _weights(self, state: TaskState) -> Tensor:  # (B, L, H, m)
-        """How much each slot has seen: its weight in the average; of a kept token, how much was read after it."""
+        """The weight of each slot: its weight in the average; for a kept token, how many tokens were read after it."""
         weights = state.step.view(-1, 1, 1, 1) * state.tensors["precision"]
         if self.config.num_kept_tokens:
             age = state.tensors["kept_age"][..., 0]  # (B, 1, 1, K)

@@ -1,4 +1,4 @@
-"""Observations and gradients together: the average, corrected by a network that sees the gradients too."""
+"""Observations and gradients together: an average of read-outs, with a correction that sees the gradients too."""
 
 from torch import Tensor
 
@@ -14,10 +14,10 @@ from .core import Core, full_precision, tokens_of
 
 @SIGNALS.register("both")
 class BothCore(AverageCore):
-    """`signal="both"`: beside the average, the state keeps the mean of the chunks' gradients, `gradient_{name}`.
+    """`signal="both"`: the state also keeps the mean gradient of the chunks, as tensors `gradient_{name}`.
 
-    Each gradient is of the chunk's loss under the state as a query would have seen it before the chunk was read. Only
-    the correction uses them, and it starts at zero: at first this is the average.
+    The gradient of a chunk is that of its loss with respect to the state, as a query would have seen the state before
+    this chunk. Only the correction uses the gradients. It starts at zero, so at first the state is the plain average.
     """
 
     kind = "both"

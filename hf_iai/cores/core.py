@@ -1,4 +1,4 @@
-"""Core: all that an adapter learns besides LoRA, and one refinement step h_phi.
+"""Core: everything that an adapter learns besides LoRA, and one update h_phi of a state.
 
 Axes: B tasks, K chunks of C tokens, Q queries of T tokens for each task, N = B * Q.
 """
@@ -23,22 +23,24 @@ from ..tensors import NO_LOSS
 
 State = TaskState | Prediction
 Evidence = dict[str, Tensor]
-# ids, mask and labels, (B, K, C) each; of labelled examples (B, K, n, T) twice and (B, K, n); of vectors
-# (B, K, n, w) for ids, and of real targets labels (B, K, n, o)
+# ids, mask and labels of all chunks:
+#   text               (B, K, C)       (B, K, C)       (B, K, C)
+#   labelled texts     (B, K, n, T)    (B, K, n, T)    (B, K, n), or (B, K, n, o) for real targets
+#   vectors            (B, K, n, w)    (B, K, n)       the same
 Chunks = tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
 class EpisodeBatch:
-    """B episodes: chunks to read, then queries in a row to answer.
+    """B episodes: the chunks to read, then the queries to answer. Queries of all tasks follow each other.
 
     Args:
         chunks: ids, mask and labels of K chunks for each task.
-        ids: of N queries (N, T), or vectors (N, d).
-        mask: of the queries.
-        labels: of the queries, as the core scores them; None: nothing is scored.
+        ids: queries (N, T), or vectors (N, d).
+        mask: the mask of the queries.
+        labels: labels of the queries, in the form that the core scores. None: nothing is scored.
         num_queries: Q.
-        answers: what may be answered, where a query keeps its own prediction.
+        answers: the possible answers, in regime `implicit`.
     """
 
     chunks: Chunks
@@ -55,16 +57,16 @@ class EpisodeBatch:
 
 
 class Core(nn.Module, Part, ABC):
-    """What is learned, and how a chunk refines a state.
+    """What an adapter learns, and how a chunk updates a state.
 
-    `read` finds what a chunk says without the state, so that many chunks can be read in one batch. `step` makes the
-    next state of it.
+    `read` reads a chunk without the state, so many chunks can be read in one batch. Its result is the evidence. `step`
+    computes the next state from the evidence.
 
     Args:
         config: the adapter's configuration.
 
     Attributes:
-        uses_labels: whether the labels of a chunk of text matter; observations have no use for them.
+        uses_labels: whether the labels of a chunk of text are used. Observations do not use them.
     """
 
     uses_labels = False
@@ -79,31 +81,38 @@ class Core(nn.Module, Part, ABC):
 
     @abstractmethod
     def read(self, base: Base, ids: Tensor, mask: Tensor, labels: Tensor) -> Evidence:  # (B, C) each
-        """Evidence: what a chunk says without the state. `mask` is part of it."""
+        """The evidence of a chunk: what it says without the state. It includes the `mask`."""
 
     @abstractmethod
     def step(self, base: Base, state: State, evidence: Evidence) -> State:
-        """The state after the chunk. Rows without a token keep their state bitwise."""
+        """The state after one more chunk. A row without tokens keeps its state bitwise."""
 
     @abstractmethod
     def score(self, base: Base, states: list[State], episode: EpisodeBatch) -> Any:
-        """transformers' output: `loss` over the queries under all states, `logits` under the last one."""
+        """The model output: `loss` over the queries under all states, `logits` under the last one."""
 
     def with_classes(self, state: State, classes: Any) -> State:
-        """The state with room for classes that were met; only linear states have any."""
+        """Make room in the state for new classes. Only linear states have any."""
         return state
 
     def check_answers_without_state(self, *, disabled: bool) -> None:
-        """Refuse a query without a state where the base has no answer; `disabled`: the adapter is switched off."""
+        """Refuse a query without a state, if the base has no answer.
+
+        Args:
+            disabled: whether the adapter is switched off.
+
+        Raises:
+            ValueError: if the base cannot answer.
+        """
 
 
 class StateCore(Core):
-    """theta(0), how a chunk refines a task state, and how a query is answered under it.
+    """A core with a task state: theta(0), how a chunk updates the state, and how a query is answered under it.
 
     Args:
-        base: the pretrained model; its embeddings give theta(0) and the slots their first values.
+        base: the pretrained model. theta(0) and the slots start from its embeddings.
         config: the adapter's configuration.
-        reads: whether the base reads chunks out, into slots.
+        reads: whether the base reads chunks out into slots.
     """
 
     def __init__(self, base: Base, config: IAIConfig, *, reads: bool) -> None:
@@ -112,7 +121,7 @@ class StateCore(Core):
 
     @property
     def kind(self) -> str:
-        """How states were accumulated; only averages and sums merge."""
+        """How states were accumulated, `TaskState.accumulation`. Only averages and sums can be merged."""
         return self.config.accumulation
 
     def initial_state(self, base: Base, batch_size: int, identity: Identity) -> TaskState:
@@ -132,7 +141,7 @@ class StateCore(Core):
         return tokens_of(ids, mask, labels)
 
     def step(self, base: Base, state: TaskState, evidence: Evidence) -> TaskState:
-        """theta(i+1) = h(theta(i), evidence). Rows that read no token keep their state bitwise."""
+        """theta(i+1) = h(theta(i), evidence). A row without tokens keeps its state bitwise."""
         num_tokens = evidence["mask"].sum(1)  # (B,)
         read = num_tokens > 0
         tensors = {
@@ -153,17 +162,17 @@ class StateCore(Core):
 
     @contextmanager
     def under(self, base: Base, state: TaskState) -> Iterator[Prefix]:
-        """Passes inside answer under the state when they read behind the prefix that it yields."""
+        """A context in which the base answers under the state. Queries must be read after the prefix that it yields."""
         with self.state.under(base, self.corrected(base, state)) as prefix:
             yield prefix
 
     def answer(self, base: Base, state: TaskState, ids: Tensor, mask: Tensor, labels: Tensor | None = None, **kwargs):
-        """transformers' own output for queries (N, T) under the state."""
+        """The model output for queries (N, T) under the state."""
         with self.under(base, state) as prefix:
             return base.answer(prefix, ids, mask, labels, **kwargs)
 
     def corrected(self, base: Base, state: TaskState) -> dict[str, Tensor]:
-        """The state as a query sees it: all m slots, in the layout of the state type, after any learned correction."""
+        """The state as a query sees it: all m slots in the layout of the state type, after any learned correction."""
         return self.state.visible(base, state.tensors)
 
 
@@ -172,11 +181,11 @@ def _queries(episode: EpisodeBatch) -> tuple[Tensor, Tensor, Tensor | None]:
 
 
 def tokens_of(ids: Tensor, mask: Tensor, labels: Tensor) -> Evidence:  # (B, C) each
-    """A chunk's tokens, with nothing left under the mask."""
-    # What stands under the mask must not even route: experts compute all tokens that chose them in one batch.
+    """The tokens of a chunk as evidence, with ids and labels under padding removed."""
+    # Padding gets id 0: a mixture of experts routes padding too, and its ids would change the batch of each expert.
     return {"ids": ids.masked_fill(mask == 0, 0), "mask": mask, "labels": labels.masked_fill(mask == 0, NO_LOSS)}
 
 
 def full_precision(tensor: Tensor) -> torch.autocast:
-    """State and head compute in float32, also where autocast runs the base in less."""
+    """A context in which state and head compute in float32, even if autocast runs the base in a lower precision."""
     return torch.autocast(tensor.device.type, enabled=False)

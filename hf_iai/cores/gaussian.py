@@ -1,4 +1,4 @@
-"""The linear state of real targets: a linear regression, refined by each chunk of examples."""
+"""The linear state of real targets: a linear regression over features, updated by each chunk of examples."""
 
 from dataclasses import replace
 
@@ -13,11 +13,11 @@ from .rows import RowsCore
 
 
 class GaussianCore(RowsCore):
-    """`likelihood="gaussian"`: `heads.GaussianRows` refines the rows of a regression.
+    """`likelihood="gaussian"`: `heads.GaussianRows` updates a linear regression.
 
-    With x the features of an example, the pooled vector as it is, the predicted mean of a query is W x + b, where W and
-    b are `rows(state)`: at the start those of streaming ridge regression. Only sums are kept, so the order of the
-    examples does not matter.
+    With features x, the pooled vector without any scaling, the mean of a query is W x + b; `rows(state)` gives W and b.
+    Before training they are those of streaming ridge regression. Only sums are kept, so the order of examples does not
+    matter.
     """
 
     @staticmethod
@@ -25,7 +25,7 @@ class GaussianCore(RowsCore):
         return GaussianRows(fit_intercept=config.fit_intercept)
 
     def initial_state(self, base: Encoder, batch_size: int, identity: Identity, num_outputs: int = 0) -> TaskState:
-        """theta(0) of tasks whose first chunk says how many outputs there are; in training of `num_outputs`."""
+        """theta(0), to which the first chunk adds the number of outputs; in training with `num_outputs` outputs."""
         return self.with_classes(super().initial_state(base, batch_size, identity), num_outputs)
 
     def begin(self, base: Encoder, episode: EpisodeBatch) -> TaskState:
@@ -33,15 +33,17 @@ class GaussianCore(RowsCore):
         return self.initial_state(base, episode.num_tasks, Identity("", "in training"), num_outputs)
 
     def with_classes(self, state: TaskState, classes: int) -> TaskState:
-        """Room for that many outputs."""
+        """Make room in the state for this number of outputs."""
         return replace(state, tensors=with_outputs(state.tensors, classes))
 
     def read(self, base: Encoder, ids: Tensor, mask: Tensor, labels: Tensor) -> Evidence:
-        """Features (B, n, d) of the examples, targets (B, n, o), and mask (B, n * T) of the tokens that count.
+        """The evidence: features (B, n, d), targets (B, n, o), and a mask (B, n * T) of the tokens that count.
 
         Args:
-            ids, mask: (B, n, T); vectors in place of ids (B, n, 1, d). An example without a token is padding.
-            labels: (B, n, o).
+            base: the encoder.
+            ids, mask: (B, n, T); or vectors (B, n, 1, d) in place of ids, and mask (B, n, 1). An example without tokens
+                is padding.
+            labels: targets (B, n, o).
         """
         features = self.features(base, ids.flatten(0, 1), mask.flatten(0, 1))
         read = (mask != 0).flatten(1).long()
@@ -54,7 +56,7 @@ class GaussianCore(RowsCore):
             return self.head(state.tensors, features, evidence["labels"], real)
 
     def _loss(self, logits: Tensor, labels: Tensor, mask: Tensor, state: TaskState) -> Tensor:  # (N, o), (N, o), (N, T)
-        """Half the squared error, mean over outputs and queries: of unit variance, -log p but for its constant."""
+        """Half the mean squared error over outputs and queries: -log p with unit variance, without its constant."""
         labels = labels.unsqueeze(-1) if labels.dim() == 1 else labels
         if not labels.is_floating_point() or labels.shape != logits.shape:
             raise ValueError(

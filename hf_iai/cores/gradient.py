@@ -1,4 +1,4 @@
-"""Gradients alone: each chunk's loss under the state moves the state."""
+"""Gradients alone: each chunk moves the state by the gradient of its loss."""
 
 from torch import Tensor
 
@@ -39,7 +39,7 @@ class GradientCore(SignalCore):
 
     def __init__(self, base: Base, config: IAIConfig) -> None:
         super().__init__(base, config, reads=False)
-        if config.initial_rate is None:  # saved with the adapter: learned rates are relative to it
+        if config.initial_rate is None:  # the rate is saved with the adapter, since learned rates are relative to it
             config.initial_rate = self.state.initial_rate
         self.head = HEADS[config.head].make(self.state, config)
 

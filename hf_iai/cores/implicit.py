@@ -1,4 +1,4 @@
-"""Regime `implicit`: the state is a query's own prediction, refined by each chunk."""
+"""Regime `implicit`: the state is a query's own prediction, which each chunk updates."""
 
 from dataclasses import replace
 from typing import Any
@@ -16,20 +16,22 @@ from .core import Core, EpisodeBatch, full_precision
 
 
 class ImplicitCore(Core):
-    """yhat(i+1) = r_gamma([x, yhat(i)], chunk(i)).
+    """Refines predictions: yhat(i+1) = r_gamma([x, yhat(i)], chunk(i)).
 
-    One pass over [chunk][query x][slots] gives all that a step needs. The slots hold the current prediction, as the
-    expected embedding of the answer under it, plus a learned embedding, 0 at first. Of the logits l = yhat,
+    A step needs one pass over [chunk][query x][slots]. The slots hold the current prediction, as the expected embedding
+    of the answer, plus a learned embedding that starts at 0. The prediction is kept as logits l:
 
         l(i+1) = l(i) + w (log p(. | chunk, x) - log p(. | x)) + gate * scores(h),     l(0) = log p(. | x)
         w      = 2 sigmoid(<a, norm(h)> + b)
 
-    h is the slot's last hidden state, and `scores` what the output embeddings make of it. With a = b = gate = 0, where
-    training starts, this is a product of experts: Bayes' rule for chunks that are independent given the answer. What
-    training adds is in the base's LoRA, active in every pass, which learns to say no more than it knows; in w, with
-    which a chunk abstains or counts twice; and in the gated scores of slots that have seen chunk, query and prediction.
+    h is the last hidden state of the slot. `scores` are the answers' scores that the output embeddings give for h.
 
-    Predictions kept as probabilities or latents: `states.prediction`.
+    Training starts with a = b = gate = 0. This is a product of experts: Bayes' rule for chunks that are independent
+    given the answer. Training adds three things. The LoRA of the base, active in every pass, learns calibrated
+    predictions. The weight w lets a chunk abstain (w = 0) or count twice (w = 2). The gated scores come from slots that
+    have seen chunk, query and current prediction.
+
+    `predictions.prediction` describes predictions that are kept as probabilities or latents.
 
     Source: Mittal et al., arXiv 2510.11471, equation 4; the product of experts is ours.
     """
@@ -43,25 +45,25 @@ class ImplicitCore(Core):
         self.gate = nn.Parameter(torch.zeros(()))
 
     def begin(self, base: Base, episode: EpisodeBatch) -> Prediction:
-        """yhat(0) of an episode's queries."""
+        """yhat(0) for the queries of an episode."""
         return self.first(base, Queries(episode.ids, episode.mask), episode.answers)
 
     def score(self, base: Base, states: list[Prediction], episode: EpisodeBatch) -> Any:
-        """`loss` is the mean over the predictions; `logits` are those of the last one."""
+        """The model output: `loss` is the mean over all predictions, `logits` are those of the last one."""
         answers = states[-1].answers
         logits = [self.logits(base, state) for state in states]
         losses = [answers.loss(one, episode.labels) for one in logits]
         return CausalLMOutput(loss=torch.stack(losses).mean(), logits=answers.output(logits[-1]))
 
     def answer(self, base: Base, state: Prediction) -> Tensor:
-        """What the queries' answers are now, as a caller sees them."""
+        """The current answers to the queries, in the form that a caller gets."""
         return state.answers.output(self.logits(base, state))
 
     def first(self, base: Base, queries: Queries, answers: Answers) -> Prediction:
-        """yhat(0), what base and LoRA say without a chunk.
+        """yhat(0), the prediction of base and LoRA without a chunk.
 
-        Token a of a free answer is predicted behind the predictions of those before it, so that A passes make A of
-        them final, one after the other; gradient goes to the last pass alone.
+        Token a of a free answer is predicted given the predictions of the tokens before it. So A tokens take A passes;
+        each pass makes one more token final. Gradients flow through the last pass only.
         """
         nothing = self.slot.new_zeros(len(queries), answers.num_slots, len(self.slot))
         with torch.set_grad_enabled(torch.is_grad_enabled() and answers.num_slots == 1):
@@ -74,12 +76,12 @@ class ImplicitCore(Core):
         return Prediction(self.kind.start(outlook), queries, answers, prior)
 
     def read(self, base: Base, ids: Tensor, mask: Tensor, labels: Tensor) -> dict[str, Tensor]:  # (B, C) each
-        """What depends on a chunk alone: its keys and values, which all queries share."""
+        """The evidence: the keys and values of a chunk, which all its queries share."""
         with base.lora(True):
             return read_keys_values(base, base.embed(ids.masked_fill(mask == 0, 0)), mask)
 
     def step(self, base: Base, state: Prediction, evidence: dict[str, Tensor]) -> Prediction:
-        """yhat(i+1). Queries of a task whose chunk has no token keep their prediction bitwise."""
+        """yhat(i+1). If a task's chunk has no tokens, its queries keep their predictions bitwise."""
         queries, answers = state.queries, state.answers
         slots = answers.embedded(base, self.logits(base, state))
         outlook = self._outlook(base, queries, answers, evidence, slots)
@@ -95,7 +97,7 @@ class ImplicitCore(Core):
         return replace(state, tensors={name: torch.where(read, t, state.tensors[name]) for name, t in tensors.items()})
 
     def logits(self, base: Base, state: Prediction) -> Tensor:  # (N, S, V)
-        """Of the answers: free tokens (N, A, vocabulary), or labels (N, 1, C)."""
+        """The logits of the answers: free tokens (N, A, V), or labels (N, 1, C)."""
         with base.lora(True):
             return self.kind.logits(base, state)
 
@@ -107,13 +109,14 @@ class ImplicitCore(Core):
         chunk: dict[str, Tensor] | None,
         slots: Tensor,  # (N, S, d)
     ) -> PassOutput:
+        """One pass over [chunk][query][slots], or without a chunk if it is None."""
         with base.lora(True):
             before, own = queries.followed_by(base, chunk, slots + self.slot.to(slots.dtype))
             log_probs = answers.log_probs(base, queries, chunk, before)
         return PassOutput(before.float(), log_probs, own.float())
 
     def _scores(self, base: Base, answers: Answers, slots: Tensor) -> Tensor:  # (N, S, d)
-        """What the slots add, before the gate."""
+        """The correction by the slots, before the gate."""
         if self.kind.latent:
             return slots
         with base.lora(True):

@@ -1,4 +1,4 @@
-"""Regime `implicit` of vectors: an observation is a pair (x, y), a query an x."""
+"""Regime `implicit` for vectors: a chunk holds examples (x, y), a query is an x."""
 
 from dataclasses import replace
 
@@ -15,10 +15,11 @@ from .implicit import ImplicitCore
 
 
 class ImplicitVectorCore(ImplicitCore):
-    """`vector_width=n`: an example is one token, x and y by learned maps; a query one of x and a slot behind it.
+    """Refines predictions for vectors (`vector_width`).
 
-    The step is that of `ImplicitCore`, with what hidden states say of answers learned too (`vector_answers`): the base
-    is usually a small one, made from a configuration, which LoRA and these maps make a reader of examples.
+    Learned maps turn x and y of an example into one token. A query is a token of x and a slot after it. The step is
+    that of `ImplicitCore`, but the map from hidden states to answers is learned too (`predictions.vector_answers`). The
+    base is usually a small one without pretraining; LoRA and these maps teach it to read examples.
     """
 
     def __init__(self, base: Base, config: IAIConfig) -> None:
@@ -31,11 +32,11 @@ class ImplicitVectorCore(ImplicitCore):
         raise ValueError("a base says nothing of vectors by itself: use refine(chunks, {'inputs_embeds': vectors})")
 
     def first(self, base: Base, queries: Queries, answers: Answers) -> Prediction:
-        """yhat(0) of queries that are vectors (N, 1, n); `answers` are the core's own."""
+        """yhat(0) for queries that are vectors (N, 1, n). `answers` are the core's own."""
         return super().first(base, replace(queries, ids=self._embedded(base, queries.ids)), answers)
 
     def read(self, base: Base, vectors: Tensor, mask: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Of chunks of vectors (B, n, w) and mask (B, n), labels (B, n) or (B, n, o)."""
+        """The evidence of vectors (B, n, w) with mask (B, n) and labels (B, n) or (B, n, o): their keys and values."""
         with full_precision(mask):
             examples = self.vector(vectors) + self.answers.of_targets(labels)
         with base.lora(True):

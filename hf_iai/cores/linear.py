@@ -1,4 +1,4 @@
-"""The linear state of classes: rows of a classifier, refined by each chunk of labelled texts."""
+"""The linear state of classes: a classifier over features, updated by each chunk of labelled examples."""
 
 from dataclasses import replace
 
@@ -15,13 +15,13 @@ from .rows import RowsCore
 
 
 class LinearCore(RowsCore):
-    """`state_type="linear"`: `heads.ClassRows` refines the rows of a classifier.
+    """`state_type="linear"`: `heads.ClassRows` updates a classifier.
 
-    With x the features of a text, the logits of a query are W x + b, where W and b are `rows(state)`. At the start they
-    are those of the streaming nearest class mean m_c of what was read, `50 (m_c' x - |m_c|^2 / 2)`.
+    With features x of a text, the logits of a query are W x + b; `rows(state)` gives W and b. Before training they are
+    those of a streaming classifier by nearest class mean m_c, `50 (m_c' x - |m_c|^2 / 2)`.
 
-    No gradient is taken. But the learned correction of the rows adds up examples, with coefficients of label minus
-    probability, and the gradient of the softmax loss with respect to the rows has the same coefficients.
+    No gradient is computed. But the learned correction of a row is a sum of examples with coefficients label minus
+    probability. The gradient of the softmax loss with respect to the rows has the same coefficients.
     """
 
     @staticmethod
@@ -29,7 +29,7 @@ class LinearCore(RowsCore):
         return ClassRows()
 
     def initial_state(self, base: Encoder, batch_size: int, identity: Identity, num_classes: int = 0) -> TaskState:
-        """theta(0) of tasks without a class; in training of `num_classes` classes, called by their numbers."""
+        """theta(0) without classes; in training with `num_classes` classes that are named by their numbers."""
         nothing = super().initial_state(base, batch_size, identity)
         return self.with_classes(nothing, (tuple(map(str, range(num_classes))),) * batch_size)
 
@@ -43,11 +43,12 @@ class LinearCore(RowsCore):
         return replace(state, tensors=tensors, class_names=classes)
 
     def read(self, base: Encoder, ids: Tensor, mask: Tensor, labels: Tensor) -> Evidence:
-        """Features (B, n, d) of the examples, labels (B, n), and mask (B, n * T) of the tokens that count.
+        """The evidence: features (B, n, d), labels (B, n), and a mask (B, n * T) of the tokens that count.
 
         Args:
-            ids, mask: (B, n, T); vectors in place of ids (B, n, 1, d).
-            labels: (B, n), -100 for padding; an example without a token is padding too.
+            base: the encoder.
+            ids, mask: (B, n, T); or vectors (B, n, 1, d) in place of ids, and mask (B, n, 1).
+            labels: class numbers (B, n), -100 for padding. An example without tokens is padding too.
         """
         labels = labels.masked_fill(~mask.any(-1), NO_LOSS)
         features = self.features(base, ids.flatten(0, 1), mask.flatten(0, 1))
@@ -63,11 +64,11 @@ class LinearCore(RowsCore):
             return self.head(state.tensors, evidence["features"], evidence["labels"])
 
     def features(self, base: Encoder, ids: Tensor, mask: Tensor) -> Tensor:  # (N, T) each -> (N, d)
-        """What the state sees of texts: the pooled vector, centred and of unit length."""
+        """The features of texts: the pooled vector, centred and scaled to unit length."""
         return centred_unit(super().features(base, ids, mask))
 
     def _loss(self, logits: Tensor, labels: Tensor, mask: Tensor, state: TaskState) -> Tensor:  # (N, C), (N,), (N, T)
-        """Mean cross-entropy of the queries whose class has an example in the state, 0 without any."""
+        """The mean cross-entropy of the queries whose class has an example in the state; 0 if there are none."""
         num_classes = logits.shape[1]
         if labels.is_floating_point() or labels.dim() != 1 or int(labels.max()) >= num_classes:
             raise ValueError(

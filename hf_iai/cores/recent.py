@@ -1,4 +1,4 @@
-"""The control: a state that is exactly the last m tokens."""
+"""The control `accumulation="recent"`: a state that is exactly the last m tokens."""
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from .core import StateCore
 
 
 class RecentCore(StateCore):
-    """`accumulation="recent"`: the slots hold what the bare base holds of the m most recent tokens, read alone."""
+    """`accumulation="recent"`: the slots hold the m most recent tokens, as the bare base reads them alone."""
 
     def __init__(self, base: Base, config: IAIConfig) -> None:
         super().__init__(base, config, reads=False)
@@ -33,7 +33,7 @@ class RecentCore(StateCore):
         return self._slots(base, ids, real) | {"recent_ids": ids}
 
     def _slots(self, base: Base, ids: Tensor, real: Tensor) -> dict[str, Tensor]:  # (B, m) each
-        """The bare base's slots for the real tokens, read alone at positions 0..m-1; theta(0) in the others."""
+        """The real tokens as the bare base reads them alone, at positions 0..m-1; theta(0) in the other slots."""
         if self.config.pin_bos:
             ids = torch.cat([ids.new_full((len(ids), 1), self.bos_token_id), ids], 1)
             real = torch.cat([real.new_ones(len(real), 1), real], 1)
@@ -48,11 +48,15 @@ def push_tokens(
     ids: Tensor,  # (B, C)
     mask: Tensor,  # (B, C)
 ) -> tuple[Tensor, Tensor]:
-    """First in, first out: the last m real tokens of [recent][ids], real ones first, and their number."""
+    """First in, first out: keep the last m real tokens of [recent][ids].
+
+    Returns:
+        The ids (B, m), real ones first, and their number (B,).
+    """
     m = recent.shape[1]
     kept = torch.arange(m, device=ids.device) < count[:, None]
     everything, real = torch.cat([recent, ids], 1), torch.cat([kept, mask.bool()], 1)
-    # A stable sort brings the real tokens, in order, to the right end; then the last m are moved to the left.
+    # A stable sort moves the real tokens to the right end, in order. Then the last m are moved to the left.
     right = everything.gather(1, real.long().sort(dim=1, stable=True).indices)[:, -m:]
     count = real.sum(1).clamp_max(m)
     columns = (torch.arange(m, device=ids.device) - count[:, None]) % m

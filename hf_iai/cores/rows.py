@@ -1,4 +1,4 @@
-"""Linear states: an encoder embeds every example of a chunk, and a head turns running sums into rows."""
+"""Linear states: an encoder embeds the examples of a chunk, and a head computes a linear model from running sums."""
 
 from abc import abstractmethod
 from typing import Any
@@ -13,7 +13,7 @@ from .core import StateCore, full_precision
 
 
 class RowsCore(StateCore):
-    """What classifiers and regressions share: features x of a query give W x + b, with W and b of the state."""
+    """Base of classifiers and regressions. A query with features x gets W x + b; the state gives W and b."""
 
     kind = "sums"
 
@@ -24,14 +24,14 @@ class RowsCore(StateCore):
     @staticmethod
     @abstractmethod
     def make_head(config: IAIConfig) -> nn.Module:
-        """What refines the sums and turns them into rows."""
+        """Make the head that updates the sums and computes W and b from them."""
 
     def _initial(self, base: Encoder, batch_size: int) -> dict[str, Tensor]:
         device = base.model.get_input_embeddings().weight.device
         return self.head.initial(batch_size, 0, self.state.width, device)
 
     def rows(self, state: TaskState) -> tuple[Tensor, Tensor]:
-        """W (B, C, d) and b (B, C) of C classes or outputs; b is -1e4 for a class without an example."""
+        """W (B, C, d) and b (B, C) for C classes or outputs; b is -1e4 for a class without an example."""
         with full_precision(state.step):
             return self.head.rows(state.tensors)
 
@@ -51,7 +51,7 @@ class RowsCore(StateCore):
         labels: Tensor | None = None,  # (N,), or (N, o)
         **kwargs: Any,
     ) -> SequenceClassifierOutput:
-        """`logits` (N, C) of N queries; each task answers N / B of them, one after the other."""
+        """The model output for N queries, with `logits` (N, C). Each task answers N / B consecutive queries."""
         _check_arguments(kwargs)
         features = self.features(base, ids, mask).unflatten(0, (state.batch_size, -1))  # (B, N / B, d)
         rows, bias = self.rows(state)
@@ -61,18 +61,22 @@ class RowsCore(StateCore):
         return SequenceClassifierOutput(loss=loss, logits=logits)
 
     def features(self, base: Encoder, ids: Tensor, mask: Tensor) -> Tensor:  # (N, T) each -> (N, d)
-        """What the state sees of texts: the pooled vector."""
+        """The features of texts: the pooled vector."""
         trained = self.config.lora_answers
         with base.lora(trained):
             return base.features(ids, mask, self.config.pooling, frozen=not trained)
 
     @abstractmethod
     def _loss(self, logits: Tensor, labels: Tensor, mask: Tensor, state: TaskState) -> Tensor:
-        """Mean over the queries."""
+        """The mean loss of the queries."""
 
 
 def _check_arguments(kwargs: dict) -> None:
-    """Tokenizers give token types, which are all 0 for a single text; transformers and PEFT pass unset options on."""
+    """Refuse arguments that have no use here.
+
+    Token types are accepted if all are 0, since tokenizers return them for single texts too. Options that are None or
+    False are accepted, since transformers and PEFT pass them on.
+    """
     types = kwargs.pop("token_type_ids", None)
     if types is not None and types.any():
         raise ValueError("token_type_ids mark a second text, but a linear state reads single texts: leave them out")

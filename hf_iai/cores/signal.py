@@ -1,4 +1,4 @@
-"""A signal: what a chunk says about a state. The core of each signal registers itself with what follows here."""
+"""SignalCore: base class of the cores that are registered as a signal."""
 
 from ..bases.base import Base
 from ..config import IAIConfig
@@ -7,10 +7,10 @@ from .core import Core, StateCore
 
 
 class SignalCore(StateCore):
-    """A core that is registered as a signal of `IAIConfig`.
+    """A core that is registered under a value of `IAIConfig.signal`.
 
     Attributes:
-        default_head: of the heads that take this signal.
+        default_head: the head that is used if the configuration names none.
         in_words: a sentence for model cards.
     """
 
@@ -20,12 +20,12 @@ class SignalCore(StateCore):
 
     @classmethod
     def make(cls, base: Base, config: IAIConfig) -> Core:
-        """The core of an adapter that reads texts."""
+        """Make the core of an adapter that reads texts."""
         return cls(base, config)
 
     @classmethod
     def reads_out(cls, config: IAIConfig) -> bool:
-        """Whether the base, with LoRA, reads chunks out."""
+        """Whether the base, with LoRA, reads chunks out into slots."""
         return True
 
     @classmethod
@@ -33,7 +33,7 @@ class SignalCore(StateCore):
         """Fill in the head.
 
         Raises:
-            ValueError: for a head of another signal.
+            ValueError: if the head does not belong to this signal.
         """
         heads = [name for name, head in HEADS.items() if config.signal in head.signals]
         heads.sort(key=lambda name: name != cls.default_head)

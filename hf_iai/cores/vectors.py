@@ -1,4 +1,4 @@
-"""States of vectors, with `vector_width`: an observation is a pair (x, y), a query an x.
+"""Task states of vectors (`vector_width`): a chunk holds examples (x, y), a query is an x.
 
 Axes: B tasks, n examples, N queries, w width of a vector, e width of embeddings, V scores of an answer.
 """
@@ -21,7 +21,7 @@ from .gradient import GradientCore
 
 
 class VectorCore(StateCore):
-    """Mixin that answers queries that are vectors; combine it with a core that updates the state."""
+    """Mixin that answers queries that are vectors. Combine it with a core that updates the state."""
 
     def __init__(self, base: Base, config: IAIConfig) -> None:
         super().__init__(base, config)
@@ -41,7 +41,10 @@ class VectorCore(StateCore):
         labels: Tensor | None = None,  # (N, 1) or (N, 1, o), padding marked
         **kwargs,
     ) -> SequenceClassifierOutput:
-        """`logits` (N, C), or means (N, o), of N / B queries of each task; `loss` is the mean of -log p(label)."""
+        """The model output for N queries, N / B consecutive ones of each task.
+
+        `logits` are (N, C), or means (N, o); `loss` is the mean of -log p(label).
+        """
         asked = sorted(n for n, v in kwargs.items() if v is not None and v is not False and n != "return_dict")
         if asked:
             raise ValueError(f"answers about vectors have logits and a loss only, got {asked}: leave them out")
@@ -53,11 +56,11 @@ class VectorCore(StateCore):
 
     @abstractmethod
     def _scores(self, base: Base, state: TaskState, vectors: Tensor) -> Tensor:  # (B, N / B, w) -> (B, N / B, V)
-        """Of the queries."""
+        """The scores of the queries."""
 
 
 class ReadVectorCore(VectorCore, AverageCore):
-    """Examples are tokens, x and y by learned maps, which the base reads out: the state is the average of read-outs."""
+    """An average of read-outs. Learned maps turn x and y of each example into one token for the base."""
 
     def __init__(self, base: Base, config: IAIConfig) -> None:
         super().__init__(base, config)
@@ -67,14 +70,14 @@ class ReadVectorCore(VectorCore, AverageCore):
         self.target = (nn.Linear if real else nn.Embedding)(config.num_outputs, width)
 
     def read(self, base: Base, ids: Tensor, mask: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Of vectors (B, n, w) and mask (B, n), labels (B, n) or (B, n, o)."""
+        """The read-out of vectors (B, n, w) with mask (B, n) and labels (B, n) or (B, n, o)."""
         with full_precision(mask):
             examples = (self.vector(ids) + self.target(labels)).masked_fill((mask == 0).unsqueeze(-1), 0.0)
         return self._read_out(base, examples, mask)
 
 
 class ExplicitVectorCore(ReadVectorCore):
-    """`regime="explicit"`: a query is one token, which base and LoRA read under the state; a learned map decodes."""
+    """`regime="explicit"`: base and LoRA read a query as one token under the state; a learned map gives the scores."""
 
     def __init__(self, base: Base, config: IAIConfig) -> None:
         super().__init__(base, config)
@@ -91,7 +94,7 @@ class ExplicitVectorCore(ReadVectorCore):
 
 
 class MLPCore(ReadVectorCore):
-    """`state_type="mlp"`: the state is the predictor's weights, which the base writes; it has no part in answers."""
+    """`state_type="mlp"`: the state is the weights of a small network. The base computes them and does not answer."""
 
     def _scores(self, base: Base, state: TaskState, vectors: Tensor) -> Tensor:
         with full_precision(vectors):
@@ -99,13 +102,13 @@ class MLPCore(ReadVectorCore):
 
 
 class MLPGradientCore(VectorCore, GradientCore):
-    """`state_type="mlp"`, `signal="gradients"`: each chunk's loss moves the predictor's weights; no base reads."""
+    """`state_type="mlp"`, `signal="gradients"`: each chunk's loss moves the network's weights; the base is not used."""
 
     def read(self, base: Base, ids: Tensor, mask: Tensor, labels: Tensor) -> dict[str, Tensor]:
         return {"ids": ids, "mask": mask, "labels": vector_targets(labels, mask)}
 
     def _gradient(self, base: Base, theta: dict[str, Tensor], evidence: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Of the mean of -log p(label) over each task's examples."""
+        """The gradient of each task's mean of -log p(label) over its examples."""
 
         def losses(theta: dict[str, Tensor], vectors: Tensor, targets: Tensor) -> Tensor:  # -> (B,)
             return self.likelihood.loss_of_each(self.likelihood.natural(self.state.scores(theta, vectors)), targets)

@@ -1,4 +1,4 @@
-"""Does the model get better with every chunk it reads, and better than what needs no adapter?"""
+"""Evaluation: quality against the number of chunks read, beside baselines that need no adapter."""
 
 from .bootstrap import bootstrap_mean
 from .curve import Curve

@@ -1,4 +1,4 @@
-"""Right answers of a classifier against the number of chunks read, next to classifiers that keep all examples.
+"""Accuracy of a classifier against the number of chunks read, beside classifiers that keep all examples.
 
 Axes: S examples read, Q queries, d features.
 """
@@ -32,23 +32,26 @@ def accuracy_curve(
     method: str = "iai",
     show_progress: bool = True,
 ) -> Curve:
-    """`evaluate_curve` for a model with a linear state or of vectors: which queries of each episode it answers right.
+    """`evaluate_curve` for classes: whether each query is answered right.
 
-    At n is the state, or in regime implicit the prediction, that read the first n chunks. The baselines
-    (`nearest_class_mean`, `nearest_neighbours`, `logistic_regression`, `sgd_rows`, `adam_rows`; see
-    `hf_iai.evaluation.classifiers`) are fitted to the features of all examples in these chunks, with `vector_width` the
-    vectors themselves; `lora_fine_tuning` trains the encoder on their texts, anew for every count, for about a minute.
-    A query whose class was not met yet is answered wrong, but by luck where classes are the numbers below
-    `num_outputs`.
+    At n, the model has read the first n chunks of examples. The baselines in `hf_iai.evaluation.classifiers`
+    (`nearest_class_mean`, `nearest_neighbours`, `logistic_regression`, `sgd_rows`, `adam_rows`) are fitted to the
+    features of all examples in these chunks; with `vector_width`, to the vectors themselves. `lora_fine_tuning` trains
+    the encoder on the texts of these examples, anew for each n, which takes about a minute.
+
+    A query whose class has not been met yet counts as wrong. With `vector_width` and classes that are numbers below
+    `num_outputs`, such a query may be right by chance.
 
     Args:
-        episodes: rows `{"support": [{"text", "label"}...], "query": [...], optional "group": str}`; or of given vectors
-            `{"vector", "label"}`, which take no tokenizer.
-        num_chunks: counts of at least 1.
+        model: a PeftModel with an IAI adapter.
+        episodes: rows `{"support": [{"text", "label"}...], "query": [...], optional "group": str}`; for vectors
+            `{"vector", "label"}`, without a tokenizer.
+        num_chunks: the values of n, at least 1.
+        baselines, tokenizer, chunk_size, seed, method, show_progress: see `evaluate_curve`.
 
     Raises:
-        ValueError: for a count below 1, unknown baselines, no episode, a support that fills too few chunks, or
-            `lora_fine_tuning` on vectors.
+        ValueError: if a count is below 1, a baseline is unknown, there is no episode, a support fills too few chunks,
+            or `lora_fine_tuning` is asked for on vectors.
     """
     counts = checked_counts(num_chunks, baselines, method, KNOWN)
     found = partial(_of_episode, model, method=method, baselines=baselines, tokenizer=tokenizer, chunk_size=chunk_size)
@@ -59,7 +62,7 @@ def accuracy_curve(
 def _of_episode(
     model, episode: dict, counts: list[int], *, method: str, baselines: Sequence[str], tokenizer, chunk_size: int
 ) -> Iterator[Value]:
-    """Whether each query was answered right."""
+    """For each method and count, whether each query was answered right."""
     if FINE_TUNED in baselines and _are_vectors(episode["query"]):
         raise ValueError(f"{FINE_TUNED} trains the encoder on texts, but an episode holds vectors: leave it out")
     wanted = np.array([str(row["label"]) for row in episode["query"]])
@@ -84,19 +87,20 @@ def _of_episode(
 
 
 def _answers(model, chunks: list[dict], query: dict[str, torch.Tensor]) -> Iterator[np.ndarray]:  # (Q,)
-    """What each query's label is called, after each chunk."""
+    """The class names that the model answers with, after each chunk."""
     numbered = model.base_model.task.reads_vectors
     for chunk, logits in zip(chunks, logits_after_each(model, chunks, query), strict=True):
         names = chunk["label_names"]
-        if numbered and are_numbers(names):  # which stay as they are, and need not have been met
+        if numbered and are_numbers(names):  # the model keeps such numbers and may answer with any of them
             names = [*map(str, range(logits.shape[-1]))]
         yield np.array(names)[logits[:, : len(names)].argmax(-1).cpu()]
 
 
 def features_of(model, inputs: dict[str, torch.Tensor]) -> np.ndarray:  # (N, d)
-    """What a model with a linear state sees of texts or vectors; with `vector_width` the vectors.
+    """The features that a linear state is computed from; with `vector_width` the vectors themselves.
 
     Args:
+        model: a PeftModel with an IAI adapter.
         inputs: `input_ids` and `attention_mask` (N, T), or `inputs_embeds` (N, d).
     """
     tuner = model.base_model
@@ -120,7 +124,7 @@ def _chunks(rows: Sequence[dict], tokenizer, chunk_size: int) -> Iterator[dict]:
 
 
 def _inputs(rows: Sequence[dict], tokenizer) -> dict[str, torch.Tensor]:
-    """What the model takes of queries: (Q, d), or (Q, T) each."""
+    """The model inputs of queries: vectors (Q, d), or ids and mask (Q, T)."""
     if _are_vectors(rows):
         return {"inputs_embeds": _vectors(rows)}
     return text_tokens([row["text"] for row in rows], tokenizer)

@@ -1,4 +1,4 @@
-"""The bootstrap over whole groups: tokens of one document are no independent draws."""
+"""The bootstrap over groups. Tokens of one document are not independent, so whole documents or tasks are drawn."""
 
 import numpy as np
 
@@ -11,24 +11,24 @@ def bootstrap_mean(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> tuple[float, float, float]:
-    """Mean over all tokens and its percentile interval, with whole groups drawn anew.
+    """The mean over all tokens, and its percentile interval over resamples of whole groups.
 
     With sum_g and count_g over the tokens of group g, and G groups drawn with replacement in each resample,
 
         mean = sum_g sum_g / sum_g count_g
 
     Args:
-        values: (E, T), one row per episode; NaN marks a token that is not counted.
+        values: (E, T), one row per episode; NaN for a token that does not count.
         groups: (E,), the document or task of each episode.
-        num_resamples: how many resamples the interval is read from.
+        num_resamples: number of resamples.
         confidence: share of the resamples inside the interval.
-        seed: of the resampling; the same groups and seed draw the same resamples.
+        seed: seed of the resampling. The same groups and seed give the same resamples.
 
     Returns:
-        mean, low, high. With a single group the spread is unknown and low and high are NaN.
+        mean, low, high. With a single group the spread is unknown, and low and high are NaN.
 
     Raises:
-        ValueError: when the lengths differ, or no token is counted.
+        ValueError: if the lengths differ, or no token counts.
 
     Example:
         >>> import numpy as np
@@ -59,6 +59,6 @@ def bootstrap_mean(
 
 
 def groups_of(episodes: list[dict]) -> np.ndarray:  # (E,)
-    """The document or task of each episode; an episode without one is a group of its own."""
+    """The document or task of each episode. An episode without one is a group of its own."""
     groups = [episode.get("group") for episode in episodes]
     return np.array([f"episode {i}" if group is None else str(group) for i, group in enumerate(groups)])

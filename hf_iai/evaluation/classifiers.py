@@ -1,7 +1,7 @@
-"""Baselines of a linear state: classifiers fitted to all labelled features that were read so far.
+"""Baselines for classifiers: they are fitted to all labelled features read so far.
 
-Axes: S examples read, Q queries, d features, C classes. Labels are integers; a classifier answers with one of those
-that it was given.
+Axes: S examples read, Q queries, d features, C classes. Labels are integers. A classifier answers with one of the
+labels that it was given.
 """
 
 import warnings
@@ -14,15 +14,15 @@ from torch import Tensor, nn
 from .extras import require_extra
 
 Classifier = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]  # (S, d), (S,), (Q, d) -> (Q,)
-FOLDS, STRENGTHS, FEW = 3, (0.1, 1.0, 10.0, 100.0), 10.0  # C of logistic regression, by cross-validation or not
+FOLDS, STRENGTHS, FEW = 3, (0.1, 1.0, 10.0, 100.0), 10.0  # values of C: for cross-validation, and without it
 NEIGHBOURS = 5
-# For features of unit length: the best of six rates (1 .. 300 and 0.003 .. 1) after 1, 5 and 20 chunks on 12 tasks of
-# intents that no figure is measured on.
+# For features of unit length: the best of six rates (1 .. 300 and 0.003 .. 1) after 1, 5 and 20 chunks, on 12 intent
+# tasks that no reported number is measured on.
 SGD_RATE, ADAM_RATE, CHUNK, SWEEPS = 30.0, 0.1, 20, 5
 
 
 def nearest_class_mean(x: np.ndarray, y: np.ndarray, queries: np.ndarray) -> np.ndarray:
-    """The class whose mean is nearest, by Euclidean distance."""
+    """The class with the nearest mean, by Euclidean distance."""
     classes, index = np.unique(y, return_inverse=True)
     means = np.zeros((len(classes), x.shape[1]))
     np.add.at(means, index, x)
@@ -31,18 +31,18 @@ def nearest_class_mean(x: np.ndarray, y: np.ndarray, queries: np.ndarray) -> np.
 
 
 def nearest_neighbours(x: np.ndarray, y: np.ndarray, queries: np.ndarray) -> np.ndarray:
-    """What most of the 5 nearest examples are, the nearer counting more."""
+    """The majority class of the 5 nearest examples, weighted by the inverse of their distance."""
     neighbours = require_extra("sklearn.neighbors", "baselines")
     model = neighbours.KNeighborsClassifier(min(NEIGHBOURS, len(x)), weights="distance")
     return model.fit(x, y).predict(queries)
 
 
 def logistic_regression(x: np.ndarray, y: np.ndarray, queries: np.ndarray) -> np.ndarray:
-    """Refitted from nothing; C by 3-fold cross-validation where every class has 3 examples, else 10."""
+    """Logistic regression on all examples. C is 10, or cross-validated (3 folds) if every class has 3 examples."""
     linear = require_extra("sklearn.linear_model", "baselines")
     if len(np.unique(y)) == 1:
         return np.full(len(queries), y[0])
-    # The penalty is rotation-invariant: with fewer examples than features, their span is all there is to fit.
+    # The penalty does not change under rotation, so fitting in the span of the examples gives the same result faster.
     basis = np.linalg.qr(x.T)[0]
     model = linear.LogisticRegression(C=FEW, max_iter=1000)
     if np.bincount(y)[np.unique(y)].min() >= FOLDS:
@@ -54,19 +54,19 @@ def logistic_regression(x: np.ndarray, y: np.ndarray, queries: np.ndarray) -> np
 
 
 def sgd_rows(x: np.ndarray, y: np.ndarray, queries: np.ndarray) -> np.ndarray:
-    """Rows that plain gradient descent moves, chunk by chunk, keeping no example."""
+    """A linear classifier that SGD trains chunk by chunk, without keeping examples."""
     return _descended(x, y, queries, lambda rows: torch.optim.SGD(rows, SGD_RATE))
 
 
 def adam_rows(x: np.ndarray, y: np.ndarray, queries: np.ndarray) -> np.ndarray:
-    """Rows that Adam moves, chunk by chunk, keeping no example."""
+    """A linear classifier that Adam trains chunk by chunk, without keeping examples."""
     return _descended(x, y, queries, lambda rows: torch.optim.Adam(rows, ADAM_RATE))
 
 
 def _descended(
     x: np.ndarray, y: np.ndarray, queries: np.ndarray, make: Callable[[list[Tensor]], torch.optim.Optimizer]
 ) -> np.ndarray:
-    """Five steps on each chunk of 20 examples, in their order; rows and biases start at 0."""
+    """Five steps on each chunk of 20 examples, in order. Rows and biases start at 0."""
     classes, index = np.unique(y, return_inverse=True)
     x, labels = torch.from_numpy(x).float(), torch.from_numpy(index)
     rows, bias = x.new_zeros(len(classes), x.shape[1]), x.new_zeros(len(classes))

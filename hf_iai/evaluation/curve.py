@@ -1,4 +1,4 @@
-"""Curve: losses of tokens, or right answers, of methods against the number of chunks, and what is read off them."""
+"""Curve: losses, accuracy or errors of several methods against the number of chunks, and statistics on them."""
 
 import json
 import math
@@ -13,26 +13,27 @@ from .bootstrap import bootstrap_mean
 from .extras import require_extra
 from .render import draw_curve, print_curve
 
-NumChunks = int | float  # a fraction where a window was filled by part of a chunk
+NumChunks = int | float  # a fraction if part of a chunk filled a window
 Key = tuple[str, NumChunks, int]  # method, number of chunks, training seed
 
 
 @dataclass(frozen=True, eq=False)
 class Curve:
-    """Losses of E queries, token by token, for every method, number of chunks n and training seed.
+    """The losses of E queries, token by token, for every method, number of chunks n and training seed.
 
-    Intervals are 95% bootstrap intervals over whole groups. Wherever `from_token` = k is taken, only query tokens k,
-    k+1, ... count (token 0 has no loss): what remains where recency no longer helps.
+    Intervals are 95% bootstrap intervals over whole groups. Many methods take `from_token` = k: then only the query
+    tokens k, k+1, ... count. Token 0 has no loss. The text right before a query helps mostly with its first tokens, so
+    later tokens show what else was learned.
 
     Args:
-        losses: (method, n, seed) -> (E, T - 1) losses in nats of query tokens 1..T-1; NaN where a token has none. With
-            metric `"accuracy"` (E, Q): 1 for a query that was answered right, 0 for one that was not; with
-            `"squared_error"` (E, Q).
+        losses: (method, n, seed) -> values (E, columns); NaN where there is none. See `metric`.
         groups: (E,), the document or task of each episode.
-        metric: `"loss"`, `"squared_error"` or `"accuracy"`; of the last more is better.
+        metric: `"loss"`: the losses in nats of query tokens 1..T-1, (E, T - 1). `"accuracy"`: 1 for a query that is
+            answered right, else 0, (E, Q); here more is better. `"squared_error"`: of each query, (E, Q).
 
     Raises:
-        ValueError: when the arrays differ in shape, in which tokens have a loss, or from the number of groups.
+        ValueError: if there is no method, or the arrays differ in shape, in their number of rows from `groups`, or in
+            which tokens have a loss.
 
     Example:
         >>> import numpy as np
@@ -61,10 +62,11 @@ class Curve:
 
     @staticmethod
     def concat(curves: Sequence["Curve"]) -> "Curve":
-        """One curve with the methods and seeds of all, measured on the same episodes.
+        """Join curves that were measured on the same episodes: all their methods and seeds in one curve.
 
         Raises:
-            ValueError: for no curve, other episodes, or two different values of one method, count and seed.
+            ValueError: if there is no curve, the episodes differ, or two curves hold different values for the same
+                method, count and seed.
         """
         if not curves:
             raise ValueError("no curve given: pass at least one")
@@ -87,14 +89,14 @@ class Curve:
         return sorted({seed for _, _, seed in self.losses})
 
     def counts(self, method: str) -> list[NumChunks]:
-        """The numbers of chunks that `method` was measured at, ascending."""
+        """The numbers of chunks at which `method` was measured, ascending."""
         counts = sorted({n for name, n, _ in self.losses if name == method})
         if not counts:
             raise ValueError(f"no method {method!r} in this curve; it holds {self.methods}")
         return counts
 
     def rows(self, from_token: int = 0) -> list[dict]:
-        """One row per method, count and seed: method, num_chunks, seed, the metric, low, high, num_tokens."""
+        """One row per method, count and seed, with method, num_chunks, seed, the metric, low, high, num_tokens."""
         columns = self._columns(from_token)
         rows = []
         for (method, n, seed), losses in self.losses.items():
@@ -105,18 +107,18 @@ class Curve:
         return rows
 
     def mean(self, method: str, num_chunks: NumChunks, from_token: int = 0) -> dict:
-        """mean, low and high of the loss, averaged over seeds."""
+        """The mean loss with low and high, averaged over seeds."""
         return _interval(self._over_seeds(method, num_chunks)[:, self._columns(from_token)], self.groups)
 
     def difference(self, a: tuple[str, NumChunks], b: tuple[str, NumChunks], from_token: int = 0) -> dict:
-        """mean, low and high of the paired difference loss(a) - loss(b), averaged over seeds; negative: a is better.
+        """The mean paired difference loss(a) - loss(b) with low and high, averaged over seeds. Negative: a is lower.
 
         Args:
             a, b: (method, number of chunks).
-            from_token: first query token that counts.
+            from_token: the first query token that counts.
 
         Raises:
-            ValueError: for a method or count that was not measured, or measured with other seeds.
+            ValueError: if a method or count was not measured, or a and b were measured with different seeds.
         """
         if self._seeds_of(*a) != self._seeds_of(*b):
             raise ValueError(f"{a} has seeds {self._seeds_of(*a)}, {b} has {self._seeds_of(*b)}: they cannot be paired")
@@ -124,9 +126,9 @@ class Curve:
         return _interval(paired[:, self._columns(from_token)], self.groups)
 
     def steps(self, from_token: int = 0, *, method: str = "iai") -> list[dict]:
-        """Paired difference of each count to the one before: from_chunks, to_chunks, mean, low, high.
+        """The paired difference between each count and the one before: from_chunks, to_chunks, mean, low, high.
 
-        The loss falls significantly where `high < 0` and rises significantly where `low > 0`.
+        The loss falls significantly if `high < 0`, and rises significantly if `low > 0`.
         """
         counts = self.counts(method)
         return [
@@ -138,26 +140,33 @@ class Curve:
         """`rows` as a `pandas.DataFrame`.
 
         Raises:
-            ImportError: without pandas.
+            ImportError: if pandas is not installed.
         """
         return require_extra("pandas").DataFrame(self.rows(from_token))
 
     def print(self, from_token: int = 0) -> None:
-        """A table with one line per method, averaged over seeds: loss and half the width of its interval."""
+        """Print a table with one line per method, averaged over seeds: the loss and half the width of its interval."""
         print_curve(self, from_token)
 
     def plot(self, path: str | os.PathLike, from_token: int = 0) -> None:
-        """Write a PNG: loss against chunks with intervals; methods of a single count are flat lines.
+        """Write a PNG of loss against chunks, with intervals. A method with a single count is a flat line.
 
         Raises:
-            ImportError: without matplotlib.
+            ImportError: if matplotlib is not installed.
         """
         draw_curve(self, path, from_token)
 
     def to_json(self, path: str | os.PathLike, **extra) -> None:
-        """Write `rows` for all tokens (`rows_from_token_0`) and tokens 32+ (`rows_from_token_32`), and `extra` beside.
+        """Write a JSON file with `rows` for all tokens (`rows_from_token_0`) and for tokens 32+ (`rows_from_token_32`).
 
-        The file is renamed into place when it is whole; an unknown interval is null.
+        The file is renamed into place when it is complete. An unknown interval is null.
+
+        Args:
+            path: the file.
+            extra: further values for the file.
+
+        Raises:
+            ValueError: if an extra value has the name of the rows.
         """
         num_tokens = self._num_columns + 1
         parts = [k for k in (0, 32) if k < num_tokens] if self.metric == "loss" else [0]

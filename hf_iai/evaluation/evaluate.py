@@ -1,6 +1,6 @@
-"""evaluate_curve: quality against the number of chunks read, next to baselines.
+"""evaluate_curve: quality against the number of chunks read, beside baselines.
 
-The kind of task says which metric its curve has, and `EVALUATORS` which function measures it.
+The kind of task names the metric of its curve. `EVALUATORS` maps the metric to the function that measures it.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -26,48 +26,59 @@ def evaluate_curve(
     static_model=None,
     show_progress: bool = True,
 ) -> Curve:
-    """Losses of each episode's query after the n chunks right before it, for every n.
+    """Measure the quality of a model after reading n chunks, for several n, beside baselines.
 
-    The method's value at n is the loss under the state that read these n chunks and nothing else; at 0 it is
-    `model.initial_state()`. All methods are scored on the same query tokens. The baselines:
+    What is measured depends on the kind of task:
 
-    - `no_context`: the bare base sees the query alone;
-    - `fewer_shots`: the bare base sees the m = `model.num_slots` tokens before the query;
-    - `last_chunk`: the state that read the last chunk only;
-    - `full_context`: the bare base sees n chunks. Counts that do not fit its window are replaced by one that fills it,
-      reported under the number of chunks that it really sees;
+        kind of task                        value per query                         default n
+        text                                loss of each token, nats                0, 1, 2, 4, 8, 16
+        regime implicit, text               loss of each token of the answer        0, 1, 2, 4, 8, 16
+        classification, vectors (classes)   1 if answered right, else 0             1, 2, 5, 10, 20
+        regression, vectors (targets)       squared error                           1, 2, 5, 10, 20
+
+    For text, the model's value at n is its loss under the state that has read only the n chunks right before the query;
+    at n = 0 that is `model.initial_state()`. All methods are scored on the same query tokens. The baselines are:
+
+    - `no_context`: the bare base sees the query alone.
+    - `fewer_shots`: the bare base also sees the m = `model.num_slots` tokens before the query.
+    - `last_chunk`: the state that has read the last chunk only.
+    - `full_context`: the bare base sees n chunks of real text. If n chunks do not fit its window, it sees as many
+      tokens as fit. This row then has the number of chunks that it really sees, which may be a fraction.
     - `static_state`, with `static_model`: a trained initial state of the same size that reads nothing.
 
-    In regime implicit it is the loss of the query's answer, its labelled tokens, as the n chunks have refined it; token
-    a of several is predicted behind the prediction of those before it, where the bare base sees the tokens themselves.
-    There are no slots, and no `fewer_shots`; label sets of episodes are refused.
+    In regime implicit the answer of a query are its labelled tokens. Each of several answer tokens is predicted given
+    the *prediction* of the tokens before it, while the bare base sees these tokens themselves. There are no slots, so
+    there is no `fewer_shots`. Episodes with a set of labels are refused.
 
-    For a model with a linear state, or of vectors in any regime, the curve is of accuracy or, of real targets, of the
-    squared error, after the first n chunks of `chunk_size` labelled examples (20 by default): texts or given vectors,
-    for real targets vectors alone. Classifiers and regressions of the same features stand beside it; see
-    `hf_iai.evaluation.accuracy` and `squared_error`.
+    For labelled examples, n chunks are the first n chunks of `chunk_size` examples. The baselines are classifiers or
+    regressions fitted to the same features of these examples; see `hf_iai.evaluation.accuracy` and
+    `hf_iai.evaluation.squared_error`. Examples with real targets must be vectors.
 
     Args:
-        model: an adapted model (a PeftModel of IAI).
-        episodes: rows `{"support": [...], "query": [one example], optional "group": str}`; the support fills at least
-            `max(num_chunks)` chunks. Intervals are clustered by `group`, each episode its own where there is none.
-        num_chunks: counts of chunks to evaluate at, in any order; None: 0, 1, 2, 4, 8, 16, or 1, 2, 5, 10, 20.
-        baselines: names out of the list above (`static_state` follows from `static_model`); None: all four; nearest
-            class mean and logistic regression; or ridge.
-        tokenizer: needed unless the examples are tokenised (`{"input_ids"}`).
-        chunk_size: C, tokens per chunk; `model.max_chunk_size` by default.
-        batch_size: episodes read at once, 16 by default; changes speed and memory only. Not for labelled examples,
-            which are read episode by episode.
-        seed: the training seed of `model`, which labels its rows; `Curve.concat` joins several.
-        method: name of the model's rows.
-        static_model: another adapted model, trained to use its initial state alone.
-        show_progress: show a progress bar, one step per batch.
+        model: a PeftModel with an IAI adapter.
+        episodes: rows `{"support": [...], "query": [one example], optional "group": str}`. Labelled episodes may have
+            several queries. The support must fill `max(num_chunks)` chunks. Confidence intervals are clustered by
+            `group`; an episode without one is a group of its own.
+        num_chunks: the values of n, in any order. None: the defaults above.
+        baselines: names of baselines (`static_state` only needs `static_model`). None: the first four for text (no
+            `fewer_shots` in regime implicit), `nearest_class_mean` and `logistic_regression` for classes, `ridge` for
+            real targets.
+        tokenizer: the base's tokenizer; not needed if the examples are tokenised (`{"input_ids"}`).
+        chunk_size: tokens or examples per chunk. None: `model.max_chunk_size`.
+        batch_size: episodes per batch, for text. It changes only speed and memory. None: 16.
+        seed: the training seed of `model`, which labels its rows. `Curve.concat` joins curves of several seeds.
+        method: the name of the model's rows.
+        static_model: another adapted model, trained to use only its initial state.
+        show_progress: whether to show a progress bar.
+
+    Returns:
+        A `Curve`, which prints, plots and compares the methods.
 
     Raises:
-        ValueError: for an option that has no meaning for the model, a size below 1, unknown baselines, a baseline that
-            reads while `num_chunks` is only 0, a baseline of slots in regime implicit, no episode, an episode with too
-            few chunks, with several queries, or text without a tokenizer. In regime implicit also for an episode with
-            `labels`, or with a labelled token that is not among the last ones of its query.
+        ValueError: if an option has no meaning for the model, a size is below 1, a baseline is unknown, a baseline
+            reads chunks while `num_chunks` is only 0, `fewer_shots` is asked for in regime implicit, there is no
+            episode, an episode has too few chunks or several queries of text, or there is text but no tokenizer. In
+            regime implicit also if an episode has `labels`, or a labelled token of a query is not among its last ones.
 
     Example:
         >>> from datasets import Dataset

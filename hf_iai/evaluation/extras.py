@@ -1,14 +1,14 @@
-"""Packages of the extras, imported where they are needed."""
+"""Optional packages (extras), imported only when they are needed."""
 
 from importlib import import_module
 from types import ModuleType
 
 
 def require_extra(module: str, extra: str = "plots") -> ModuleType:
-    """Import a module that an extra brings.
+    """Import a module that an extra of the package installs.
 
     Raises:
-        ImportError: when it is not installed; the message names the extra.
+        ImportError: if it is not installed; the message names the extra.
     """
     try:
         return import_module(module)

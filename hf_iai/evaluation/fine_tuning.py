@@ -1,4 +1,4 @@
-"""LoRA fine-tuning of the encoder on all labelled texts so far: the baseline that costs a training run per task."""
+"""LoRA fine-tuning of the encoder on all labelled texts read so far: a baseline with a training run for each task."""
 
 import copy
 import time
@@ -16,16 +16,17 @@ RANK, RATE, BATCH, STEPS = 8, 1e-3, 16, 100
 def lora_fine_tuning(
     model, support: dict[str, Tensor], labels: Tensor, query: dict[str, Tensor], *, seed: int = 0
 ) -> tuple[Tensor, float]:
-    """Answers of the encoder's own classifier, trained with LoRA of rank 8 by 100 steps of AdamW, and what it took.
+    """Train the encoder and its own classifier with LoRA of rank 8, by 100 steps of AdamW, and answer the queries.
 
     Args:
-        model: an adapted model with a linear state; its bare encoder is copied, and stays as it is.
-        support, query: `input_ids` and `attention_mask`, (S, T) and (Q, T').
-        labels: (S,), numbers from 0.
-        seed: of the new head, LoRA and the batches.
+        model: an adapted model with a linear state. A copy of its bare encoder is trained; the model does not change.
+        support: `input_ids` and `attention_mask` of the examples, (S, T).
+        labels: class numbers of the examples, (S,), from 0.
+        query: `input_ids` and `attention_mask` of the queries, (Q, T').
+        seed: seed of the new head, LoRA and batches.
 
     Returns:
-        The class of each query (Q,), and seconds.
+        The class of each query (Q,), and the seconds that training and answering took.
 
     Source: Hu et al., LoRA, arXiv 2106.09685.
     """

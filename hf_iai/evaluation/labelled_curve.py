@@ -1,4 +1,4 @@
-"""Curves over episodes of labelled examples: what accuracy and squared error share.
+"""Curves over episodes of labelled examples: the common part of accuracy and squared error.
 
 Axes: Q queries, C classes, o outputs.
 """
@@ -28,10 +28,20 @@ def labelled_curve(
     metric: str,
     show_progress: bool,
 ) -> Curve:
-    """What `of_episode` finds of every episode after the first n chunks of `chunk_size` examples, for each of `counts`.
+    """The curve of the values that `of_episode` measures on every episode, after each of `counts` chunks of examples.
+
+    Args:
+        episodes: the episodes.
+        counts: numbers of chunks, ascending.
+        methods: names of the model's rows and the baselines.
+        of_episode: measures one episode.
+        chunk_size: examples per chunk.
+        seed: the training seed, which labels the rows.
+        metric: the metric of the curve.
+        show_progress: whether to show a progress bar.
 
     Raises:
-        ValueError: for no episode, or a support that fills too few chunks.
+        ValueError: if there is no episode, or a support fills too few chunks.
     """
     episodes = list(episodes)
     if not episodes:
@@ -50,10 +60,10 @@ def labelled_curve(
 
 
 def checked_counts(num_chunks: Sequence[int], baselines: Sequence[str], method: str, known: Sequence[str]) -> list[int]:
-    """The counts, ascending.
+    """The counts in ascending order.
 
     Raises:
-        ValueError: for a count below 1, baselines that are not `known`, or a method that is called like one.
+        ValueError: if a count is below 1, a baseline is not among `known`, or `method` is the name of a baseline.
     """
     counts = sorted(set(num_chunks))
     if not counts or counts[0] < 1:
@@ -67,7 +77,7 @@ def checked_counts(num_chunks: Sequence[int], baselines: Sequence[str], method: 
 
 @torch.no_grad()
 def logits_after_each(model, chunks: list[dict], query: dict[str, Tensor]) -> Iterator[Tensor]:  # (Q, C) or (Q, o)
-    """What a model says of queries after each chunk: under its state or, in regime implicit, as refined."""
+    """The model's answers to the queries after each chunk: under its state, or as refined in regime implicit."""
     query = {name: tensor.to(model.device) for name, tensor in query.items()}
     if model.base_model.task.makes_states:
         yield from (model(**query, task_state=state).logits for state in model.adapt_steps(chunks))

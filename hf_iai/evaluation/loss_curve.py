@@ -1,4 +1,4 @@
-"""Loss of every query token against the number of chunks read, next to the bare base."""
+"""Loss of every query token against the number of chunks read, beside the bare base."""
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -15,10 +15,10 @@ from .curve import Curve, NumChunks
 from .losses import Batch, bare_base_losses, refined_losses, state_losses
 
 BASELINES = ("no_context", "fewer_shots", "last_chunk", "full_context")
-_NEEDS_SLOTS = "fewer_shots"  # as many tokens as the state has slots
+_NEEDS_SLOTS = "fewer_shots"  # sees as many tokens as the state has slots
 _NEED_CHUNKS = ("fewer_shots", "last_chunk", "full_context")
 
-# (method, number of chunks) -> what turns a batch into its (B, T - 1) losses
+# (method, number of chunks) -> function that gives the losses (B, T - 1) of a batch
 Scorers = dict[tuple[str, NumChunks], Callable[[Batch], Tensor]]
 
 
@@ -36,7 +36,7 @@ def loss_curve(
     static_model,
     show_progress: bool,
 ) -> Curve:
-    """`evaluate_curve` for a model that answers in tokens; see there."""
+    """`evaluate_curve` for models that answer in tokens; see there."""
     has_slots = model.base_model.task.makes_states
     num_chunks = (0, 1, 2, 4, 8, 16) if num_chunks is None else num_chunks
     if baselines is None:
@@ -83,7 +83,7 @@ def _batches(episodes: list[dict], tokenizer, chunk_size: int, batch_size: int, 
 def _baseline_scorers(
     model, losses: Callable, baselines: Sequence[str], counts: list[int], chunk_size: int, room: int
 ) -> Scorers:
-    """`losses(model, batch, num_chunks)` are those after reading."""
+    """The scorers of the baselines. `losses(model, batch, num_chunks)` gives the losses after reading chunks."""
     scorers: Scorers = {}
     if "no_context" in baselines:
         scorers["no_context", 0] = partial(bare_base_losses, model, num_tokens=0)
@@ -98,7 +98,7 @@ def _baseline_scorers(
 
 
 def _full_context_counts(counts: list[int], chunk_size: int, room: int) -> list[NumChunks]:
-    """0, the counts that leave the query its place, and what fills the window if some do not."""
+    """0, the counts that fit the window with the query, and what fills it exactly if some count does not fit."""
     fitting: list[NumChunks] = sorted({0, *(n for n in counts if n * chunk_size <= room)})
     filled = room // chunk_size if room % chunk_size == 0 else room / chunk_size
     return [*fitting, filled] if counts[-1] > filled > fitting[-1] else fitting
@@ -149,7 +149,7 @@ def _join(batches: list[Tensor]) -> np.ndarray:  # (E, T - 1), NaN after the end
 
 
 class _NoTokenizer:
-    """Stands in where all examples are tokenised; whatever only a tokenizer can do is then an error that says so."""
+    """Takes the place of a tokenizer if all examples are tokenised. Any call that needs a real one is an error."""
 
     eos_token_id, pad_token_id = None, 0
 

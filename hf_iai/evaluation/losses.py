@@ -1,6 +1,6 @@
-"""Loss of every query token, under a task state or under the bare base.
+"""Losses of query tokens, under a task state or under the bare base.
 
-Axes: B episodes, K chunks of C tokens, Q = 1 query of T tokens, V vocabulary. A batch is what `EpisodeCollator` gives.
+Axes: B episodes, K chunks of C tokens, Q = 1 query of T tokens, V vocabulary. `EpisodeCollator` makes the batches.
 """
 
 import torch
@@ -17,7 +17,7 @@ def token_losses(
     logits: Tensor,  # (B, T, V)
     labels: Tensor,  # (B, T)
 ) -> Tensor:  # (B, T - 1)
-    """Negative log-likelihood in nats of tokens 1..T-1, each from the logits before it; NaN where the label is -100.
+    """Negative log-likelihood in nats of tokens 1..T-1, each from the logits before it. NaN if the label is -100.
 
     Example:
         >>> import torch
@@ -31,7 +31,7 @@ def token_losses(
 
 
 def state_losses(model, batch: Batch, num_chunks: int) -> Tensor:  # (B, T - 1)
-    """Losses under the state that read the last `num_chunks` chunks of the batch, `initial_state` for none."""
+    """Losses under the state that has read the last `num_chunks` chunks of the batch; `initial_state` if that is 0."""
     query, labels = _query(batch)
     total = batch["chunk_input_ids"].shape[1]
     if num_chunks:
@@ -42,26 +42,26 @@ def state_losses(model, batch: Batch, num_chunks: int) -> Tensor:  # (B, T - 1)
 
 
 def refined_losses(model, batch: Batch, num_chunks: int) -> Tensor:  # (B, T - 1)
-    """Losses of the answer, in regime implicit, under the prediction that the last `num_chunks` chunks have refined.
+    """Losses of the answers in regime implicit, after the last `num_chunks` chunks have refined the predictions.
 
-    A query's answer are its labelled tokens. Token a of several is predicted behind the prediction of those before it,
-    not behind the tokens themselves.
+    The answer of a query are its labelled tokens. Each of several answer tokens is predicted given the prediction of
+    the tokens before it, not given these tokens themselves.
     """
     query, labels = _query(batch)
     first = batch["chunk_input_ids"].shape[1] - num_chunks
     chunks = (_chunk(batch, k) for k in range(first, first + num_chunks))
     *_, logits = model.refine(chunks, query | {"labels": labels}, with_start=True)  # (B, A, V)
     answered = labels[:, 1:] != NO_LOSS  # (B, T - 1)
-    slots = (answered.cumsum(1) - 1).clamp_min(0)  # of each token, the one that predicts it
+    slots = (answered.cumsum(1) - 1).clamp_min(0)  # for each token, the number of the slot that predicts it
     targets = labels[:, 1:].masked_fill(~answered, 0)
     found = logits.log_softmax(-1)[torch.arange(len(labels), device=labels.device).unsqueeze(1), slots, targets]
     return (-found).masked_fill(~answered, float("nan"))
 
 
 def bare_base_losses(model, batch: Batch, num_tokens: int) -> Tensor:  # (B, T - 1)
-    """Losses of the base without adapter that sees the last `num_tokens` real tokens of the chunks before the query.
+    """Losses of the base without adapter, which sees the last `num_tokens` real tokens of the chunks before the query.
 
-    Rows are packed to the left, so that every token stands at its own position whatever kind of positions the base has.
+    Rows have no padding on the left, so every token has its own position with any kind of positions.
     """
     query, labels = _query(batch)
     contexts = _last_real_tokens(batch, num_tokens)

@@ -1,4 +1,4 @@
-"""How a curve looks: as a table on the terminal and as a PNG."""
+"""The looks of a curve: a table on the terminal, and a PNG."""
 
 import os
 from pathlib import Path

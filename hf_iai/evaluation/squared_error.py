@@ -1,4 +1,4 @@
-"""Squared error of real targets against the number of chunks read, next to regressions that keep all examples.
+"""Squared error of real targets against the number of chunks read, beside regressions that keep all examples.
 
 Axes: S examples read, Q queries, d features, o outputs.
 """
@@ -20,14 +20,14 @@ PENALTIES, NEIGHBOURS = tuple(10.0**k for k in range(-4, 4)), 5
 
 
 def ridge(x: np.ndarray, y: np.ndarray, queries: np.ndarray) -> np.ndarray:
-    """Refitted to all examples, with an intercept; the penalty, of eight, by leave-one-out cross-validation."""
+    """Ridge regression on all examples, with an intercept. Leave-one-out validation chooses one of eight penalties."""
     if len(x) == 1:  # nothing to leave out
         return np.repeat(y, len(queries), 0)
     return require_extra("sklearn.linear_model", "baselines").RidgeCV(PENALTIES).fit(x, y).predict(queries)
 
 
 def nearest_neighbours(x: np.ndarray, y: np.ndarray, queries: np.ndarray) -> np.ndarray:
-    """Mean of the 5 nearest examples, the nearer counting more."""
+    """The mean of the 5 nearest examples, weighted by the inverse of their distance."""
     neighbours = require_extra("sklearn.neighbors", "baselines")
     return neighbours.KNeighborsRegressor(min(NEIGHBOURS, len(x)), weights="distance").fit(x, y).predict(queries)
 
@@ -46,20 +46,22 @@ def squared_error_curve(
     method: str = "iai",
     show_progress: bool = True,
 ) -> Curve:
-    """`evaluate_curve` for a model of `likelihood="gaussian"`: the squared error of each query, mean over its outputs.
+    """`evaluate_curve` for real targets: the squared error of each query, averaged over its outputs.
 
-    At n is the state, or in regime implicit the prediction, that read the first n chunks. The baselines (`ridge`,
-    `nearest_neighbours`, see `REGRESSORS`) are fitted to the same features of all examples in these chunks, with
-    `vector_width` the vectors themselves.
+    At n, the model has read the first n chunks of examples. The baselines (`ridge` and `nearest_neighbours`, see
+    `REGRESSORS`) are fitted to the same features of all examples in these chunks; with `vector_width`, to the vectors
+    themselves.
 
     Args:
-        episodes: rows `{"support": [{"vector", "label"}...], "query": [...], optional "group": str}`; a label is a
-            floating number, or one for each output.
-        num_chunks: counts of at least 1.
+        model: a PeftModel with an IAI adapter.
+        episodes: rows `{"support": [{"vector", "label"}...], "query": [...], optional "group": str}`. A label is a
+            floating number, or one number for each output.
+        num_chunks: the values of n, at least 1.
+        baselines, chunk_size, seed, method, show_progress: see `evaluate_curve`.
 
     Raises:
-        ValueError: for a count below 1, unknown baselines, no episode, a support that fills too few chunks, no query,
-            or a row without a vector or a floating label, or with one of another width.
+        ValueError: if a count is below 1, a baseline is unknown, there is no episode or no query, a support fills too
+            few chunks, a row has no vector or no floating label, or vectors or labels differ in width.
     """
     counts = checked_counts(num_chunks, baselines, method, list(REGRESSORS))
     found = partial(_of_episode, model, method=method, baselines=baselines, chunk_size=chunk_size)
@@ -85,9 +87,10 @@ def _of_episode(
 
 
 def _arrays(rows: Sequence[dict]) -> tuple[np.ndarray, np.ndarray]:  # (S, d), (S, o)
-    """
+    """The vectors (S, d) and targets (S, o) of rows.
+
     Raises:
-        ValueError: for no row, one without a vector or a floating label, or rows of several widths.
+        ValueError: if there is no row, a row has no vector or no floating label, or widths differ.
     """
     if not rows:
         raise ValueError("an episode needs at least one query and one example, got none")

@@ -1,1 +1,1 @@
-"""Task states for those who do not have hf_iai: plain PEFT adapters and plain transformers classifiers."""
+"""Export of task states for use without hf_iai: as plain PEFT adapters, or as plain transformers classifiers."""

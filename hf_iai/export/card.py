@@ -1,4 +1,4 @@
-"""The README of an export: what it is and how it is loaded without hf_iai."""
+"""The README of an export: what it is, and how to load it without hf_iai."""
 
 from huggingface_hub import ModelCard, ModelCardData
 from peft import LoraConfig, PeftConfig
@@ -36,12 +36,12 @@ def export_card(
     """The card of an export.
 
     Args:
-        config: of the adapter that made the state.
+        config: configuration of the adapter that made the state.
         adapter: PEFT's configuration of the export.
-        state: what was exported, of B tasks.
-        name: of the export's folder.
-        dtype: of its values.
-        has_base: whether the predictor lies in `base`.
+        state: the exported state of B tasks.
+        name: name of the export's folder.
+        dtype: type of the exported values.
+        has_base: whether the predictor was written to `base`.
     """
     data = ModelCardData(
         library_name="peft",

@@ -1,4 +1,4 @@
-"""A linear state as a plain transformers classifier, which loads without hf_iai."""
+"""Export of a linear state as a plain transformers classifier, which loads without hf_iai."""
 
 import copy
 import os
@@ -18,21 +18,21 @@ from ..model import IAIModel
 from ..state import TaskState
 from .peft import unwrapped
 
-# Powers of two: multiplying by them rounds nothing.
-GAIN = 2.0**30  # of the pooled vector against what a layer adds it to: beyond float32's precision
-SMALL = 2.0**-17  # tanh is the identity there
+# Powers of two, so that multiplying by them causes no rounding.
+GAIN = 2.0**30  # makes the pooled vector so large that the residual is lost below float32's precision
+SMALL = 2.0**-17  # makes the input of tanh so small that tanh is the identity
 
 
 @dataclass(frozen=True)
 class Family:
-    """Where a stock classifier keeps what an export sets; paths of modules.
+    """The places in a classifier of transformers that an export sets. All but `activation` are paths of modules.
 
     Args:
-        dense: the head's layer before the last.
-        classifier: its last.
-        activation: of `dense`.
-        layers: of the encoder; None where the head pools and normalizes by itself.
-        value, output: of the attention within one of them.
+        dense: the layer of the head before the last one.
+        classifier: the last layer of the head.
+        activation: the activation after `dense`.
+        layers: the layers of the encoder. None if the head pools and normalizes by itself.
+        value, output: modules of the attention within a layer.
     """
 
     dense: str
@@ -63,24 +63,27 @@ def export_classifier(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> None:
-    """Write a linear state as a checkpoint of the base's own class, for `AutoModelForSequenceClassification`.
+    """Write a linear state as a checkpoint for `AutoModelForSequenceClassification`, in the base's own class.
 
-    Its logits are those of `model(**query, task_state=state)` up to the rounding of float32, and the names of the
-    labels lie in its `id2label`. The stock heads of BERT, RoBERTa and DistilBERT look at the first token only: for
-    them the encoder gets one layer more, whose attention is uniform, so that the first token holds the mean of all, and
-    whose LayerNorm brings it to the features' length. The head's dense layer passes it on, its last layer has the rows.
-    ModernBERT's head pools and normalizes by itself.
+    Its logits equal those of `model(**query, task_state=state)` up to float32 rounding. The names of the labels are
+    stored in its `id2label`.
+
+    The heads of BERT, RoBERTa and DistilBERT only see the first token. For them one more encoder layer is added. Its
+    attention is uniform, so the first token holds the mean of all tokens, and its LayerNorm scales this mean to the
+    length of the features. The head's dense layer passes the features on, and its last layer holds the rows. The head
+    of ModernBERT pools and normalizes by itself.
 
     Args:
-        model: the IAI model that made the state; it stays as it is. In regime explicit its LoRA is merged.
-        state: of one task that has read at least one example.
+        model: the IAI model that made the state. It does not change. In regime explicit its LoRA is merged into the
+            checkpoint.
+        state: the state of one task that has read at least one example.
         path: a new or empty folder.
-        tokenizer: written beside the weights; by default the one in the base's folder, if that is a folder.
+        tokenizer: saved with the weights. None: the tokenizer in the base's folder, if the base is a folder.
 
     Raises:
-        ValueError: for another model or state, several tasks, a state without classes, a quantized base, or a family
-            whose head cannot express it; the message lists those that can.
-        FileExistsError: when something is in `path`.
+        ValueError: if the model has no linear state of classes, the state has several tasks or no class, the base is
+            quantized, or the head of its family cannot express the classifier; the message lists the families that can.
+        FileExistsError: if `path` is not empty.
 
     Example:
         >>> export_classifier(model, state, "intents")  # doctest: +SKIP
@@ -131,7 +134,7 @@ def _checked_family(base: PreTrainedModel) -> Family:
 
 @torch.no_grad()
 def _classifier(base: PreTrainedModel, family: Family, config: IAIConfig, names: tuple[str, ...]) -> PreTrainedModel:
-    """The base's class with a head of as many classes, over its first token or whatever it pools by itself."""
+    """The base's class, with a head for these classes that sees the first token, or pools by itself."""
     settings = copy.deepcopy(base.config)
     settings.id2label, settings.label2id = dict(enumerate(names)), {name: c for c, name in enumerate(names)}
     settings.problem_type = "single_label_classification"
@@ -149,10 +152,10 @@ def _classifier(base: PreTrainedModel, family: Family, config: IAIConfig, names:
 
 
 def _set_pooling(layer: nn.Module, family: Family, *, mean: bool) -> None:
-    """Make a layer that leaves LayerNorm(mean of all tokens), or LayerNorm(own token), at every token.
+    """Make a layer that gives LayerNorm(mean of all tokens), or LayerNorm(the token itself), at every token.
 
-    Queries and keys of zero attend to all tokens alike. The residual is the token itself, beside which the mean has to
-    be large. The feed-forward part adds nothing.
+    With queries and keys of zero, every token attends equally to all tokens. The residual adds the token itself, so the
+    mean has to be much larger. The feed-forward part adds nothing.
     """
     for module in layer.modules():
         if isinstance(module, nn.LayerNorm):
@@ -167,16 +170,16 @@ def _set_pooling(layer: nn.Module, family: Family, *, mean: bool) -> None:
 
 @torch.no_grad()
 def _set_head(model: PreTrainedModel, family: Family, rows: Tensor, bias: Tensor) -> None:  # (C, d), (C,)
-    """A last layer that sees sqrt(d) x, or what an invertible dense layer makes of it; x are the features."""
+    """Set the last layer, which sees sqrt(d) x, or what an invertible dense layer makes of it; x are the features."""
     dense, last = model.get_submodule(family.dense), model.get_submodule(family.classifier)
     width = rows.shape[1]
     rows = rows / width**0.5
     scale, shift = {
         "tanh": (SMALL, 0.0),
         "relu": (1.0, width**0.5),  # no coordinate is below -sqrt(d)
-        "linear": (GAIN, 0.0),  # before a LayerNorm, whose eps it makes small
+        "linear": (GAIN, 0.0),  # a LayerNorm follows; the gain makes its eps negligible
     }[family.activation]
-    if family.layers:  # the second of two LayerNorms in a row divides by sqrt(1 + eps)
+    if family.layers:  # the layer has two LayerNorms in a row, and the second one divides by sqrt(1 + eps)
         eps = next(m.eps for m in model.get_submodule(family.layers)[-1].modules() if isinstance(m, nn.LayerNorm))
         rows = rows * (1 + eps) ** 0.5
     dense.weight.copy_(scale * torch.eye(width))

@@ -1,4 +1,7 @@
-"""A lora state as plain LoRA weights. Axes: B tasks, r rank, I and O input and output width of a module."""
+"""Export of a lora state as plain LoRA weights.
+
+Axes: B tasks, r rank, I and O input and output width of a module.
+"""
 
 import torch
 from peft import LoraConfig
@@ -14,16 +17,16 @@ Pair = tuple[Tensor, Tensor]  # A (r, I), B (O, r)
 
 @torch.no_grad()
 def lora_adapters(tuner: IAIModel, state: TaskState) -> tuple[LoraConfig, list[dict[str, Tensor]]]:
-    """PEFT's configuration, and its weights for each task.
+    """PEFT's configuration, and the LoRA weights of each task.
 
-    Regime explicit: the predictor's LoRA and the task's update in one, their ranks side by side:
+    In regime explicit the predictor's LoRA and the task's update are joined, with their ranks side by side:
 
         B A = [scale B_predictor, B_task] [A_predictor; A_task]
 
-    Scales lie in the weights, so that each module's `alpha` is its rank.
+    The scales are part of the weights, so the `alpha` of each module is its rank.
 
     Raises:
-        ValueError: for a predictor with LoRA on other modules than linear ones.
+        ValueError: if the predictor has LoRA on modules that are not linear.
     """
     state, reader = tuner.checked_state(state), tuner.reader
     with reader.frozen():

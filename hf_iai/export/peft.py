@@ -1,4 +1,4 @@
-"""A task state as a plain PEFT adapter, which loads without hf_iai."""
+"""Export of a task state as a plain PEFT adapter, which loads without hf_iai."""
 
 import copy
 import os
@@ -28,7 +28,7 @@ CONFIGS = {
     "PREFIX_TUNING": PrefixTuningConfig,
     "CARTRIDGE": CartridgeConfig,
 }
-# Their cache has a name of its own, so PEFT takes every step of generate for the first one.
+# Their cache has another name, so PEFT takes every step of generate for the first one.
 WRONG_IN_PEFT = ("mamba", "mamba2", "falcon_mamba")
 CARD, BASE = "README.md", "base"
 
@@ -36,24 +36,26 @@ CARD, BASE = "README.md", "base"
 def export_to_peft(
     model: PeftModel, state: TaskState, path: str | os.PathLike, *, peft_type: str | None = None
 ) -> None:
-    """Write what a query sees of a state as an adapter that PEFT loads and answers under without hf_iai.
+    """Write a state, as a query sees it, as an adapter that PEFT can load and use without hf_iai.
 
-    A folder of several tasks holds one adapter per task, `path/0`, `path/1`, ... Where no name alone gives the
-    predictor (regime explicit, the embedded base, a base that is neither a folder nor on the Hub) it is written to
-    `path/base`, with the LoRA merged in regime explicit. Regime explicit with a lora state needs no base
-    written: the adapter holds the predictor's LoRA too. `path/README.md` says how to load all of it.
+    A state of several tasks gives one adapter per task: `path/0`, `path/1`, ... `path/README.md` says how to load them.
+
+    The export also contains the predictor, `path/base`, if no name alone can load it: in regime explicit (with the LoRA
+    merged), on the embedded base, or on a base that is neither a folder nor on the Hub. With a lora state, regime
+    explicit needs no `path/base`, since the adapter itself contains the predictor's LoRA.
 
     Args:
-        model: the IAI model that made the state; it stays as it is.
-        state: of B tasks.
-        path: a folder, new, empty, or an earlier export, which is replaced when the new one is whole.
-        peft_type: `"PROMPT_TUNING"` (of a prompt state only), `"PREFIX_TUNING"` or `"CARTRIDGE"`, or `"LORA"` of a
-            lora state; the first possible by default.
+        model: the IAI model that made the state. It does not change.
+        state: the state of B tasks.
+        path: a folder that is new, empty or an earlier export. An earlier export is replaced when the new one is
+            complete.
+        peft_type: `"PROMPT_TUNING"` (prompt states), `"PREFIX_TUNING"` or `"CARTRIDGE"` (prefix and prompt states), or
+            `"LORA"` (lora states). None: the first of them that is possible for the state type.
 
     Raises:
-        ValueError: for a model that is no IAI model, a state of another base or adapter, a type that the state cannot
-            become, a base that PEFT generates wrongly on, or one that cannot be written.
-        FileExistsError: when `path` holds something else.
+        ValueError: if the model is no IAI model, the state belongs to another base or adapter, the state cannot become
+            this type, PEFT generates wrongly on the base, or the base cannot be written.
+        FileExistsError: if `path` contains something else.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -88,7 +90,7 @@ def export_to_peft(
         new.mkdir()
         if name is None:
             _write_base(tuner, config, new / BASE)
-        # A folder is named so that the export loads from anywhere on this machine.
+        # With an absolute path, the export loads from any working directory on this machine.
         named = os.path.abspath(name) if name and os.path.isdir(name) else name
         adapter.base_model_name_or_path = named or str(path / BASE)
         adapter.revision = config.revision if name else None
@@ -99,7 +101,7 @@ def export_to_peft(
 
 
 def _put_in_place(new: Path, path: Path, old: Path) -> None:
-    """Rename, and bring the earlier export back if that fails."""
+    """Rename the new export to `path`. If that fails, put the earlier export back."""
     if path.exists():
         path.rename(old)
     try:
@@ -136,7 +138,7 @@ def _check_free(path: Path) -> None:
 
 
 def _is_export(path: Path) -> bool:
-    """Whether nothing would be lost but an earlier export."""
+    """Whether the folder contains nothing but an earlier export."""
     names = {entry.name for entry in path.iterdir() if not entry.name.isdigit()}
     ours = CARD in names and MARK.encode() in (path / CARD).read_bytes()
     return ours and names <= {CARD, CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, BASE}
@@ -147,7 +149,7 @@ def _is_export(path: Path) -> bool:
 
 @torch.no_grad()
 def _virtual_tokens(tuner: IAIModel, state: TaskState, peft_type: str) -> Tensor:  # (B, m, columns)
-    """PEFT's `prompt_embeddings` of every task, in the type that the base reads them in."""
+    """PEFT's `prompt_embeddings` for every task, in the type in which the base reads them."""
     state, reader = tuner.checked_state(state), tuner.reader
     base = reader.base
     with reader.frozen(), base.lora(tuner.task.config.lora_answers):
@@ -187,7 +189,7 @@ def _write_adapters(adapter: PeftConfig, tasks: list[dict[str, Tensor]], folder:
 
 
 def _name_of_base(config: IAIConfig) -> str | None:
-    """What a process without hf_iai can load the predictor by; None: the predictor has to be written."""
+    """The name by which a process without hf_iai can load the predictor. None if the predictor has to be written."""
     name = config.base_model_name_or_path
     if _is_merged(config) or is_embedded_base(name):
         return None
@@ -195,7 +197,7 @@ def _name_of_base(config: IAIConfig) -> str | None:
 
 
 def _is_merged(config: IAIConfig) -> bool:
-    """Whether the predictor's LoRA goes into the base; into the adapter, beside a lora state."""
+    """Whether the predictor's LoRA is merged into the base. A lora state's adapter contains it instead."""
     return config.lora_answers and STATES[config.state_type].exports != ("LORA",)
 
 
@@ -215,7 +217,7 @@ def _check_writable(tuner: IAIModel, config: IAIConfig) -> None:
 
 
 def _write_base(tuner: IAIModel, config: IAIConfig, folder: Path) -> None:
-    """What answers queries as a plain transformers model, and the tokenizer that lies in the base's folder."""
+    """Write the predictor as a plain transformers model, with the tokenizer of the base's folder."""
     unwrapped(tuner, merged=_is_merged(config)).save_pretrained(folder)
     source = config.base_model_name_or_path
     if source and Path(source, "tokenizer_config.json").is_file():
@@ -230,7 +232,7 @@ def unwrapped(tuner: IAIModel, *, merged: bool) -> PreTrainedModel:
 
 
 def _copy_in_main_memory(module: nn.Module) -> nn.Module:
-    """A copy that takes none of the accelerator's memory."""
+    """A copy on the CPU, which takes no memory of the accelerator."""
     memo = {id(p): nn.Parameter(p.detach().to("cpu", copy=True), requires_grad=False) for p in module.parameters()}
     memo |= {id(b): b.detach().to("cpu", copy=True) for b in module.buffers()}
     return copy.deepcopy(module, memo)

@@ -1,14 +1,14 @@
-"""Whether vLLM's documented limits let it serve a plain LoRA."""
+"""Remarks on whether vLLM's documented limits let it serve a plain LoRA."""
 
 from peft import LoraConfig
 
-# vLLM's `--max-lora-rank` knows these values; an adapter's own rank may be lower.
+# The values that vLLM's `--max-lora-rank` accepts; the rank of an adapter may be lower.
 RANKS, DEFAULT_RANK = (1, 8, 16, 32, 64, 128, 256, 320, 512), 16
 OUTPUT_LAYERS = ("lm_head", "embed_out")
 
 
 def vllm_remarks(adapter: LoraConfig) -> list[str]:
-    """A remark on its rank, and one on each thing that vLLM does not serve, or not for every model.
+    """A remark on the adapter's rank, and one on each feature that vLLM does not serve, or not for every model.
 
     Example:
         >>> from peft import LoraConfig

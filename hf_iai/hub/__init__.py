@@ -1,1 +1,1 @@
-"""What lies on the Hub: model cards, and the published adapters."""
+"""Hub: model cards, and the published adapters."""

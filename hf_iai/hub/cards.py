@@ -1,4 +1,4 @@
-"""Model cards: what an adapter says of itself on the Hub, rendered from `model_cards/template.md`."""
+"""Model cards: descriptions of adapters on the Hub, rendered from `model_cards/template.md`."""
 
 import math
 import os
@@ -22,7 +22,7 @@ from .published import data_folder
 TAGS = ("hf_iai", "iterative-amortized-inference", "arxiv:2510.11471")
 RENDERED = "<!-- Rendered by hf_iai; rendered again when the configuration changes: delete this line to keep edits. -->"
 WEIGHTS = "- Weights: {}"
-PLACEHOLDER = "# Model Card for Model ID"  # the title that PEFT and transformers give to a card that nobody wrote
+PLACEHOLDER = "# Model Card for Model ID"  # the title of the empty card that PEFT and transformers write
 
 LABELS = {
     "no_context": "bare base, no context",
@@ -35,17 +35,18 @@ LABELS = {
 
 @dataclass(frozen=True)
 class Measurement:
-    """A metric against the number of chunks read, for a card's table and its `model-index`.
+    """A metric against the number of chunks read, for the table and the `model-index` of a card.
 
     Args:
-        rows: `method`, `num_chunks`, the metric's value and, of several training seeds, `seed`; as of `Curve.rows`.
-        data_name: what it was measured on, in words.
+        rows: `method`, `num_chunks`, the value of the metric and, for several training seeds, `seed`; as in
+            `Curve.rows`.
+        data_name: the data it was measured on, in words.
         data_type: the same as a Hub id or a single word.
-        measured_by: the command, or the occasion.
-        metric: which column of `rows` holds the value; also the metric's type in the `model-index`.
-        unit: of the value, in words.
-        method: whose rows are the adapter's own.
-        labels: names of further methods in the table.
+        measured_by: the command that measured it, or the occasion.
+        metric: the column of `rows` with the value; also the type of the metric in the `model-index`.
+        unit: the unit of the value, in words.
+        method: the method of `rows` that is this adapter.
+        labels: table labels of further methods.
         picture: path or address of a picture of the curve.
     """
 
@@ -68,12 +69,12 @@ class Measurement:
         return sorted({row["num_chunks"] for row in self.rows})
 
     def values(self, method: str, num_chunks: float) -> list[float]:
-        """One per seed."""
+        """The values of all seeds."""
         at = (method, num_chunks)
         return [row[self.metric] for row in self.rows if (row["method"], row["num_chunks"]) == at]
 
     def curve(self) -> dict[float, float]:
-        """The adapter's own value at each number of chunks, mean over seeds."""
+        """The adapter's own value at each number of chunks, averaged over seeds."""
         found = {n: self.values(self.method, n) for n in self.counts}
         return {n: sum(values) / len(values) for n, values in found.items() if values}
 
@@ -82,7 +83,7 @@ class Measurement:
         return max(max(values) - min(values) for n in self.counts if (values := self.values(self.method, n)))
 
     def table(self) -> str:
-        """Markdown: a line per method, a column per number of chunks, mean over seeds."""
+        """A markdown table with a line per method and a column per number of chunks, averaged over seeds."""
         lines = [["chunks read", *(f"{n:g}" for n in self.counts)], ["---"] * (len(self.counts) + 1)]
         for method in dict.fromkeys(row["method"] for row in self.rows):
             values = [self.values(method, n) for n in self.counts]
@@ -109,24 +110,24 @@ class Measurement:
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What a card says beyond the adapter's configuration; what is not known stays out, or is said to be unknown.
+    """The facts for a card that are not in the adapter's configuration. Unknown facts are left out, or called unknown.
 
     Args:
-        name: the adapter's name, the card's title.
-        model_id: its Hub id or folder in the example; `name` by default.
-        chunk_size: of the example; None: as much as the model can read at once.
-        text, prompt: of the example, as Python expressions.
-        training_data: in words.
-        command: what trains it again.
-        hyperparameters: name -> value, where there is no command.
-        measurements: measured curves; none: the card says that nothing was measured.
-        limits: what it was measured not to do, in words, with the command.
-        license: an identifier of the Hub.
-        language: codes of the Hub.
+        name: name of the adapter, which is the title of the card.
+        model_id: Hub id or folder of the adapter in the example. None: `name`.
+        chunk_size: chunk size in the example. None: as much as the model can read at once.
+        text, prompt: text and prompt of the example, as Python expressions.
+        training_data: the training data, in words.
+        command: the command that trains the adapter again.
+        hyperparameters: name -> value, if there is no command.
+        measurements: measured curves. Without any, the card says that nothing was measured.
+        limits: measured limits in words, with the command that measured them.
+        license: a license identifier of the Hub.
+        language: language codes of the Hub.
         datasets: Hub ids of the training data.
-        tags: beside the method's own.
+        tags: tags besides those of the method.
         versions: package -> version.
-        weights: fingerprint of the weights that were measured, if they may change in this folder.
+        weights: fingerprint of the measured weights, if the weights in this folder may change.
     """
 
     name: str
@@ -148,11 +149,11 @@ class CardFacts:
 
 
 def model_card(config: IAIConfig, facts: CardFacts) -> ModelCard:
-    """The card of an adapter: metadata for the Hub, how to load it, what was measured.
+    """The card of an adapter: metadata for the Hub, how to load it, and what was measured.
 
     Args:
-        config: the adapter's.
-        facts: all that the configuration does not say.
+        config: the adapter's configuration.
+        facts: everything else that the card says.
 
     Example:
         >>> from hf_iai import IAIConfig
@@ -208,11 +209,15 @@ def _example(task: Task, config: IAIConfig, facts: CardFacts) -> str:
 
 
 def update_card(model: PeftModel, folder: str | os.PathLike, name: str) -> None:
-    """Make `README.md` in `folder`, which PEFT or transformers has just written, the card of an IAI adapter.
+    """Turn the `README.md` that PEFT or transformers has just written in `folder` into the card of an IAI adapter.
 
-    Their placeholder, and a card of ours that describes another configuration or other weights, are rendered anew. The
-    text of any other card stays as it is, and only what the Hub would refuse or could not find is mended in its
-    metadata.
+    A placeholder is replaced, and so is a rendered card that describes another configuration or other weights. Any
+    other card keeps its text; only metadata that the Hub would refuse or could not find is corrected.
+
+    Args:
+        model: a PeftModel with an IAI adapter.
+        folder: the folder of the saved adapter.
+        name: name of the adapter.
     """
     path, config = Path(folder, "README.md"), model.active_peft_config
     card = ModelCard.load(path)
@@ -236,7 +241,7 @@ def update_card(model: PeftModel, folder: str | os.PathLike, name: str) -> None:
 
 
 def is_edited(path: Path) -> bool:
-    """Whether a card is there that neither this package nor PEFT or transformers wrote."""
+    """Whether there is a card that neither this package nor PEFT or transformers has written."""
     return path.is_file() and not any(mark in path.read_text() for mark in (RENDERED, PLACEHOLDER))
 
 
@@ -247,8 +252,8 @@ def describe(config: IAIConfig) -> str:
 
 
 def installed_versions() -> dict[str, str]:
-    """Of the packages that an adapter depends on."""
-    import hf_iai  # here, since the package is not complete while it imports this file
+    """The versions of the packages that an adapter depends on."""
+    import hf_iai  # not at the top: this file is imported while the package is still being imported
 
     modules = {"hf_iai": hf_iai, "PEFT": peft, "Transformers": transformers, "PyTorch": torch}
     return {name: module.__version__ for name, module in modules.items()}
@@ -262,11 +267,11 @@ def base_in_words(config: IAIConfig) -> str:
         return f"`hf_iai.vector_base({width})`, which hands vectors of {width} numbers on as they are"
     if is_hub_id(name):
         return f"[{name}](https://huggingface.co/{name})"
-    folder = os.path.basename(name.rstrip("/")) if name else None  # no more of a path on this machine
+    folder = os.path.basename(name.rstrip("/")) if name else None  # not the path, which is private to this machine
     return f"`{folder}`, which is not on the Hub" if folder else "a model without a name"
 
 
 def base_on_hub(config: IAIConfig) -> str | None:
-    """The Hub refuses a card whose `base_model` is no Hub id, and with it the whole upload."""
+    """The Hub id of the base, or None. With any other `base_model`, the Hub refuses the card and the whole upload."""
     name = config.to_dict()["base_model_name_or_path"]
     return name if is_hub_id(name) else None

@@ -1,4 +1,4 @@
-"""Where the published adapters and the card template lie: beside the package in a checkout, in it once installed."""
+"""Folders of the published adapters and the card template: beside the package in a checkout, inside it if installed."""
 
 from pathlib import Path
 
@@ -6,13 +6,13 @@ _PACKAGE = Path(__file__).parent.parent
 
 
 def published_adapter(name: str) -> str:
-    """Folder of the published adapter `name`, in Hub layout.
+    """The folder of a published adapter, in Hub layout.
 
     Args:
-        name: the folder's name, such as `"code-prefix"`.
+        name: name of the folder, such as `"code-prefix"`.
 
     Raises:
-        ValueError: for an adapter that was not published; the message lists those that were.
+        ValueError: if no such adapter was published; the message lists the published ones.
 
     Example:
         >>> from pathlib import Path
@@ -26,11 +26,11 @@ def published_adapter(name: str) -> str:
 
 
 def published_names() -> list[str]:
-    """Of all published adapters."""
+    """The names of all published adapters."""
     return sorted(path.parent.name for path in data_folder("adapters").glob("*/adapter_config.json"))
 
 
 def data_folder(name: str) -> Path:
-    """`adapters` or `model_cards`."""
+    """The folder `adapters` or `model_cards`."""
     installed = _PACKAGE / name
     return installed if installed.is_dir() else _PACKAGE.parent / name

@@ -1,4 +1,4 @@
-"""What theta is, and how the base reads it."""
+"""State types: what the state theta is, and how the base reads it."""
 
 from .hypernetwork import HypernetworkState
 from .linear import LinearState

@@ -1,4 +1,4 @@
-"""A low-rank update of the base's weights that a hypernetwork writes from a small code."""
+"""A low-rank update of the base's weights that a hypernetwork computes from a small code."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,16 +15,17 @@ CODE_WIDTH = 64
 
 
 class HypernetworkState(SlotState):
-    """State tensor `code` (B, 1, 1, P, k), what a lora state is where a chunk is read by the base; each module gives
+    """State tensor `code` (B, 1, 1, P, k): the lora state of adapters whose base reads chunks out. Each module gives
 
         W x + B(code) A x,        B(code) = U (M code)^T / k,        A (r, I), M (r, P), U (O, k) learned
 
-    B is linear in the code, so the average of the codes of several chunks is the average of their updates. U starts at
-    zero: no effect. A read-out is the last hidden state of its slot, normed, through a linear map to k numbers.
+    B is linear in the code, so the average of the codes of several chunks gives the average of their updates. U starts
+    at zero, so at first there is no effect. A read-out is the last hidden state of its slot, normed, through a linear
+    map to k numbers.
 
     Args:
-        base: the transformer, after LoRA was put in.
-        token_ids: (P,), whose embeddings the read-out slots start as.
+        base: the transformer, with its LoRA layers already added.
+        token_ids: P tokens, whose embeddings the read-out slots start as.
         rank: r.
         target_modules: see `low_rank.linear_modules`.
 
@@ -49,13 +50,13 @@ class HypernetworkState(SlotState):
             self.up[name] = nn.Parameter(torch.zeros(width_out, CODE_WIDTH))
 
     def update(self, tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-        """path -> A (B, r, I), B (B, O, r)."""
-        # Over k, a step of an optimizer on U moves B as far as LoRA's own B.
+        """The update of each module: path -> A (B, r, I), B (B, O, r)."""
+        # Divided by k, so that an optimizer step on U moves B as far as a step on LoRA's own B would.
         code = tensors["code"][:, 0, 0] / CODE_WIDTH  # (B, P, k)
         of_each = lambda t: t.expand(len(code), -1, -1)  # noqa: E731
         with torch.autocast(code.device.type, enabled=False):
             return {
-                # A plain matmul would round differently where no gradient is asked for.
+                # bmm, since a plain matmul rounds differently without gradients.
                 path: (of_each(self.down[name]), of_each(self.up[name]).bmm(of_each(self.mix[name]).bmm(code).mT))
                 for name, path in self.paths.items()
             }
@@ -67,7 +68,7 @@ class HypernetworkState(SlotState):
             yield base.no_prefix(len(tensors["code"]))
 
     def read_out(self, base: Base, reading: Reading, rate: Tensor, *, writes: bool) -> tuple[dict[str, Tensor], Tensor]:
-        """The slots' last hidden states as a code, and the number of tokens they saw, (B, 1, 1, 1)."""
+        """The last hidden states of the slots as a code, and the number of tokens that they saw, (B, 1, 1, 1)."""
         hidden = nn.functional.rms_norm(reading.hidden, reading.hidden.shape[-1:])  # (B, P, d)
         mass = reading.mask.sum(1).clamp_min(1).float().view(-1, 1, 1, 1)
         return {"code": self.project(hidden)[:, None, None]}, mass

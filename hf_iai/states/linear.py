@@ -1,4 +1,4 @@
-"""A linear model's sums: a state that stands behind the features of a text, not in front of the text."""
+"""The sums of a linear model. This state works on the features of a text, after the encoder, not before the text."""
 
 from torch import nn
 
@@ -11,9 +11,9 @@ from .slots import SlotState
 
 @STATES.register("linear")
 class LinearState(SlotState):
-    """State tensors that `heads.ClassRows` and `heads.GaussianRows` turn into the rows of a linear model.
+    """State tensors from which `heads.ClassRows` and `heads.GaussianRows` compute the rows of a linear model.
 
-    A classifier of C classes keeps, in float32:
+    A classifier with C classes keeps, in float32:
 
         count (B, C)                     weighted number of examples of each class
         total, correction (B, C, d)      sum of their features; learned correction of the row, times the count
@@ -24,10 +24,10 @@ class LinearState(SlotState):
         count (B,), total (B, d), moment (B, d, d)       n, sum of x, sum of x x'
         target, square (B, o), cross (B, o, d)           sum of y, of y^2, of y x'
 
-    theta(0) means that nothing was read: all tensors are 0, and nothing of it is learned.
+    theta(0) is not learned: all tensors are 0, and nothing was read.
 
     Args:
-        width: d, of the features.
+        width: d, width of the features.
     """
 
     needs = FEATURES

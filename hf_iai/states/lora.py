@@ -1,4 +1,4 @@
-"""A low-rank update of the base's weights, one per task."""
+"""A low-rank update of the base's weights, a separate one for each task."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,15 +17,16 @@ from .slots import SlotState, check_slots, first_slots
 
 @STATES.register("lora")
 class LoraState(SlotState):
-    """State tensors `{module}_A` (B, r, I) and `{module}_B` (B, O, r) for each module `W x` of the base, in float32:
+    """Float32 state tensors `{module}_A` (B, r, I) and `{module}_B` (B, O, r) for each linear module `W x` of the base:
 
         W x + B A x
 
-    `{module}` is the module's path with `_` for each dot. theta(0) starts as LoRA does, A random and B zero, so that it
-    has no effect; both are learned.
+    `{module}` is the path of the module, with `_` for each dot. theta(0) starts as LoRA does, with a random A and B =
+    0, so that it has no effect. Both are learned. This class is for gradients; `HypernetworkState` takes its place if
+    the base reads chunks out.
 
     Args:
-        base: the transformer, after LoRA was put in.
+        base: the transformer, with its LoRA layers already added.
         rank: r.
         target_modules: see `low_rank.linear_modules`.
     """
@@ -44,13 +45,13 @@ class LoraState(SlotState):
 
     @classmethod
     def complete_for_base(cls, config: IAIConfig, base_config) -> None:
-        # Saved as it is: another version of PEFT, which may choose other modules, then loads the same state.
+        # The modules are saved by name, since another version of PEFT may choose others.
         targets = config.state_target_modules or default_target_modules(base_config)
         config.state_target_modules = targets if isinstance(targets, str) else sorted(targets)
 
     @classmethod
     def make(cls, base: Base, config: IAIConfig, *, reads: bool) -> SlotState:
-        token_ids = first_slots(base, config)  # drawn without `reads` too: random draws decide what a seed gives
+        token_ids = first_slots(base, config)  # drawn even if unused, so that a seed gives the same weights
         if reads:
             return HypernetworkState(base, token_ids, config.state_r, config.state_target_modules)
         return cls(base, config.state_r, config.state_target_modules)
@@ -74,11 +75,11 @@ class LoraState(SlotState):
             self.start |= {f"{name}_A": nn.Parameter(down), f"{name}_B": nn.Parameter(torch.zeros(width_out, rank))}
 
     def kind(self, name: str) -> str:
-        """What tensors of the same kind have in common: `"A"` or `"B"`."""
+        """The group of a tensor: `"A"` or `"B"`."""
         return name[-1]
 
     def update(self, tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-        """path -> A, B."""
+        """The update of each module: path -> A (B, r, I), B (B, O, r)."""
         return {path: (tensors[f"{name}_A"], tensors[f"{name}_B"]) for name, path in self.paths.items()}
 
     @contextmanager

@@ -1,4 +1,4 @@
-"""A small network whose weights are the state, and which answers queries by itself.
+"""A small network whose weights are the state. It answers queries by itself.
 
 Axes: B tasks, h hidden units, n width of a vector, V scores of an answer, d hidden width of the base.
 """
@@ -21,25 +21,26 @@ from .slots import SlotState, check_slots
 
 @STATES.register("mlp")
 class MLPState(SlotState):
-    """State tensor `rows` (B, 1, 1, h, n + 1 + V): of each hidden unit its weights a, its bias b, and what it adds, c.
+    """State tensor `rows` (B, 1, 1, h, n + 1 + V): weights a, bias b and output weights c of each hidden unit.
 
         scores(x) = sum_j c_j gelu(<a_j, x> + b_j)
 
-    c starts at 0: nothing is known of any query. To the base a row is one token: the rows of theta(0), through a linear
-    map, are the read-out slots behind a chunk, and a read-out is theta(0) plus what a linear map, 0 at first, makes of
-    a slot's last hidden state.
+    c starts at 0, so at first nothing is known about any query. The base reads a row as one token: a linear map makes
+    the read-out slots, which follow a chunk, from the rows of theta(0). A read-out is theta(0) plus a linear map of the
+    slot's last hidden state; that map starts at 0.
 
     Args:
         width: n.
         num_units: h.
         num_scores: V.
-        base_widths: of the base's embeddings and of its hidden states, d; None where no base reads.
+        base_widths: the widths of the base's embeddings and of its hidden states. None if the base does not read
+            chunks.
 
     Source: weights as tokens, Mittal et al., arXiv 2510.11471, section 3.
     """
 
     fields = fingerprint = frozenset({"num_state_tokens"})
-    initial_rate = 0.1  # 0.03 to 0.3 learn alike
+    initial_rate = 0.1  # values from 0.03 to 0.3 train equally well
     packed_name = "rows"
 
     @classmethod
@@ -56,7 +57,7 @@ class MLPState(SlotState):
 
     @classmethod
     def likelihood(cls, config: IAIConfig) -> Likelihood:
-        """Real targets have unit variance: the state does not say how sure it is."""
+        """The distribution of the targets. Real targets have unit variance, since the state predicts no variance."""
         return UnitGaussian(config.num_outputs) if config.likelihood == "gaussian" else super().likelihood(config)
 
     @classmethod
@@ -83,16 +84,16 @@ class MLPState(SlotState):
 
     @contextmanager
     def under(self, base: Base, tensors: dict[str, Tensor]) -> Iterator[Prefix]:
-        """The base reads chunks behind nothing, and answers nothing."""
+        """A context in which the base reads chunks without a prefix. It does not answer queries."""
         yield base.no_prefix(len(tensors["rows"]))
 
     def read_out(self, base: Base, reading: Reading, rate: Tensor, *, writes: bool) -> tuple[dict[str, Tensor], Tensor]:
-        """The rows that a chunk asks for, and the number of examples, (B, 1, 1, 1)."""
+        """The rows that the chunk suggests, and the number of its examples, (B, 1, 1, 1)."""
         hidden = rms_norm(reading.hidden, reading.hidden.shape[-1:])  # (B, h, d)
         mass = reading.mask.sum(1).clamp_min(1).float().view(-1, 1, 1, 1)
         return {"rows": self.start["rows"] + self.project(hidden)[:, None, None]}, mass
 
     def scores(self, tensors: dict[str, Tensor], vectors: Tensor) -> Tensor:  # (B, Q, n) -> (B, Q, V)
-        """Of the queries of each task."""
+        """The scores of the queries of each task."""
         weight, bias, added = tensors["rows"][:, 0, 0].split(self.sizes, -1)  # (B, h, ...)
         return gelu(vectors @ weight.mT + bias.mT) @ added

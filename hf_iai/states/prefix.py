@@ -16,13 +16,18 @@ from .slots import SlotState, check_slots, first_slots
 
 @STATES.register("prefix")
 class PrefixState(SlotState):
-    """State tensors `key` and `value`, (B, L, H, P, D) each, keys as the base stores them at positions 0..P-1.
+    """State tensors `key` and `value`, (B, L, H, P, D) each, with keys as the base stores them at positions 0..P-1.
 
-    The K = m - P slots after them keep single tokens, `kept_key` and `kept_value`, (B, L, H, K, D), keys at position
-    0, with `kept_trace` and `kept_age`, (B, 1, 1, K, 1); see `heads.kept`.
+    With `num_kept_tokens` = K, P is m - K. The last K slots hold single tokens: `kept_key` and `kept_value`
+    (B, L, H, K, D), with keys at position 0, and `kept_trace` and `kept_age` (B, 1, 1, K, 1); see `heads.kept`.
 
-    theta(0) starts as the keys/values of m real tokens, so that it looks to the base like text. `reads`: whether there
-    are read-out slots.
+    theta(0) starts as the keys and values of m real tokens, so that it looks like text to the base.
+
+    Args:
+        base: the pretrained model.
+        token_ids: the m tokens.
+        num_kept: K.
+        reads: whether there are read-out slots.
     """
 
     fields = frozenset({"num_state_tokens", "num_kept_tokens", "delta_rule"})
@@ -94,7 +99,7 @@ class PrefixState(SlotState):
         return {name: t.expand(batch_size, *t.shape) for name, t in tensors.items()}
 
     def visible(self, base: Base, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """`key` and `value` of all m slots, (B, L, H, m, D): what a query attends to. Empty ones show theta(0)."""
+        """`key` and `value` of all m slots, (B, L, H, m, D), to which a query attends. Empty slots show theta(0)."""
         if not self.num_kept:
             return {name: tensors[name] for name in ("key", "value")}
         num_pooled, num_slots = tensors["key"].shape[-2], tensors["key"].shape[-2] + self.num_kept
@@ -106,14 +111,15 @@ class PrefixState(SlotState):
 
     @contextmanager
     def under(self, base: Base, tensors: dict[str, Tensor]) -> Iterator[KeysValues]:
-        """What the base reads a text behind, inside."""
+        """A context in which the base reads a text after the prefix that it yields."""
         yield list(zip(tensors["key"].unbind(1), tensors["value"].unbind(1), strict=True))
 
     def read_out(self, base: Base, reading: Reading, rate: Tensor, *, writes: bool) -> tuple[dict[str, Tensor], Tensor]:
-        """The chunk's keys and values pooled into slots, plus a learned share of what the read-out slots hold.
+        """Pool the keys and values of a chunk into slots, and add a learned share of what the read-out slots hold.
 
-        Returns the evidence in the layout of the state, kept tokens and, if asked for, its `WRITES` included, and the
-        pooled mass (B, L, H, P).
+        Returns:
+            The evidence in the layout of the state, including kept tokens and, if `writes`, the tensors `WRITES`; and
+            the pooled mass (B, L, H, P).
         """
         held = {name: t.float() for name, t in self.tensors_of(reading.keys_values).items()}
         num_tokens = reading.mask.shape[1]
@@ -139,7 +145,7 @@ class PrefixState(SlotState):
         return keep_tokens({name: torch.cat([empty[name], held[name]], -2) for name in KEPT}, self.num_kept)
 
     def of_tokens(self, base: Base, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:  # (B, m) each
-        """What the bare base holds of m tokens that it reads alone."""
+        """The keys and values of m tokens that the bare base reads alone."""
         with base.lora(False):
             keys_values = base.read(
                 base.no_prefix(len(ids)), base.embed(ids), mask, positions_of(mask), record=ids.shape[1]

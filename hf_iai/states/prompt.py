@@ -1,4 +1,4 @@
-"""A soft prompt: m input embeddings; where all layers attend, encoded once into keys and values for all queries."""
+"""A soft prompt: m input embeddings. If all layers are attention, they are encoded once into keys and values."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,15 +15,20 @@ from .slots import SlotState, check_slots, first_slots
 
 @STATES.register("prompt")
 class PromptState(SlotState):
-    """State tensor `prompt` (B, 1, 1, m, d): the axes of a prefix with one layer and one head.
+    """State tensor `prompt` (B, 1, 1, m, d). Its axes are those of a prefix with one layer and one head.
 
-    A read-out is the last hidden state of its slot, brought to the length of a token embedding and through a linear
-    map that starts as the identity.
+    A read-out is the last hidden state of its slot, scaled to the length of a token embedding, through a linear map
+    that starts as the identity.
+
+    Args:
+        base: the pretrained model.
+        token_ids: m tokens, whose embeddings the prompt starts as.
+        reads: whether there are read-out slots.
     """
 
     fields = fingerprint = frozenset({"num_state_tokens"})
     initial_rate = 3.0
-    # A soft prompt that was encoded once is a prefix too.
+    # Once it is encoded, a soft prompt is also a prefix.
     exports = ("PROMPT_TUNING", "PREFIX_TUNING", "CARTRIDGE")
     packed_name = "prompt"
 
@@ -52,7 +57,7 @@ class PromptState(SlotState):
         yield base.encode(tensors["prompt"][:, 0, 0])
 
     def read_out(self, base: Base, reading: Reading, rate: Tensor, *, writes: bool) -> tuple[dict[str, Tensor], Tensor]:
-        """The slots' last hidden states as embeddings, and the number of tokens they saw, (B, 1, 1, 1)."""
+        """The last hidden states of the slots as embeddings, and the number of tokens that they saw, (B, 1, 1, 1)."""
         hidden = nn.functional.rms_norm(reading.hidden, reading.hidden.shape[-1:])  # (B, m, d)
         mass = reading.mask.sum(1).clamp_min(1).float().view(-1, 1, 1, 1)
         return {"prompt": self.project(hidden * self.length)[:, None, None]}, mass

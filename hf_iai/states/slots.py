@@ -1,4 +1,4 @@
-"""What all state types share: the tensors of theta(0), one row of each for a task, and how they are made and described.
+"""Base class of all state types: the tensors of theta(0), and how states are made and described.
 
 Axes: B tasks, P slots, d width of embeddings.
 """
@@ -13,14 +13,14 @@ from ..registry import Part
 
 
 class SlotState(nn.Module, Part):
-    """A state type whose tensors are those of `start`, theta(0): name -> (...) without the axis of tasks.
+    """A state type. Its tensors are those of theta(0), `start`: name -> (...), to which a state adds the axis of tasks.
 
     Attributes:
         needs: what the base must offer, see `bases.base`.
-        num_slots_in_front: how many positions it takes in front of a text.
-        initial_rate: what the rates of gradient steps start as; measured with the embedded base (docs/gradients.md).
-        exports: names of the PEFT methods that a state can become, the default first.
-        packed_name: the tensor (B, 1, 1, P, d) of a state that has just one.
+        num_slots_in_front: number of positions that the state takes before a text.
+        initial_rate: initial value of the rates of gradient steps; measured with the embedded base (docs/gradients.md).
+        exports: names of the PEFT methods that a state can be exported to, the default first.
+        packed_name: name of the only tensor (B, 1, 1, P, d), for states that have just one.
     """
 
     needs = TOKENS
@@ -32,7 +32,13 @@ class SlotState(nn.Module, Part):
 
     @classmethod
     def make(cls, base: Base, config: IAIConfig, *, reads: bool) -> "SlotState":
-        """The state type of an adapter; `reads`: whether the base reads chunks out into slots."""
+        """Make the state type of an adapter.
+
+        Args:
+            base: the pretrained model.
+            config: the adapter's configuration.
+            reads: whether the base reads chunks out into slots.
+        """
         raise NotImplementedError
 
     @classmethod
@@ -41,21 +47,21 @@ class SlotState(nn.Module, Part):
 
     @classmethod
     def complete_for_base(cls, config: IAIConfig, base_config) -> None:
-        """Fill in what depends on the base, so that it is saved with the adapter."""
+        """Fill in fields that depend on the base, so that they are saved with the adapter."""
 
     @classmethod
     def describe(cls, config: IAIConfig) -> str:
-        """In words, for model cards."""
+        """A description in words, for model cards."""
         return f"{config.state_type} with {config.num_state_tokens} slots"
 
     @classmethod
     def size(cls, config: IAIConfig) -> int | str:
-        """Its size in an adapter's display name."""
+        """The size of the state, for an adapter's display name."""
         return config.num_state_tokens
 
     @classmethod
     def likelihood(cls, config: IAIConfig) -> Likelihood:
-        """What is predicted of a vector under such a state."""
+        """The distribution of the targets of vectors under such a state."""
         return LIKELIHOODS[config.likelihood](config.num_outputs)
 
     def initial(self, batch_size: int) -> dict[str, Tensor]:  # (B, ...) each
@@ -63,11 +69,11 @@ class SlotState(nn.Module, Part):
         return {name: t.expand(batch_size, *t.shape) for name, t in self.start.items()}
 
     def visible(self, base: Base, tensors: dict[str, Tensor]) -> dict[str, Tensor]:  # (B, ...) each
-        """What a query sees of all that the state keeps."""
+        """The part of a state that a query sees."""
         return {name: tensors[name] for name in self.start}
 
     def kind(self, name: str) -> str:
-        """Groups the tensors: a head learns one rate for each group."""
+        """The group of a tensor. A head learns one rate for each group."""
         return name
 
     def pack(self, tensors: dict[str, Tensor]) -> Tensor:
@@ -80,10 +86,10 @@ class SlotState(nn.Module, Part):
 
 
 def check_slots(config: IAIConfig) -> None:
-    """Complete and check `num_state_tokens`.
+    """Fill in and check `num_state_tokens`.
 
     Raises:
-        ValueError: for fewer than one slot.
+        ValueError: if there is no slot.
     """
     config.num_state_tokens = 16 if config.num_state_tokens is None else config.num_state_tokens
     if config.num_state_tokens < 1:
@@ -91,10 +97,10 @@ def check_slots(config: IAIConfig) -> None:
 
 
 def first_slots(base: Base, config: IAIConfig) -> Tensor:
-    """What m slots start as: ids of random tokens (m,), or random embeddings (m, d) where the base reads vectors."""
+    """Initial values of m slots: random token ids (m,), or random embeddings (m, d) if the base reads vectors."""
     embeddings = base.model.get_input_embeddings().weight
     if config.vector_width is None:
         return torch.randint(base.vocab_size, (config.num_state_tokens,)).to(embeddings.device)
-    # A base of vectors has no tokens to start from: as long as its embeddings, and no two alike.
+    # A base for vectors has no tokens to start from. Random embeddings have the usual length, and all differ.
     shape = (config.num_state_tokens, embeddings.shape[1])
     return base.embedding_length * torch.randn(shape, device=embeddings.device)

@@ -1,4 +1,4 @@
-"""The kinds of task: what a chunk and a query are, what is learned, and how it is measured."""
+"""The kinds of task: what chunks and queries are, what is learned, and how it is measured."""
 
 from .classification import Classification
 from .inputs import Inputs

@@ -1,7 +1,7 @@
-"""Classification: chunks are labelled texts or vectors, and the state is a linear classifier of their features.
+"""Classification: chunks are labelled texts or vectors, and the state is a linear classifier over their features.
 
-Axes: B tasks, n examples, T tokens, d width of a vector. A given vector is a text of one token whose embedding it is:
-where ids are (..., T), floating vectors (..., 1, d) may stand, with a mask (..., 1).
+Axes: B tasks, n examples, T tokens, d width of a vector. A given vector is treated as a text of one token whose
+embedding is the vector. So wherever ids (..., T) are accepted, vectors (..., 1, d) with a mask (..., 1) are too.
 """
 
 from typing import Any
@@ -24,16 +24,16 @@ from .task import Task, is_linear
 
 CHUNK_SIZE = 20  # examples
 
-# ids and mask (B, n, T), or vectors (B, n, 1, d) and mask (B, n, 1); labels (B, n), names as they were given
+# ids and mask (B, n, T), or vectors (B, n, 1, d) and mask (B, n, 1); labels (B, n); the chunk's `label_names`
 LabelledChunk = tuple[Tensor, Tensor, Tensor, object]
 
 
 class LabelledInputs(Inputs):
-    """Checks labelled examples and queries for a linear state, and lays them out."""
+    """Checks labelled examples and queries for a linear state, and brings them into shape."""
 
     @property
     def max_chunk_size(self) -> int:
-        """The usual number of examples: they are embedded one by one, so that any number fits."""
+        """The usual number of examples. Examples are embedded one by one, so any number would fit."""
         return CHUNK_SIZE
 
     def tokens(self, ids: Tensor | None, vectors: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -80,7 +80,7 @@ class LabelledInputs(Inputs):
         return ids, mask, self.labels(chunk["labels"], ids, mask), chunk.get("label_names")
 
     def labels(self, labels: Tensor, ids: Tensor, mask: Tensor) -> Tensor:  # (B, n), (B, n, T) -> (B, n)
-        """Class numbers; -100 for an example without a token."""
+        """The class numbers; -100 for an example without tokens."""
         examples = mask.shape[:-1]
         if labels is None or labels.shape[: len(examples)] != examples or labels.dim() > mask.dim():
             found = None if labels is None else tuple(labels.shape)
@@ -105,7 +105,7 @@ class LabelledInputs(Inputs):
     def _aligned(
         self, group: list[LabelledChunk], state: TaskState
     ) -> tuple[list[tuple[Tensor, ...]], list[tuple[Names, ...]]]:
-        """Chunks with the state's own numbers of classes, and what each task has met after each of them."""
+        """The chunks with the class numbers of the state, and each task's classes after each of the chunks."""
         known, numbered, met = state.class_names, [], []
         for ids, mask, labels, given in group:
             labels, known = matched(labels, names_of_tasks(given, known, labels), known)
@@ -114,7 +114,7 @@ class LabelledInputs(Inputs):
         return numbered, met
 
     def check_query(self, ids: Tensor, num_tasks: int) -> None:  # (N, T), or (N, 1, d)
-        """Each of B tasks answers N / B queries, one after the other."""
+        """Check that each of B tasks gets N / B consecutive queries."""
         self._check_ids(ids)
         if ids.dim() != 2 + ids.is_floating_point() or not len(ids) or len(ids) % num_tasks:
             raise ValueError(
@@ -135,7 +135,7 @@ class LabelledInputs(Inputs):
         self._check_chunk_length(chunk_ids.shape[3])
 
     def _check_ids(self, ids: Tensor) -> None:
-        if not ids.is_floating_point():  # `tokens` has looked at vectors
+        if not ids.is_floating_point():  # vectors were checked by `tokens`
             super()._check_ids(ids)
 
     def _check_chunk_length(self, length: int) -> None:
@@ -187,7 +187,7 @@ print([state.label_names[c] for c in logits.argmax(-1)])
 
 @TASKS.register("classification")
 class Classification(Task):
-    """A linear state of classes, `state_type="linear"`: a classifier of the features of an encoder."""
+    """A linear state of classes, `state_type="linear"`: a classifier over the features of an encoder."""
 
     fields = frozenset({"regime", "state_type", "pooling"})
     fingerprint = frozenset({"pooling"})
@@ -231,7 +231,7 @@ class Classification(Task):
         return LabelledInputs(base, core)
 
     def collator(self, tokenizer: PreTrainedTokenizerBase | None, chunk_size: int) -> Any:
-        """Of texts with a tokenizer, and else of vectors."""
+        """The collator: for texts if there is a tokenizer, else for vectors."""
         if tokenizer is None:
             return VectorEpisodeCollator(chunk_size)
         return LabelledEpisodeCollator(tokenizer, chunk_size)

@@ -1,4 +1,7 @@
-"""Inputs: the chunks and queries that fit a base and its states. Axes: B tasks, C tokens of a chunk, T of a query."""
+"""Inputs: checks chunks and queries, and brings them into the shape that a core reads.
+
+Axes: B tasks, C tokens of a chunk, T tokens of a query.
+"""
 
 import sys
 from dataclasses import dataclass
@@ -16,11 +19,11 @@ from ..tensors import NO_LOSS, pad_to
 
 @dataclass(frozen=True)
 class Inputs:
-    """Checks chunks and queries of texts, and lays them out for the core.
+    """Checks chunks and queries of text, and brings them into the shape that the core reads.
 
     Args:
-        base: decides the window and the vocabulary.
-        core: of the adapter; its state says how many slots stand in front of a text.
+        base: the pretrained model; it sets the window and the vocabulary.
+        core: the adapter's core; its state sets the number of slots before a text.
     """
 
     base: Base
@@ -32,7 +35,7 @@ class Inputs:
 
     @property
     def slots_in_front(self) -> int:
-        """Positions that the state takes in front of a text: m, or none."""
+        """Number of positions that the state takes before a text: m, or 0."""
         return self.core.state.num_slots_in_front
 
     @property
@@ -42,7 +45,7 @@ class Inputs:
 
     @property
     def slots_around(self) -> int:
-        """Positions beside a chunk: theta(0), and at most m read-out slots."""
+        """Number of positions besides the chunk when it is read: those of theta(0), and at most m read-out slots."""
         if self.slots_in_front:
             return 2 * self.config.num_state_tokens
         return self.config.num_state_tokens if self.reads_out else 0
@@ -55,7 +58,7 @@ class Inputs:
         return self.base.window - self.slots_around
 
     def tokens(self, ids: Tensor | None, vectors: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """What is read, `input_ids` or `inputs_embeds`, and its mask, which is 1 by default."""
+        """The input, `input_ids` or `inputs_embeds`, and its mask, which is 1 by default."""
         if ids is None or vectors is not None:
             raise ValueError(
                 f"state_type={self.config.state_type!r} needs input_ids (B, T) of chunks and queries; inputs_embeds "
@@ -64,7 +67,11 @@ class Inputs:
         return ids, torch.ones_like(ids) if mask is None else mask
 
     def chunk(self, chunk: Chunk) -> tuple[Tensor, Tensor, Tensor]:
-        """ids, mask and labels (B, C) of a chunk that fits, on the base's device, without columns that are padding."""
+        """ids, mask and labels (B, C) of a chunk, on the base's device, without columns that hold only padding.
+
+        Raises:
+            ValueError: if the chunk has a wrong shape, does not fit the window, or has ids beyond the vocabulary.
+        """
         ids, mask = self.on_device(chunk)
         if ids.dim() != 2:
             labelled = "; labelled examples are for a linear state" if ids.dim() == 3 else ""
@@ -78,15 +85,19 @@ class Inputs:
         return ids, mask, labels
 
     def on_device(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
+        """The input of a chunk or query and its mask, on the base's device."""
         given = (chunk.get(name) for name in ("input_ids", "inputs_embeds", "attention_mask"))
         ids, mask = self.tokens(*(None if t is None else t.to(self.base.model.device) for t in given))
         return ids, mask.long()
 
     def align_labels(self, group: list[tuple[Tensor, ...]], state: State) -> tuple[list[tuple[Tensor, ...]], list]:
-        """The chunks with the state's own numbers of classes, and the classes met after each; here there are none.
+        """Translate the class numbers of several chunks to those of the state. Text has no classes, so nothing changes.
+
+        Returns:
+            The chunks, and for each of them the classes that the state has after it (None here).
 
         Raises:
-            ValueError: for a chunk of another number of tasks.
+            ValueError: if a chunk has another number of tasks than the state.
         """
         for rows in (len(chunk[0]) for chunk in group):
             if rows != state.batch_size:
@@ -94,7 +105,7 @@ class Inputs:
         return group, [None] * len(group)
 
     def labels(self, labels: Tensor | None, ids: Tensor, mask: Tensor) -> Tensor:  # of ids' shape
-        """Of a chunk; all its tokens by default. Observations have no use for them."""
+        """The labels of a chunk. By default, and for observations, which do not use them, all its tokens."""
         if labels is None or not self.core.uses_labels:
             return ids.masked_fill(mask == 0, NO_LOSS)
         if labels.shape != ids.shape:
@@ -106,11 +117,11 @@ class Inputs:
         return labels
 
     def query_labels(self, labels: Tensor | None, ids: Tensor, mask: Tensor) -> Tensor | None:
-        """Of queries in a row, as the core's answer takes them."""
+        """The labels of queries in the form that the core's `answer` takes."""
         return labels
 
     def check_query(self, ids: Tensor, num_tasks: int) -> None:  # (B, T)
-        """Of a state of `num_tasks`."""
+        """Check queries for a state of `num_tasks` tasks."""
         self._check_ids(ids)
         if num_tasks not in (1, len(ids)):
             raise ValueError(f"a state of {num_tasks} tasks with {len(ids)} queries: pass 1 or {len(ids)} tasks")
@@ -122,7 +133,7 @@ class Inputs:
         chunks: tuple[Tensor, Tensor, Tensor | None],  # (B, K, C)
         label_set: tuple[Tensor | None, Tensor | None],
     ) -> EpisodeBatch:
-        """A batch of episodes, checked; a label set is for regime implicit."""
+        """Check a batch of episodes and bring it into shape. A label set is only for regime implicit."""
         (ids, mask, labels), (chunk_ids, chunk_mask, chunk_labels) = queries, chunks
         num_queries = ids.shape[1]
         ids, mask = ids.flatten(0, 1), mask.flatten(0, 1)  # (B * Q, T)
@@ -163,7 +174,7 @@ class Inputs:
 
 
 def batched(group: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-    """ids, mask and labels of several chunks of B rows each as one batch, chunk after chunk, padded to the longest."""
+    """Batch several chunks of B rows each: chunk after chunk, padded to the longest."""
     batch = []
     for tensors in zip(*group, strict=True):
         size = [max(lengths) for lengths in zip(*(t.shape[1:] for t in tensors), strict=True)]

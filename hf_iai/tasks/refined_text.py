@@ -1,6 +1,6 @@
 """Refined text (regime `implicit`): each query keeps a prediction of its own answer, and each chunk refines it.
 
-Axes: B tasks, C tokens of a chunk, N queries of T tokens.
+Axes: B tasks, C tokens of a chunk, N queries of T tokens, S slots of an answer.
 """
 
 from collections.abc import Sequence
@@ -20,11 +20,11 @@ from ..tensors import NO_LOSS
 from .inputs import Inputs
 from .task import Task, is_linear
 
-Labels = Sequence[Sequence[int]]  # token ids of each
+Labels = Sequence[Sequence[int]]  # the token ids of each label
 
 
 class ImplicitInputs(Inputs):
-    """Checks chunks and queries whose predictions are refined, and lays them out."""
+    """Checks chunks and queries whose predictions are refined, and brings them into shape."""
 
     @property
     def slots_in_front(self) -> int:
@@ -32,16 +32,16 @@ class ImplicitInputs(Inputs):
 
     @property
     def max_chunk_size(self) -> int:
-        """Half the window: query and answer stand behind the chunk."""
+        """Half the window, since query and answer follow the chunk."""
         return self.base.window // 2
 
     def _check_chunk_length(self, length: int) -> None:
-        """Checked together with the query."""
+        """Nothing is checked here: `check_fits` checks a chunk together with the query."""
 
     def prepare_query(
         self, query: Chunk, labels: Labels | None, num_answer_tokens: int | None
     ) -> tuple[Queries, Answers]:
-        """The prompts (N, T) of `refine`, and what may be answered."""
+        """The prompts (N, T) of `refine`, and the possible answers."""
         ids, mask = self.on_device(query)
         if ids.dim() != 2 or not ids.numel():
             raise ValueError(f"query needs input_ids (queries, tokens), got shape {tuple(ids.shape)}")
@@ -59,7 +59,7 @@ class ImplicitInputs(Inputs):
         return queries, FreeAnswer(num_answer_tokens)
 
     def label_set(self, ids: Tensor, mask: Tensor, num_queries: int) -> LabelSet:  # (B, C, L), or (1, C, L) for all
-        """For N queries, N / B consecutive ones of each task."""
+        """The set of labels for N queries, N / B consecutive ones of each task."""
         if ids.dim() != 3 or mask.shape != ids.shape or num_queries % len(ids):
             raise ValueError(
                 f"label_input_ids and their mask must be (tasks, labels, tokens), got {tuple(ids.shape)} and "
@@ -80,9 +80,10 @@ class ImplicitInputs(Inputs):
         return group, [None] * len(group)
 
     def check_fits(self, chunk_mask: Tensor, queries: Queries, answers: Answers) -> None:  # (B, C)
-        """
+        """Check that a chunk fits the window together with a query and its answer.
+
         Raises:
-            ValueError: for queries that cannot be shared out among B tasks, or what is longer than the window.
+            ValueError: if it does not fit, or the number of queries is not a multiple of the number of tasks.
         """
         rows, length = chunk_mask.shape[0], chunk_mask.shape[-1]
         if not rows or len(queries) % rows:
@@ -100,7 +101,7 @@ class ImplicitInputs(Inputs):
         chunks: tuple[Tensor, Tensor, Tensor | None],  # (B, K, C)
         label_set: tuple[Tensor | None, Tensor | None],  # ids and mask (B, C, L)
     ) -> EpisodeBatch:
-        """A batch of episodes, checked. Its `labels` are the targets (B * Q, S)."""
+        """Check a batch of episodes and bring it into shape. Its `labels` are the targets (B * Q, S)."""
         if queries[2] is None:
             raise ValueError(
                 "an episode of regime='implicit' needs labels of the queries, (B, Q, T) of texts or (B, Q) of vectors: "
@@ -116,7 +117,7 @@ class ImplicitInputs(Inputs):
     def _targets_of_episode(
         self, ids: Tensor, mask: Tensor, labels: Tensor, label_ids: Tensor | None, label_mask: Tensor | None
     ) -> tuple[Queries, Answers, Tensor]:
-        """The prompts, what may be answered, and the targets (B * Q, S)."""
+        """The prompts, the possible answers, and the targets (B * Q, S)."""
         self._check_ids(ids)
         queries, answers = prompts_of(*(t.flatten(0, 1) for t in (ids, mask, labels)))
         if label_ids is None:
@@ -145,7 +146,7 @@ for logits in model.refine(chunk_text(text, tokenizer, {chunking}), query):
 
 @TASKS.register("refined_text")
 class RefinedText(Task):
-    """`regime="implicit"` of text: there is no task state; chunks refine each query's own prediction."""
+    """`regime="implicit"` for text: there is no task state; chunks refine each query's own prediction."""
 
     fields = frozenset({"regime", "prediction"})
     fingerprint = frozenset({"prediction", "vector_width", "num_outputs"})
@@ -191,7 +192,7 @@ class RefinedText(Task):
         return ImplicitInputs(base, core)
 
     def scored(self, batch: dict[str, Tensor]) -> Tensor:
-        """The tokens of free answers; of label sets, the queries."""
+        """The scored tokens of free answers; with a label set, the scored queries."""
         scored = batch["labels"][..., 1:] != NO_LOSS
         return scored.any(-1) if "label_input_ids" in batch else scored
 

@@ -34,11 +34,11 @@ from .vectors import (
 
 
 class RefinedVectorInputs(VectorExamples, ImplicitInputs):
-    """Checks chunks and queries that are vectors and whose predictions are refined."""
+    """Checks chunks and queries that are vectors and whose predictions are refined, and brings them into shape."""
 
     @property
     def max_chunk_size(self) -> int:
-        """The usual number of examples, if as many fit the window with a query."""
+        """The usual number of examples, or fewer if only fewer fit the window together with a query."""
         return min(CHUNK_SIZE, self.base.window - 2)
 
     def prepare_query(
@@ -54,7 +54,7 @@ class RefinedVectorInputs(VectorExamples, ImplicitInputs):
     def _targets_of_episode(
         self, ids: Tensor, mask: Tensor, labels: Tensor, *label_set: Tensor | None
     ) -> tuple[Queries, Answers, Tensor]:
-        """The queries, the core's answers, and the targets (B * Q, 1[, o])."""
+        """The queries, the core's answers, and the targets (B * Q, 1) or (B * Q, 1, o)."""
         if any(given is not None for given in label_set):
             raise ValueError("label_input_ids are for texts: num_outputs says what a vector's answers are")
         queries, answers = self.prepare_query({"inputs_embeds": ids.flatten(0, 1)}, None, None)
@@ -73,7 +73,7 @@ for logits in model.refine(chunk_vectors(vectors, labels), {{"inputs_embeds": ve
 
 @TASKS.register("refined_vectors")
 class RefinedVectors(RefinedText):
-    """`regime="implicit"` of vectors: examples refine each query's own class or real targets."""
+    """`regime="implicit"` for vectors: examples refine each query's own class or real targets."""
 
     fields = RefinedText.fields | {"vector_width", "num_outputs", "likelihood"}
     fingerprint_if_changed = frozenset({"likelihood"})

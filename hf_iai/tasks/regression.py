@@ -1,4 +1,4 @@
-"""Regression: chunks are examples with real targets, and the state is a linear regression of their features.
+"""Regression: chunks are examples with real targets, and the state is a linear regression over their features.
 
 Axes: B tasks, n examples, T tokens, o outputs.
 """
@@ -13,10 +13,10 @@ from .classification import Classification, LabelledChunk, LabelledInputs
 
 
 class GaussianInputs(LabelledInputs):
-    """Checks examples with real targets for a linear state, and lays them out."""
+    """Checks examples with real targets for a linear state, and brings them into shape."""
 
     def labels(self, labels: Tensor, ids: Tensor, mask: Tensor) -> Tensor:  # (B, n[, o]), (B, n, T) -> (B, n, o)
-        """Targets in float32, 0 for padding."""
+        """The targets in float32, 0 for padding."""
         examples = mask.shape[:-1]
         if labels is None or labels.dim() > mask.dim() or labels.shape[: len(examples)] != examples:
             found = None if labels is None else tuple(labels.shape)
@@ -33,7 +33,7 @@ class GaussianInputs(LabelledInputs):
         return labels
 
     def _aligned(self, group: list[LabelledChunk], state: TaskState) -> tuple[list[tuple[Tensor, ...]], list[int]]:
-        """The chunks, and how many outputs the state has after each of them: as many as the first one's."""
+        """The chunks, and the number of outputs of the state after each of them. The first chunk sets this number."""
         num_outputs = state.tensors["target"].shape[1] or group[0][2].shape[-1]
         for _, _, labels, _ in group:
             if labels.shape[-1] != num_outputs:
@@ -71,7 +71,7 @@ print(model(inputs_embeds=vectors[:3], task_state=state).logits)  # means of the
 
 @TASKS.register("regression")
 class Regression(Classification):
-    """A linear state of real targets, `likelihood="gaussian"`: a linear regression of the features of an encoder."""
+    """A linear state of real targets, `likelihood="gaussian"`: a linear regression over the features of an encoder."""
 
     fields = Classification.fields | {"likelihood", "fit_intercept"}
     fingerprint = frozenset({"pooling", "likelihood"})

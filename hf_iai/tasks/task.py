@@ -1,6 +1,6 @@
-"""Task: one kind of task. It says what is read and answered, what is learned, and how that is measured.
+"""Task: one kind of task. It says what is read and answered, what is learned, and how the result is measured.
 
-`hf_iai.registry.kind_of` finds the kind of a configuration; this folder alone asks which kind it is.
+`hf_iai.registry.kind_of` finds the kind of a configuration. Only this folder asks which kind it is.
 """
 
 from abc import abstractmethod
@@ -21,21 +21,21 @@ from .inputs import Inputs
 class Task(Part):
     """One kind of task, for one configuration.
 
-    To add a kind, write a subclass and register it: `@TASKS.register("name")`.
+    To add a kind, write a subclass and register it with `@TASKS.register("name")`.
 
     Attributes:
-        likelihoods, task_type: the values of these fields of `IAIConfig` that the kind knows.
-        metric: of its curve: `"loss"`, `"accuracy"` or `"squared_error"`.
-        unit: of its training loss.
+        likelihoods, task_type: the values of these fields of `IAIConfig` that this kind accepts.
+        metric: the metric of its curve: `"loss"`, `"accuracy"` or `"squared_error"`.
+        unit: the unit of its training loss.
         pipeline_tag: its task on the Hub.
         exports: what a state can be exported to: `"peft"`, `"classifier"`.
-        auto_class: loads a base.
-        makes_states: whether chunks are read into a task state (`adapt`); else queries refine predictions (`refine`).
-        reads_vectors: whether observations are vectors, which need no tokenizer.
+        auto_class: the class of transformers that loads a base.
+        makes_states: whether chunks are read into a task state (`adapt`). If not, they refine predictions (`refine`).
+        reads_vectors: whether examples and queries are vectors, which need no tokenizer.
         has_teacher: whether the bare base can be the teacher of `kl_weight`.
-        learns_start: whether theta(0) is learned, so that it may have a learning rate of its own.
-        refuses: name of a method of the model -> why it cannot work.
-        card_intro, card_example: what a model card says; `{model_id}` and the like are filled in.
+        learns_start: whether theta(0) is learned, so that it can have a learning rate of its own.
+        refuses: methods of the model that cannot work for this kind, with the reason.
+        card_intro, card_example: text and code for model cards, with places such as `{model_id}` to fill in.
     """
 
     likelihoods: tuple[str, ...] = ("softmax",)
@@ -58,7 +58,7 @@ class Task(Part):
     @classmethod
     @abstractmethod
     def matches(cls, config: IAIConfig) -> bool:
-        """Whether a configuration describes this kind."""
+        """Whether a configuration describes this kind of task."""
 
     @classmethod
     def check(cls, config: IAIConfig) -> None:
@@ -74,7 +74,7 @@ class Task(Part):
 
     @classmethod
     def parts(cls, config: IAIConfig) -> list[type[Part]]:
-        """All that the configuration has chosen, in the order in which it is checked."""
+        """All parts that the configuration has chosen, in the order in which they are checked."""
         signal = SIGNALS[config.signal]
         signal.complete(config)
         return [cls, signal, HEADS[config.head], STATES[config.state_type]]
@@ -86,30 +86,32 @@ class Task(Part):
 
     @classmethod
     def called(cls, config: IAIConfig) -> str:
-        """What the configuration has chosen, for error messages."""
+        """The choices of the configuration, for error messages."""
         return f"state_type={config.state_type!r}, signal={config.signal!r}, head={config.head!r}"
 
     # ---------------------------------------------------------------- the model
 
     def check_base(self, base: Base) -> None:
-        """
+        """Refuse a base that cannot do this kind of task.
+
         Raises:
-            ValueError: for a base that cannot do this kind of task.
+            ValueError: if the base cannot do it.
         """
         base.check_offers(STATES[self.config.state_type].needs, f"state_type={self.config.state_type!r}")
 
     @abstractmethod
     def core(self, base: Base) -> Core:
-        """What is learned."""
+        """Make the core: what is learned besides LoRA."""
 
     @abstractmethod
     def inputs(self, base: Base, core: Core) -> Inputs:
-        """Checks chunks and queries, and lays them out."""
+        """Make the object that checks chunks and queries and brings them into shape."""
 
     def check_can(self, method: str) -> None:
-        """
+        """Refuse a method of the model that cannot work for this kind of task.
+
         Raises:
-            ValueError: for a method of the model that cannot work for this kind.
+            ValueError: if it cannot work.
         """
         if method in self.refuses:
             raise ValueError(self.refuses[method].format(method=method, config=self.config))
@@ -117,19 +119,24 @@ class Task(Part):
     # ---------------------------------------------------------------- training
 
     def collator(self, tokenizer: PreTrainedTokenizerBase | None, chunk_size: int) -> Any:
-        """Turns episodes into batches.
+        """The collator that makes batches of episodes.
 
         Raises:
-            ValueError: for a tokenizer that is missing, or has no use.
+            ValueError: if a tokenizer is missing, or is not needed.
         """
         if tokenizer is None:
             raise ValueError("processing_class is missing: pass the base model's tokenizer")
         return EpisodeCollator(tokenizer, chunk_size)
 
     def check_training(self, kl_weight: float, state_learning_rate: float | None) -> None:
-        """
+        """Refuse training options that this kind of task cannot use.
+
+        Args:
+            kl_weight: weight of the loss to a teacher.
+            state_learning_rate: learning rate of theta(0).
+
         Raises:
-            ValueError: for a teacher, or a rate of theta(0), where there is none.
+            ValueError: if there is no teacher, or no learned theta(0).
         """
         if kl_weight and not self.has_teacher:
             raise ValueError(f"{self.called(self.config)} has no teacher, got kl_weight={kl_weight}: leave it out")
@@ -140,18 +147,18 @@ class Task(Part):
             )
 
     def scored(self, batch: dict[str, Tensor]) -> Tensor:
-        """Which labels of a batch of episodes have a loss; `unit` says what they are."""
+        """Which labels of a batch of episodes have a loss. `unit` says what they are."""
         return batch["labels"][..., 1:] != NO_LOSS
 
     # ---------------------------------------------------------------- words
 
     def display_name(self) -> str:
-        """Between the base's name and the fingerprint in an adapter's name."""
+        """The middle part of an adapter's name, between the name of the base and the fingerprint."""
         config = self.config
         return f"{config.regime} {config.state_type}-{STATES[config.state_type].size(config)}"
 
     def describe(self) -> list[str]:
-        """The configuration in words, a line each, for model cards."""
+        """The configuration in words, one line each, for model cards."""
         config = self.config
         state, head = STATES[config.state_type].describe(config), HEADS[config.head].describe(config)
         return [
@@ -166,12 +173,12 @@ class Task(Part):
 
 
 def is_linear(config: IAIConfig) -> bool:
-    """Whether a configuration asks for a linear state, by its name or by the task type that goes with it."""
+    """Whether a configuration asks for a linear state, by its state type or by its task type."""
     return config.state_type == "linear" or config.task_type == "SEQ_CLS"
 
 
 def task_of(config: IAIConfig) -> Task:
-    """The kind of task that a configuration describes.
+    """The task that a configuration describes.
 
     Example:
         >>> from hf_iai import IAIConfig

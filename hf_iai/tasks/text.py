@@ -1,4 +1,4 @@
-"""Text: documents and examples are tokens, a query is a text, and the base's own output layer answers."""
+"""Text: chunks are tokens of documents or examples, a query is a text, and the base's own output layer answers."""
 
 from ..bases.base import Base
 from ..config import IAIConfig
@@ -26,7 +26,7 @@ print(tokenizer.decode(tokens[0]))
 
 @TASKS.register("text")
 class Text(Task):
-    """A state of text: a prefix, a soft prompt or a LoRA for each task."""
+    """A state of text: a prefix, a soft prompt, or a LoRA for each task."""
 
     fields = frozenset({"regime", "state_type", "signal"})
     exports = frozenset({"peft"})

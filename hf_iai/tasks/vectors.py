@@ -1,4 +1,4 @@
-"""Vectors, with `vector_width`: a chunk is examples (x, y), a query is an x, and the base is often a small one.
+"""Vectors (`vector_width`): a chunk holds examples (x, y), a query is an x, and the base is usually a small one.
 
 Axes: B tasks, n examples, N queries, w width, o outputs.
 """
@@ -24,7 +24,7 @@ from .task import Task
 
 
 class VectorExamples(Inputs):
-    """Checks examples that are vectors, and lays them out."""
+    """Checks examples that are vectors, and brings them into shape."""
 
     def tokens(self, ids: Tensor | None, vectors: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         width = self.config.vector_width
@@ -45,9 +45,10 @@ class VectorExamples(Inputs):
         return vectors.float(), mask
 
     def chunk(self, chunk: Chunk) -> tuple[Tensor, Tensor, Tensor]:
-        """Vectors (B, n, w), mask (B, n) and labels (B, n), or (B, n, o) of real targets.
+        """Vectors (B, n, w), mask (B, n), and labels (B, n), or (B, n, o) for real targets.
 
-        Classes of `label_names` that are whole numbers are those numbers; others are numbered as they are.
+        If all `label_names` of a task are whole numbers, these numbers are the classes. Otherwise the labels are used
+        as they are.
         """
         vectors, mask = self.on_device(chunk)
         if vectors.dim() != 3:
@@ -61,7 +62,7 @@ class VectorExamples(Inputs):
         return vectors, mask, self.labels(labels, vectors, mask)
 
     def labels(self, labels: Tensor | None, ids: Tensor, mask: Tensor) -> Tensor:
-        """Class numbers, or floating targets of `num_outputs`; 0 for padding."""
+        """Class numbers, or floating targets with `num_outputs` values; 0 for padding."""
         real, most = self.config.likelihood == "gaussian", self.config.num_outputs
         if labels is None:
             raise ValueError("chunks of vectors need labels, one for each: chunk_vectors makes them")
@@ -82,13 +83,13 @@ class VectorExamples(Inputs):
         return labels
 
     def _targets(self, labels: Tensor, vectors: Tensor, mask: Tensor) -> Tensor:  # (..., Q), (..., Q, w), (..., Q)
-        """Labels of queries, -100 for none of a class, as the losses want them."""
+        """The labels of queries in the form of the losses: -100 where the class is missing, NaN where targets are."""
         classes = not labels.is_floating_point() and labels.shape == mask.shape
         asked = mask * (labels != NO_LOSS) if classes else mask
         return vector_targets(self.labels(labels, vectors, asked), asked)
 
     def _check_ids(self, ids: Tensor) -> None:
-        """Vectors are not of a vocabulary."""
+        """Vectors belong to no vocabulary, so nothing is checked."""
 
 
 class VectorInputs(VectorExamples):
@@ -96,7 +97,7 @@ class VectorInputs(VectorExamples):
 
     @property
     def max_chunk_size(self) -> int:
-        """The usual number of examples, if as many fit the window."""
+        """The usual number of examples, or fewer if only fewer fit the window."""
         most = self.base.window - self.slots_around
         if most < 1 and self.reads_out:
             raise ValueError(f"no example fits a window of {self.base.window} beside {self.slots_around} slots")
@@ -107,7 +108,7 @@ class VectorInputs(VectorExamples):
             super()._check_chunk_length(length)
 
     def check_query(self, ids: Tensor, num_tasks: int) -> None:  # (N, w)
-        """Each of B tasks answers N / B queries, one after the other."""
+        """Check that each of B tasks gets N / B consecutive queries."""
         if ids.dim() != 2 or not len(ids) or len(ids) % num_tasks:
             raise ValueError(
                 f"queries must be inputs_embeds (queries, width), as many for each of the {num_tasks} tasks of the "
@@ -127,7 +128,7 @@ class VectorInputs(VectorExamples):
 
 
 def _as_named(labels: Tensor, names: tuple[Names, ...]) -> Tensor:  # (B, n)
-    """The numbers that names are, where all of a task are whole numbers."""
+    """Replace labels by the numbers that their names are, for each task whose names are all whole numbers."""
     rows = []
     for row, own in zip(labels, names, strict=True):
         if own and are_numbers(own):
@@ -136,7 +137,7 @@ def _as_named(labels: Tensor, names: tuple[Names, ...]) -> Tensor:  # (B, n)
     return torch.stack(rows)
 
 
-# What answers about vectors, where texts need no such method of the model.
+# Methods of the model that are for text, with the error message that names the call for vectors.
 REFUSED = dict.fromkeys(
     ("generate", "state_effect"),
     "{method} is for text, but vector_width={config.vector_width}: ask with model(inputs_embeds=..., task_state=...)",
@@ -159,7 +160,7 @@ print(model(inputs_embeds=vectors[:3], task_state=state).logits)  # {meaning}
 
 @TASKS.register("vectors")
 class Vectors(Task):
-    """A state of vectors: slots or a LoRA that a base reads them under, or the weights of a small network."""
+    """A state of vectors: slots or a LoRA under which a base reads queries, or the weights of a small network."""
 
     fields = frozenset({"regime", "state_type", "signal", "vector_width", "num_outputs", "likelihood"})
     fingerprint = frozenset({"vector_width", "num_outputs"})
@@ -239,9 +240,10 @@ class Vectors(Task):
 
 
 def check_sizes(config: IAIConfig) -> None:
-    """
+    """Check `vector_width` and `num_outputs`.
+
     Raises:
-        ValueError: for one of the two sizes without the other, or below 1.
+        ValueError: if only one of the two is set, or one is below 1.
     """
     width, num = config.vector_width, config.num_outputs
     if width is None or num is None or width < 1 or num < 1:
@@ -253,9 +255,10 @@ def check_sizes(config: IAIConfig) -> None:
 def vector_collator(
     config: IAIConfig, tokenizer: PreTrainedTokenizerBase | None, chunk_size: int
 ) -> VectorEpisodeCollator:
-    """
+    """The collator for vectors.
+
     Raises:
-        ValueError: for a tokenizer, which vectors have no use for.
+        ValueError: if there is a tokenizer, which vectors do not need.
     """
     if tokenizer is not None:
         raise ValueError(f"vector_width={config.vector_width} is trained on vectors: leave processing_class out")
@@ -263,7 +266,7 @@ def vector_collator(
 
 
 def scored_vectors(batch: dict[str, Tensor]) -> Tensor:  # (B, Q)
-    """Which queries have a loss; of real targets the mask says it."""
+    """Which queries have a loss. For real targets the mask says it."""
     labels = batch["labels"]
     return batch["attention_mask"] != 0 if labels.is_floating_point() else labels != NO_LOSS
 
