@@ -12,8 +12,6 @@ thread, the median of 5. They exclude the encoder, which costs both sides the sa
     bytes_of_examples    size of the features that refitting has to keep
 """
 
-import json
-import os
 import time
 from pathlib import Path
 from typing import Annotated
@@ -21,16 +19,16 @@ from typing import Annotated
 import numpy as np
 import torch
 import typer
-from matplotlib.figure import Figure
-from rich.console import Console
-from rich.table import Table
 from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from examples.research.classifiers.intent_tasks import load_corpora
 from examples.research.classifiers.row_training import CHUNK
+from examples.research.common.files import write_json
+from examples.research.common.plots import draw_curve, finish, panels, save
 from examples.research.common.provenance import provenance
+from examples.research.common.rows import chosen, print_rows
 from hf_iai.commands.classify import load_reader
 from hf_iai.evaluation.accuracy import features_of
 from hf_iai.hub.published import published_adapter
@@ -95,18 +93,16 @@ def encoder_seconds(model, tokenizer) -> float:
 
 
 def draw(rows: list[dict], path: Path) -> None:
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    for color, num_classes in enumerate((20, 100)):
-        own = [row for row in rows if row["classes"] == num_classes]
-        at = [row["examples"] for row in own]
-        axes.plot(at, [row["seconds"] for row in own], f"C{color}-o", label=f"one more chunk, {num_classes} classes")
-        axes.plot(at, [row["refit"] for row in own], f"C{color}--", label=f"logistic regression, {num_classes} classes")
-    axes.set(xscale="log", yscale="log", xlabel="examples read", ylabel="processor seconds, one thread")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path.with_suffix(".tmp"), format="png", dpi=110)
-    os.replace(path.with_suffix(".tmp"), path)
+    figure, (axes,) = panels([""], size=(6, 4))
+    for color, classes in enumerate((20, 100)):
+        own = chosen(rows, classes=classes)
+        at, read, refit = ([row[name] for row in own] for name in ("examples", "seconds", "refit"))
+        draw_curve(axes, at, read, color=f"C{color}", marker="o", label=f"one more chunk, {classes} classes")
+        label = f"logistic regression, {classes} classes"
+        draw_curve(axes, at, refit, color=f"C{color}", linestyle="--", label=label)
+    labels = {"xlabel": "examples read", "ylabel": "processor seconds, one thread"}
+    finish(axes, fontsize=10, xscale="log", yscale="log", **labels)
+    save(figure, path, dpi=110)
 
 
 def main(
@@ -122,12 +118,8 @@ def main(
     with threadpool_limits(1):
         rows = [row for stream in STREAMS for row in rows_of_stream(head, corpus, *stream)]
         report = {"encoder_seconds": encoder_seconds(model, tokenizer), "rows": rows, "recipe": provenance()}
-    table = Table(*rows[0])
-    for row in rows:
-        table.add_row(*(f"{value:.4f}" if isinstance(value, float) else str(value) for value in row.values()))
-    Console().print(table)
-    (output / "growth.tmp").write_text(json.dumps(report, indent=1) + "\n")
-    os.replace(output / "growth.tmp", output / "growth.json")
+    print_rows(rows)
+    write_json(report, output / "growth.json")
     draw(rows, output / "growth.png")
 
 

@@ -10,8 +10,6 @@ ratio is that of the medians; its spread shows the quartiles of the ratios of si
   modules: a forward pass, and a forward and backward pass.
 """
 
-import json
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,12 +18,10 @@ import numpy as np
 import torch
 import typer
 from peft import LoraConfig, get_peft_model
-from rich.console import Console
-from rich.table import Table
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from examples.research.common.provenance import provenance
+from examples.research.common.rows import print_rows, write_rows
 from hf_iai import IAIConfig, TaskState
 from hf_iai.heads import bounded
 from hf_iai.signals import read_gradients
@@ -137,26 +133,14 @@ def rows() -> list[dict]:
     return found
 
 
-def show(found: list[dict]) -> None:
-    table = Table("what", "ms", "reference ms", "ratio", "quartiles", "bar")
-    for row in found:
-        cells = [f"{row[name]:.1f}" for name in ("milliseconds", "reference_milliseconds")]
-        cells += [f"{row['ratio']:.3f}", f"{row['low']:.3f}-{row['high']:.3f}", str(row["bar"] or "")]
-        table.add_row(row["what"], *cells)
-    Console(width=100).print(table)
-
-
 def main() -> None:
     torch.set_num_threads(1)
     found = rows()
-    show(found)
+    print_rows(found)
     num = sum(p.numel() for p in LlamaForCausalLM(LlamaConfig(**SHAPE)).parameters())
-    recipe = {"command": "python -m examples.benchmarks.overhead"} | provenance()
-    recipe |= {"base": SHAPE, "parameters": num, "tasks": TASKS, "tokens": TOKENS, "rank": RANK}
-    recipe |= {"repetitions": REPETITIONS, "cpu": torch.backends.cpu.get_cpu_capability()}
-    partial = OUTPUT.with_suffix(".part")
-    partial.write_text(json.dumps({"rows": found, "recipe": recipe}, indent=1) + "\n")
-    os.replace(partial, OUTPUT)
+    settings = {"base": SHAPE, "parameters": num, "tasks": TASKS, "tokens": TOKENS, "rank": RANK}
+    settings |= {"repetitions": REPETITIONS, "cpu": torch.backends.cpu.get_cpu_capability()}
+    write_rows(found, OUTPUT, "benchmarks.overhead", settings)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import torch
 import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from examples.research.common.files import write_json
 from examples.research.documents.code_curve import CHUNK, windows
 from hf_iai import embedded_base
 from hf_iai.embedded import library_documents
@@ -75,7 +76,7 @@ def main(num: int = 320, output: Path = Path("docs/base.json")) -> None:
         "string_functions": sorted(STRING_FUNCTIONS),
     }
     print(json.dumps(report, indent=1))
-    output.write_text(json.dumps(report, indent=1) + "\n")
+    write_json(report, output)
 
 
 if __name__ == "__main__":

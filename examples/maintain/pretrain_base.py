@@ -6,8 +6,6 @@ Two thirds of the sequences are library code (train split only), one third are g
 saves a checkpoint every 500 steps and continues from it. `examples/maintain/evaluate_base.py` measures the base.
 """
 
-import json
-import os
 import time
 from pathlib import Path
 
@@ -18,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from examples.research.common.files import replacing, write_json
 from hf_iai.embedded.generated_tasks import GENERATORS, generate_task_text
 from hf_iai.embedded.library_code import library_documents
 
@@ -112,11 +111,6 @@ def rate(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / 100, (steps - step) / (0.6 * steps))
 
 
-def save_atomically(obj: dict, path: Path) -> None:
-    torch.save(obj, path.with_suffix(".tmp"))
-    os.replace(path.with_suffix(".tmp"), path)
-
-
 def main(
     output: Path = Path("hf_iai/embedded/base"),
     work: Path = Path("work/pretrain"),
@@ -168,13 +162,14 @@ def main(
         bar.set_postfix(loss=f"{smooth:.3f}", refresh=False)
         if (step + 1) % checkpoint_every == 0:
             state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "step": step + 1}
-            save_atomically(state, checkpoint)
+            with replacing(checkpoint) as temporary:
+                torch.save(state, temporary)
             model.save_pretrained(work / "latest")
             tokenizer.save_pretrained(work / "latest")
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
     recipe = {"steps": steps, "batch_size": batch_size, "lr": lr, "seed": seed, "seconds": round(time.time() - started)}
-    (output / "recipe.json").write_text(json.dumps(recipe | {"corpus_tokens": tokens}, indent=1) + "\n")
+    write_json(recipe | {"corpus_tokens": tokens}, output / "recipe.json")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import typer
 
 from examples.maintain.render_cards import ROOT, origin
 from examples.maintain.render_cards import main as render_cards
+from examples.research.common.files import replacing
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -26,8 +27,8 @@ def main(name: Annotated[str, typer.Option()], adapter: Annotated[Path, typer.Op
     if not path.is_file():
         raise typer.BadParameter(f"{path} is missing: write it first, like the recipes of the other adapters")
     for file in FILES:
-        shutil.copyfile(adapter / file, folder / f"{file}.tmp")
-        (folder / f"{file}.tmp").replace(folder / file)
+        with replacing(folder / file) as temporary:
+            shutil.copyfile(adapter / file, temporary)
     recipe = json.loads(path.read_text())
     recipe |= origin(json.loads((ROOT / recipe["curves"][0]["file"]).read_text()))
     path.write_text(json.dumps(recipe, indent=1, ensure_ascii=False) + "\n")

@@ -13,17 +13,17 @@ The measure is the energy distance of 1024 generated samples to as many real one
 Axes: B tasks, K chunks of m samples, N generated samples.
 """
 
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from matplotlib.path import Path as Outline
 from matplotlib.textpath import TextPath
 from torch import Tensor, nn
+
+from examples.research.common.plots import panels, save
 
 from .refined import Descent, tensor, train
 
@@ -295,15 +295,11 @@ def draw_samples(shown: dict[tuple[str, str], Tensor], path: Path) -> None:
     """Four tasks of each kind: real samples, and those generated after 1, 10 and 50 chunks."""
     titles = ["real", *(f"{name}, {count}" for name in REFINED for count in (1, 10, 50))]
     tasks = [(kind, task) for kind in KINDS for task in range(4)]
-    figure = Figure(figsize=(1.4 * len(titles), 1.5 * len(tasks)), layout="constrained")
+    figure, axes_of = panels(titles * len(tasks), across=len(titles), size=(1.4, 1.5))
     for axes, (kind, task), title in zip(
-        figure.subplots(len(tasks), len(titles)).flatten(),
-        [of for of in tasks for _ in titles],
-        titles * len(tasks),
-        strict=True,
+        axes_of, [of for of in tasks for _ in titles], titles * len(tasks), strict=True
     ):
         axes.scatter(*shown[kind, title][task].T, s=1, color="C0" if title == "real" else "C3")
         axes.set(xlim=(-2.5, 2.5), ylim=(-2.5, 2.5), xticks=[], yticks=[], aspect="equal")
         axes.set_title(title, fontsize=7)
-    figure.savefig(path.with_suffix(".tmp"), format="png", dpi=90)
-    os.replace(path.with_suffix(".tmp"), path)
+    save(figure, path, dpi=90)

@@ -5,7 +5,6 @@
 docs/paper.md compares the paper's findings with what was measured here.
 """
 
-import json
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated
@@ -13,11 +12,9 @@ from typing import Annotated
 import numpy as np
 import torch
 import typer
-from matplotlib.figure import Figure
-from rich.console import Console
-from rich.table import Column, Table
 
-from examples.research.common.provenance import provenance
+from examples.research.common.plots import draw_curve, finish, panels, save
+from examples.research.common.rows import chosen, print_curves, write_rows
 
 FOLDER = Path(__file__).parent
 TABLES = ("linear_regression", "in_context", "regimes", "classification", "causal_order", "generation")
@@ -39,19 +36,11 @@ def main(
         torch.set_default_device(device)
     module = import_module(f"examples.paper.{table}")
     rows = means(module.table(tier, seeds, data, output))
-    command = f"python -m examples.paper.run --table {table} --tier {tier} --seeds {seeds}"
+    command = f"paper.run --table {table} --tier {tier} --seeds {seeds}"
     command += " --data DATA" if table == "classification" else ""
-    report = {
-        "recipe": {"command": command, **provenance()},
-        "value": module.VALUE,
-        "counted": module.COUNTED,
-        "rows": rows,
-    }
-    path = output / f"{table}.json"
-    path.with_suffix(".tmp").write_text(json.dumps(report, indent=1) + "\n")
-    path.with_suffix(".tmp").replace(path)
+    write_rows(rows, output / f"{table}.json", command, value=module.VALUE, counted=module.COUNTED)
     show(rows, module.COUNTED)
-    draw(rows, module.COUNTED, module.VALUE, module.SCALE, path.with_suffix(".png"))
+    draw(rows, module.COUNTED, module.VALUE, module.SCALE, output / f"{table}.png")
 
 
 def means(rows: list[dict]) -> list[dict]:
@@ -73,20 +62,17 @@ def means(rows: list[dict]) -> list[dict]:
 
 def curves(rows: list[dict], setting: str) -> dict[str, list[dict]]:
     """method -> its rows, by the number of chunks."""
-    methods = dict.fromkeys(row["method"] for row in rows if row["setting"] == setting)
-    wanted = {m: [r for r in rows if (r["setting"], r["method"]) == (setting, m)] for m in methods}
-    return {method: sorted(of_method, key=lambda row: row["num_chunks"]) for method, of_method in wanted.items()}
+    of_setting = chosen(rows, setting=setting)
+    methods = dict.fromkeys(row["method"] for row in of_setting)
+    return {m: sorted(chosen(of_setting, method=m), key=lambda row: row["num_chunks"]) for m in methods}
 
 
 def show(rows: list[dict], counted: str) -> None:
     for setting in dict.fromkeys(row["setting"] for row in rows):
         found = curves(rows, setting)
         counts = sorted({row["num_chunks"] for of_method in found.values() for row in of_method})
-        table = Table(Column(f"after {counted}", no_wrap=True), *map(str, counts), title=setting)
-        for method, of_method in found.items():
-            cells = {row["num_chunks"]: _cell(row) for row in of_method}
-            table.add_row(method, *(cells.get(n, "") for n in counts))
-        Console(width=200).print(table)
+        cells = {method: {row["num_chunks"]: _cell(row) for row in of_method} for method, of_method in found.items()}
+        print_curves(setting, f"after {counted}", counts, cells)
 
 
 def _cell(row: dict) -> str:
@@ -97,21 +83,14 @@ def _cell(row: dict) -> str:
 def draw(rows: list[dict], counted: str, value: str, scale: str, path: Path) -> None:
     """A panel for each setting, four in a row."""
     settings = list(dict.fromkeys(row["setting"] for row in rows))
-    across = min(4, len(settings))
-    down = -(-len(settings) // across)
-    figure = Figure(figsize=(4 * across, 3 * down), layout="constrained")
-    panels = figure.subplots(down, across, squeeze=False).flatten()
-    for axes in panels[len(settings) :]:
-        axes.remove()
-    for axes, setting in zip(panels, settings, strict=False):
+    figure, axes_of = panels(settings)
+    for axes, setting in zip(axes_of, settings, strict=True):
         for color, (method, of_method) in enumerate(curves(rows, setting).items()):
             at, values = ([row[name] for row in of_method] for name in ("num_chunks", "value"))
-            axes.plot(at, values, f"C{color}", marker=".", label=method)
-        axes.set(title=setting, xscale="log", yscale=scale, xlabel=counted, ylabel=value)
-        axes.grid(alpha=0.3)
-    panels[0].legend(fontsize=6)
-    figure.savefig(path.with_suffix(".tmp"), format="png", dpi=90)
-    path.with_suffix(".tmp").replace(path)
+            draw_curve(axes, at, values, color=f"C{color}", marker=".", label=method)
+        finish(axes, legend=False, xscale="log", yscale=scale, xlabel=counted, ylabel=value)
+    axes_of[0].legend(fontsize=6)
+    save(figure, path, dpi=90)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from examples.research.classifiers.row_training import CHUNK
+from examples.research.common.files import write_json
 from hf_iai.evaluation.classifiers import CLASSIFIERS
 
 
@@ -16,8 +17,7 @@ def baseline_accuracies(tasks: list[tuple], counts: list[int], file: Path) -> di
         with threadpool_limits(1):  # fits are small: more threads wait for each other
             rows = [_of_task(*task, counts) for task in tqdm(tasks, file.stem)]
         found = {method: [row[method] for row in rows] for method in CLASSIFIERS}
-        file.with_suffix(".tmp").write_text(json.dumps(found) + "\n")
-        file.with_suffix(".tmp").replace(file)
+        write_json(found, file, indent=None)
     return json.loads(file.read_text())
 
 

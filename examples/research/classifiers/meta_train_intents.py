@@ -31,8 +31,9 @@ from examples.research.classifiers.intent_tasks import (
     load_corpora,
     stack,
 )
-from examples.research.classifiers.row_report import COUNTS, draw, print_table, rows_of, write
+from examples.research.classifiers.row_report import COUNTS, draw, print_table, rows_of
 from examples.research.classifiers.row_training import CHUNK, Tasks, logits_of, states, train_head
+from examples.research.common.rows import write_rows
 from hf_iai import IAIConfig
 from hf_iai.commands.classify import installed_encoder, load_reader
 from hf_iai.heads import ClassRows
@@ -130,8 +131,8 @@ def evaluate(
         rows += rows_of(name, {method: np.concatenate([f[method] for f in of_splits]) for method in of_splits[0]})
         for split, found in enumerate(of_splits):
             rows += rows_of(f"{name}, split {split}", found)
-    command = f"python -m examples.research.classifiers.meta_train_intents evaluate --seed {seed} --num {num}"
-    write(rows, command, work / "report.json")
+    command = f"research.classifiers.meta_train_intents evaluate --seed {seed} --num {num}"
+    write_rows(rows, work / "report.json", command)
     print_table(rows)
     draw(rows, list(SETTINGS), work / "intents.png")
 

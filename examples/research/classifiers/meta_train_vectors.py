@@ -17,9 +17,10 @@ import typer
 from peft import PeftModel, get_peft_model
 from threadpoolctl import threadpool_limits
 
-from examples.research.classifiers.row_report import COUNTS, draw, print_table, rows_of, write
+from examples.research.classifiers.row_report import COUNTS, draw, print_table, rows_of
 from examples.research.classifiers.row_training import CHUNK, MOST_CHUNKS, train_head
 from examples.research.classifiers.vector_tasks import training_tasks
+from examples.research.common.rows import write_rows
 from hf_iai import IAIConfig, evaluate_curve, vector_base
 from hf_iai.commands.demo_digits import WIDTH, digit_episodes
 from hf_iai.evaluation.classifiers import CLASSIFIERS
@@ -57,11 +58,8 @@ def evaluate(seeds: str = "0,1,2", num: int = 60, work: Path = WORK, output: Pat
     rows = rows_of("digits", {"iai": np.mean(list(runs.values()), 0)} | found)
     for name, accuracy in runs.items():
         rows += rows_of(f"digits, {name}", {"iai": accuracy} | found)
-    write(
-        rows,
-        f"python -m examples.research.classifiers.meta_train_vectors evaluate --seeds {seeds} --num {num}",
-        output / "digits.json",
-    )
+    command = f"research.classifiers.meta_train_vectors evaluate --seeds {seeds} --num {num}"
+    write_rows(rows, output / "digits.json", command)
     print_table(rows)
     draw(rows, ["digits"], output / "digits.png")
 

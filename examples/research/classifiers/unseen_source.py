@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import typer
-from matplotlib.figure import Figure
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 from threadpoolctl import threadpool_limits
@@ -27,11 +26,13 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from examples.research.classifiers.intent_baselines import baseline_accuracies
 from examples.research.classifiers.intent_tasks import Corpus, draw_task, load_corpora, stack
 from examples.research.classifiers.meta_train_intents import DATA, ENCODER, WORK, head_accuracies, training_tasks
-from examples.research.classifiers.row_report import COUNTS, draw, print_table, rows_of, write
+from examples.research.classifiers.row_report import COUNTS, draw, print_table, rows_of
 from examples.research.classifiers.row_training import logits_of, states, train_head
+from examples.research.common.files import replacing
+from examples.research.common.plots import finish, panels, save
+from examples.research.common.rows import chosen, interval, print_rows, write_rows
 from hf_iai import IAIConfig
 from hf_iai.commands.classify import installed_encoder
-from hf_iai.evaluation import bootstrap_mean
 from hf_iai.evaluation.classifiers import logistic_regression, nearest_class_mean
 from hf_iai.heads import ClassRows
 
@@ -52,8 +53,8 @@ def trained_head(name: str, corpus: Corpus, seed: int, work: Path, steps: int = 
     file = work / f"after-{corpus.name}-{seed}.safetensors"
     if not file.exists():
         train_head(head, lambda most: training_tasks(rng, [corpus], (), 8, most), rng, steps=steps, lr=1e-2)
-        save_file(head.state_dict(), file.with_suffix(".tmp"))
-        file.with_suffix(".tmp").replace(file)
+        with replacing(file) as temporary:
+            save_file(head.state_dict(), temporary)
     head.load_state_dict(load_file(file))
     return head.eval()
 
@@ -103,16 +104,17 @@ def streams(heads: list[ClassRows], corpus: Corpus, work: Path) -> list[dict]:
 
 def main(num_draws: int = 3, num_seeds: int = 3, data: Path = DATA, encoder: str = ENCODER, work: Path = WORK) -> None:
     name, of_streams, of_shots = installed_encoder(encoder), [], []
-    command = f"python -m examples.research.classifiers.unseen_source --num-draws {num_draws} --num-seeds {num_seeds}"
+    command = f"research.classifiers.unseen_source --num-draws {num_draws} --num-seeds {num_seeds}"
     corpora = load_corpora(data, work, new_reader(name), AutoTokenizer.from_pretrained(name))
     for corpus, other in zip(corpora, reversed(corpora), strict=True):
         heads = [trained_head(name, other, seed, work) for seed in range(num_seeds)]
         of_streams += streams(heads, corpus, work)
         of_shots += shots_rows(heads, corpus, num_draws)
-    write(of_streams, command, work / "unseen_source.json")
+    write_rows(of_streams, work / "unseen_source.json", command)
     print_table(of_streams)
     draw(of_streams, list(dict.fromkeys(row["setting"] for row in of_streams)), work / "unseen_source.png")
-    write(of_shots, command, work / "all_way.json")
+    write_rows(of_shots, work / "all_way.json", command)
+    print_rows(of_shots)
     draw_picture(of_shots, work / "all_way.png")
 
 
@@ -123,28 +125,23 @@ def shots_rows(heads: list[ClassRows], corpus: Corpus, num_draws: int) -> list[d
             found = accuracies(heads, corpus, shots, num_draws)
         for method, values in found.items():
             gain = (found["iai"] - values)[:, None]
-            gains = zip(("gain", "low", "high"), bootstrap_mean(gain, np.arange(num_draws)), strict=True)
             rows.append({"corpus": corpus.name, "intents": len(corpus.rows), "shots": shots, "method": method})
-            rows[-1] |= {"accuracy": values.mean(), "deviation": values.std(ddof=1)} | dict(gains)
-            print(*(x if isinstance(x, str) else f"{x:.5g}" for x in rows[-1].values()), sep="\t")
+            rows[-1] |= {"accuracy": values.mean(), "deviation": values.std(ddof=1)} | interval(gain, "gain")
     return rows
 
 
 def draw_picture(rows: list[dict], path: Path) -> None:
-    names = list(dict.fromkeys(row["corpus"] for row in rows))
-    figure = Figure(figsize=(4.5 * len(names), 3.5), layout="constrained")
-    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+    sizes = {row["corpus"]: row["intents"] for row in rows}
+    figure, found = panels([f"{name}, all {size} intents" for name, size in sizes.items()], size=(4.5, 3.5))
+    for axes, name in zip(found, sizes, strict=True):
         for method in ("iai", *BASELINES):
-            cells = [r for r in rows if (r["corpus"], r["method"]) == (name, method)]
-            mean, deviation = (np.array([r[key] for r in cells]) for key in ("accuracy", "deviation"))
-            axes.errorbar([r["shots"] for r in cells], mean, deviation, marker=".", label=method)
-        axes.set(title=f"{name}, all {cells[0]['intents']} intents", xscale="log", xlabel="examples of each intent")
-        axes.set_ylabel("accuracy, %")
+            cells = chosen(rows, corpus=name, method=method)
+            at, mean, deviation = ([r[key] for r in cells] for key in ("shots", "accuracy", "deviation"))
+            axes.errorbar(at, mean, deviation, marker=".", label=method)
+        axes.set(xscale="log")
         axes.set_xticks(SHOTS, SHOTS)
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=7)
-    figure.savefig(path.with_suffix(".tmp"), format="png", dpi=100)
-    path.with_suffix(".tmp").replace(path)
+        finish(axes, xlabel="examples of each intent", ylabel="accuracy, %")
+    save(figure, path)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the machine at hand is good at."""
+"""Capabilities of the machine."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Where a figure comes from."""
+"""Where a figure comes from: the command, its settings, the commit and the version of torch."""
 
 import subprocess
 from pathlib import Path
@@ -14,9 +14,19 @@ def _commit() -> str | None:
         return None
 
 
-COMMIT = _commit()  # when the run begins: a long run outlives edits
+COMMIT = _commit()  # when the run begins: files may be edited during a long run
 
 
 def provenance() -> dict[str, str | None]:
-    """The versions to write beside a measured figure; `commit` ends in + where tracked files differ from it."""
+    """The versions to write beside a measured figure; `commit` ends in + if tracked files differ from it."""
     return {"commit": COMMIT, "torch": torch.__version__}
+
+
+def recipe(command: str, **settings) -> dict:
+    """What a result file says about its own making.
+
+    Args:
+        command: after `python -m examples.`, with its options.
+        settings: whatever else decides the figures.
+    """
+    return {"command": f"python -m examples.{command}", **settings, **provenance()}

@@ -1,4 +1,4 @@
-"""What all trainings of the examples have in common: they go on from a checkpoint, and save the adapter beside it."""
+"""Shared by all trainings: continue from a checkpoint, and save the adapter beside it."""
 
 from pathlib import Path
 

@@ -127,11 +127,8 @@ def evaluate(
     work.mkdir(parents=True, exist_ok=True)
     joined.plot(work / "curve.png")
     of = f"--adapter {adapter}" if adapter else f"--seeds {seeds}"
-    recipe = {
-        "command": f"python -m examples.research.documents.markov_curve evaluate {of} --test-seed {test_seed}",
-        "num": num,
-        "test_seed": test_seed,
-    }
+    command = f"python -m examples.research.documents.markov_curve evaluate {of} --test-seed {test_seed}"
+    recipe = {"command": command, "num": num, "test_seed": test_seed}
     joined.to_json(work / "curve.json", recipe=recipe, **provenance())
 
 

@@ -8,7 +8,6 @@
    n chunks. The latest quarter is always kept. Measured on the validation packages.
 """
 
-import json
 from itertools import product
 from pathlib import Path
 
@@ -18,7 +17,9 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from examples.research.common.provenance import provenance
+from examples.research.common.files import write_json
+from examples.research.common.provenance import recipe
+from examples.research.common.rows import print_rows
 from examples.research.documents.code_curve import CHUNK, held_out_documents, windows
 from hf_iai import embedded_base
 from hf_iai.bases.base import Base, ages_of, positions_of
@@ -132,11 +133,10 @@ def main(num: int = 96, output: Path = Path("work/token_choice.json")) -> None:
     table = worth_table(model, *tensors(windows(library_documents("train"), tokenizer, 3, 2 * num, 0), 3))
     validation = tensors(windows(held_out_documents(validation=True), tokenizer, 16, num, 0), 8)
     choices = [row for n in (1, 2, 4, 8) for row in choice_table(model, *validation, n)]
-    for row in (*table, *choices):
-        print(row)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    recipe = {"command": f"python -m examples.research.documents.token_choice --num {num}", **provenance()}
-    output.write_text(json.dumps({"recipe": recipe, "worth": table, "choices": choices}, indent=1) + "\n")
+    print_rows(table)
+    print_rows(choices)
+    made = recipe(f"research.documents.token_choice --num {num}")
+    write_json({"recipe": made, "worth": table, "choices": choices}, output)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ query (AdamW, full batch), at each of 4 learning rates. The rate with the best m
 favours the baseline. Next to it stand the adapter's loss and both adaptation times. 16 chunks take 10 minutes more.
 """
 
-import json
 import time
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from peft import AutoPeftModelForCausalLM, PrefixTuningConfig, PromptTuningConfi
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
-from examples.research.common.provenance import provenance
+from examples.research.common.rows import write_rows
 from examples.research.documents.code_curve import CHUNK, held_out_documents, windows
 from hf_iai import embedded_base
 from hf_iai.evaluation.losses import token_losses
@@ -84,10 +83,8 @@ def main(
             row |= {"standard_error": float(per_window.std(ddof=1) / len(per_window) ** 0.5)}
             rows.append(row | {"seconds_per_document": float(np.mean(seconds[method]))})
             print(rows[-1])
-    output.parent.mkdir(parents=True, exist_ok=True)
-    recipe = {"command": f"python -m examples.research.documents.tuned_baselines --num {num} --counts {counts}"}
-    recipe |= provenance() | {"num": num, "steps": steps, "rates": RATES, "chunk": CHUNK, "slots": model.num_slots}
-    output.write_text(json.dumps({"rows": rows, "recipe": recipe}, indent=1) + "\n")
+    settings = {"num": num, "steps": steps, "rates": RATES, "chunk": CHUNK, "slots": model.num_slots}
+    write_rows(rows, output, f"research.documents.tuned_baselines --num {num} --counts {counts}", settings)
 
 
 if __name__ == "__main__":

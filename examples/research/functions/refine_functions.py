@@ -8,7 +8,6 @@
 "Known" is a perfect memory.
 """
 
-import json
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,13 +17,13 @@ import numpy as np
 import torch
 import typer
 from datasets import IterableDataset
-from matplotlib.figure import Figure
 from peft import AutoPeftModelForCausalLM, PeftModel
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
-from examples.research.common.provenance import provenance
+from examples.research.common.plots import doubling_axis, draw_curve, finish, panels, save
+from examples.research.common.rows import chosen, grouped, interval, print_curves, with_range, write_rows
 from examples.research.common.training import train_adapter
 from examples.research.functions.function_tasks import (
     CHUNK,
@@ -34,9 +33,8 @@ from examples.research.functions.function_tasks import (
     function_episodes,
     real_episodes,
 )
-from examples.research.recall.refine_recall import make_model, over_seeds
+from examples.research.recall.refine_recall import make_model
 from hf_iai import embedded_base
-from hf_iai.evaluation import bootstrap_mean
 
 MOST_TRAINED, ASKED, WORK = 8, 16, Path("work/functions")
 COUNTS = (0, 1, 2, 4, 8, 16, 28)  # the last two are more than training saw
@@ -155,8 +153,7 @@ def rows_of(found: Found, **names) -> list[dict]:
     """Exact match, intervals over tasks."""
     rows = []
     for n, right in found.items():
-        match, low, high = bootstrap_mean(right.astype(float), np.arange(len(right)))
-        rows.append(names | {"asked": "all", "num_chunks": n, "exact_match": match, "low": low, "high": high})
+        rows.append(names | {"asked": "all", "num_chunks": n} | interval(right.astype(float), "exact_match"))
     return rows
 
 
@@ -194,43 +191,36 @@ def evaluate(
             model = AutoPeftModelForCausalLM.from_pretrained(folder).eval()
             seed = int(folder.parent.name.split("-")[1])
             rows += rows_of(by_refining(model, tasks), setting=setting, method="refined", seed=seed)
-    work.mkdir(parents=True, exist_ok=True)
-    command = f"python -m examples.research.functions.refine_functions evaluate --num-tasks {num_tasks}"
-    command += " --data FOLDER" if data else ""
-    report = {"recipe": {"command": command, **provenance()}, "rows": rows}
-    (work / "refine_functions.tmp").write_text(json.dumps(report, indent=1) + "\n")
-    (work / "refine_functions.tmp").replace(work / "refine_functions.json")
+    command = f"research.functions.refine_functions evaluate --num-tasks {num_tasks}"
+    write_rows(rows, work / "refine_functions.json", command + (" --data FOLDER" if data else ""))
     print_table(rows)
     draw(rows, work / "refine_functions.png")
 
 
 def print_table(rows: list[dict]) -> None:
     for setting in dict.fromkeys(row["setting"] for row in rows):
-        print(f"\n{setting}, chunks: {COUNTS}")
+        cells = {}
         for method in dict.fromkeys(row["method"] for row in rows if row["setting"] == setting):
-            found = over_seeds(rows, setting, method)
-            print(f"  {method:16s}", *(f"{np.mean(found[n]):.3f}" if n in found else "     " for n in COUNTS))
+            found = grouped(chosen(rows, setting=setting, method=method), "exact_match")
+            cells[method] = {n: f"{np.mean(values):.3f}" for n, values in found.items()}
+        print_curves(setting, "after chunks", COUNTS, cells)
 
 
 def draw(rows: list[dict], path: Path) -> None:
     """Exact match against chunks read, mean over seeds and their range."""
     settings = list(dict.fromkeys(row["setting"] for row in rows))
-    styles = {"refined": "C0-o", "untrained": "C0:", "full context": "C7--", "known": "k:"}
-    figure = Figure(figsize=(4 * len(settings), 4), layout="constrained")
-    for axes, setting in zip(figure.subplots(1, len(settings), sharey=True), settings, strict=True):
-        for method, style in styles.items():
-            if found := over_seeds(rows, setting, method):
-                axes.plot(list(found), [np.mean(v) for v in found.values()], style, label=method)
-                low, high = ([pick(v) for v in found.values()] for pick in (min, max))
-                axes.fill_between(list(found), low, high, color=style[:2] if style[0] == "C" else "k", alpha=0.15)
-        axes.set_xscale("symlog", base=2, linthresh=1)
+    styles = {"refined": ("C0", "-"), "untrained": ("C0", ":"), "full context": ("C7", "--"), "known": ("k", ":")}
+    figure, found = panels(settings, across=len(settings), size=(4, 4), share_y=True)
+    for axes, setting in zip(found, settings, strict=True):
+        for method, (color, line) in styles.items():
+            points = with_range(grouped(chosen(rows, setting=setting, method=method), "exact_match"))
+            marker = "o" if method == "refined" else ""
+            draw_curve(axes, *points, color=color, linestyle=line, marker=marker, label=method)
+        doubling_axis(axes)
         axes.set_title(setting, fontsize=9)
-        axes.set(
-            xlabel=f"chunks read, {CHUNK} or {CHUNK_OF_FUNCTIONS} tokens each", ylabel="exact match", ylim=(0, 1.02)
-        )
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=7)
-    figure.savefig(path, dpi=130)
+        xlabel = f"chunks read, {CHUNK} or {CHUNK_OF_FUNCTIONS} tokens each"
+        finish(axes, xlabel=xlabel, ylabel="exact match", ylim=(0, 1.02))
+    save(figure, path, dpi=130)
 
 
 if __name__ == "__main__":

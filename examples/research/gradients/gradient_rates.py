@@ -12,6 +12,8 @@ import typer
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from examples.research.common.files import replacing
+from examples.research.common.rows import print_rows
 from hf_iai import EpisodeCollator, IAIConfig, embedded_base
 from hf_iai.data import episodes_from_documents
 from hf_iai.embedded import library_documents
@@ -43,10 +45,9 @@ def main() -> None:
         for rate in rates
         if (found := losses(batch, state_type, rate))
     ]
-    for row in rows:
-        print(*row.values(), sep="\t")
-    path = Path(__file__).parents[3] / "docs" / "gradient_rates.json"
-    path.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+    print_rows(rows)
+    with replacing(Path(__file__).parents[3] / "docs" / "gradient_rates.json") as temporary:
+        temporary.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")  # a row on each line
 
 
 if __name__ == "__main__":

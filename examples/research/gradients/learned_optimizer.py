@@ -10,7 +10,6 @@ measured loss is that of the text that follows. AdamW's rate is chosen by that l
 last row shows paired differences.
 """
 
-import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -31,7 +30,9 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, Trainer, TrainingArguments, set_seed
 from transformers.utils.logging import disable_progress_bar
 
+from examples.research.common.files import write_json
 from examples.research.common.provenance import provenance
+from examples.research.common.rows import print_rows
 from examples.research.documents.code_curve import held_out_documents
 from examples.research.documents.tuned_baselines import query_losses
 from hf_iai import LearnedOptimizer, embedded_base, episodes_from_documents, export_to_peft
@@ -99,11 +100,9 @@ def main(
     best = min(rates, key=lambda rate: curve.mean(rate, STEPS)["mean"])
     difference = curve.difference(("learned", STEPS), (best, STEPS))
     rows.append({"optimizer": f"learned - AdamW at {best}"} | difference)
-    for row in rows:
-        print(*row.values(), sep="\t")
-    output.parent.mkdir(parents=True, exist_ok=True)
+    print_rows(rows)
     recipe |= {"chunk": CHUNK, "steps": STEPS, "documents": len(test)}
-    output.write_text(json.dumps({"rows": rows, "recipe": recipe}, indent=1) + "\n")
+    write_json({"rows": rows, "recipe": recipe}, output)
 
 
 if __name__ == "__main__":

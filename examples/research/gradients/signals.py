@@ -18,11 +18,11 @@ import numpy as np
 import torch
 import typer
 from datasets import Dataset, IterableDataset
-from matplotlib.figure import Figure
 from peft import AutoPeftModelForCausalLM, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
-from examples.research.common.provenance import provenance
+from examples.research.common.plots import doubling_axis, finish, panels, save
+from examples.research.common.rows import chosen, interval, print_curves, write_rows
 from examples.research.common.training import train_adapter
 from examples.research.documents.adapt_to_documents import report as write_curve
 from examples.research.gradients.steps_to_quality import CHUNK, documents, query_losses, windows
@@ -30,7 +30,7 @@ from examples.research.recall.associative_recall import from_state
 from examples.research.recall.recall_tasks import CHUNK as RECALL_CHUNK
 from examples.research.recall.recall_tasks import PAIRS_PER_CHUNK, REWRITE_RATE, growing_episodes, recall_episodes
 from hf_iai import EpisodeCollator, IAIConfig, embedded_base
-from hf_iai.evaluation import Curve, bootstrap_mean, evaluate_curve
+from hf_iai.evaluation import Curve, evaluate_curve
 from hf_iai.trainer import last_chunks
 
 SIGNALS = ("observations", "gradients", "both")
@@ -126,18 +126,16 @@ def evaluate(task: str = "code", num: int = 128, work: Path = WORK) -> None:
     else:
         tasks = recall_episodes(num, PAIRS, REWRITE_RATE, seed=77)
         groups = list(range(num))
-    command = f"python -m examples.research.gradients.signals evaluate --task {task} --num {num} --work {work}"
-    report = {"recipe": {"command": command, **provenance()}, "task": task, "groups": groups, "rows": []}
+    rows = []
     for folder in sorted(work.glob(f"{task}-*/adapter")):
         _, signal, seed = folder.parent.name.split("-")
         model = AutoPeftModelForCausalLM.from_pretrained(folder).eval()
         for n in COUNTS[task]:
             values = code_losses(model, batches, n) if task == "code" else from_state(model, tasks, n).astype(float)
             row = {"signal": signal, "seed": int(seed), "num_chunks": n, "mean": float(values.mean())}
-            report["rows"].append(row | {"values": values.mean(1).round(4).tolist()})
-    path = work / f"{task}.json"
-    path.with_suffix(".tmp").write_text(json.dumps(report) + "\n")
-    path.with_suffix(".tmp").replace(path)
+            rows.append(row | {"values": values.mean(1).round(4).tolist()})
+    command = f"research.gradients.signals evaluate --task {task} --num {num} --work {work}"
+    write_rows(rows, work / f"{task}.json", command, indent=None, task=task, groups=groups)
 
 
 @app.command()
@@ -160,48 +158,41 @@ def _batches(episodes: Dataset, collate: EpisodeCollator, size: int = 16) -> lis
 @app.command()
 def report(work: Path = WORK, output: Path = WORK.parent) -> None:
     """Means over seeds, and `both` against the better of the two signals at every number of chunks; signals.png."""
-    from rich.console import Console
-    from rich.table import Table
-
     paths = (work / f"{task}.json" for task in COUNTS)
     reports = [json.loads(path.read_text()) for path in paths if path.exists()]
     for found in reports:
         task, groups = found["task"], np.array(found["groups"])
-        table = Table("signal", *map(str, COUNTS[task]), title=f"{task}: after so many chunks")
         values = {signal: [_values(found, signal, n) for n in COUNTS[task]] for signal in SIGNALS}
-        for signal in SIGNALS:
-            table.add_row(signal, *(f"{v.mean():.4f} ±{v.mean(1).std(ddof=1):.4f}" for v in values[signal]))
-        better = 1 if task == "recall" else -1
-        cells = []
-        for observed, gradient, both in zip(*values.values(), strict=True):
+        cells = {
+            signal: {
+                n: f"{v.mean():.4f} ±{v.mean(1).std(ddof=1):.4f}" for n, v in zip(COUNTS[task], found, strict=True)
+            }
+            for signal, found in values.items()
+        }
+        better, ahead = 1 if task == "recall" else -1, {}
+        for n, observed, gradient, both in zip(COUNTS[task], *values.values(), strict=True):
             best = max(observed, gradient, key=lambda v: better * v.mean())
-            mean, low, high = bootstrap_mean((better * (both - best)).T, groups)
-            cells.append(f"{mean:+.4f} ({low:+.4f} .. {high:+.4f})")
-        table.add_row("both is ahead by", *cells)
-        Console(width=160).print(table)
+            gain = interval((better * (both - best)).T, groups=groups)
+            ahead[n] = "{mean:+.4f} ({low:+.4f} .. {high:+.4f})".format(**gain)
+        print_curves(f"{task}: after so many chunks", "signal", COUNTS[task], cells | {"both is ahead by": ahead})
     draw(reports, output / "signals.png")
 
 
 def draw(reports: list[dict], path: Path) -> None:
     """A panel for each task; bars are standard deviations over training seeds."""
-    figure = Figure(figsize=(4.5 * len(reports), 3.5), layout="constrained")
-    for axes, found in zip(figure.subplots(1, len(reports), squeeze=False)[0], reports, strict=True):
+    figure, axes_of = panels([found["task"] for found in reports], size=(4.5, 3.5))
+    for axes, found in zip(axes_of, reports, strict=True):
         at = COUNTS[found["task"]]
         for signal in SIGNALS:
             means = np.stack([_values(found, signal, n).mean(1) for n in at])  # (counts, S)
             axes.errorbar(at, means.mean(1), means.std(1, ddof=1), marker=".", label=signal)
-        axes.set(title=found["task"], xlabel="chunks read", ylabel=UNITS[found["task"]])
-        axes.set_xscale("symlog", base=2, linthresh=1)
-        axes.set_xticks(at, at)
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path.with_suffix(".tmp"), format="png", dpi=100)
-    path.with_suffix(".tmp").replace(path)
+        doubling_axis(axes, at)
+        finish(axes, fontsize=8, xlabel="chunks read", ylabel=UNITS[found["task"]])
+    save(figure, path)
 
 
 def _values(found: dict, signal: str, num_chunks: int) -> np.ndarray:  # (S, E)
-    rows = [r for r in found["rows"] if (r["signal"], r["num_chunks"]) == (signal, num_chunks)]
+    rows = chosen(found["rows"], signal=signal, num_chunks=num_chunks)
     return np.array([row["values"] for row in sorted(rows, key=lambda row: row["seed"])])
 
 

@@ -1,14 +1,12 @@
 """The report of `steps_to_quality` as tables, verdicts and a picture."""
 
-import os
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 from rich.console import Console
-from rich.table import Table
 
-from hf_iai.evaluation import bootstrap_mean
+from examples.research.common.plots import doubling_axis, draw_curve, finish, panels, save
+from examples.research.common.rows import chosen, interval, print_curves
 
 LEARNED = ("learned_optimizer", "learned")
 FEW, MANY = 5, 25  # learned updates, and those of Adam that they are held against
@@ -29,19 +27,18 @@ def losses(report: dict, method: str, start: str, num_updates: int) -> np.ndarra
     """Loss of each window; no update at all is the same for all methods of a start."""
     if num_updates == 0:
         method = {"learned": "learned_optimizer", "peft": "none"}.get(start, method)
-    wanted = {"method": method, "start": start, "num_updates": num_updates}
-    rows = [r for r in report["rows"] if all(r[name] == value for name, value in wanted.items())]
+    rows = chosen(report["rows"], method=method, start=start, num_updates=num_updates)
     return np.array([row["losses"] for row in sorted(rows, key=lambda row: row["seed"])])
 
 
 def counts(report: dict, method: str, start: str) -> list[int]:
-    found = {r["num_updates"] for r in report["rows"] if (r["method"], r["start"]) == (method, start)}
+    found = {row["num_updates"] for row in chosen(report["rows"], method=method, start=start)}
     return sorted(found | {0})
 
 
-def interval(values: np.ndarray, report: dict) -> tuple[float, float, float]:  # (S, E)
+def over_documents(values: np.ndarray, report: dict) -> tuple[float, float, float]:  # (S, E)
     """Mean over seeds and windows, and its interval over documents."""
-    return bootstrap_mean(values.T, np.array(report["groups"]))
+    return tuple(interval(values.T, groups=np.array(report["groups"])).values())
 
 
 def share_of_gain(report: dict, num_resamples: int = 1000) -> tuple[float, float, float]:
@@ -56,24 +53,25 @@ def share_of_gain(report: dict, num_resamples: int = 1000) -> tuple[float, float
 
 
 def print_report(report: dict) -> None:
-    console = Console(width=120)
     at = sorted({n for key in LINES for n in counts(report, *key)})
     seeds = len({row["seed"] for row in report["rows"]})
     title = f"{report['model']}, {report['state']} state: loss after n updates, {seeds} seeds"
-    table = Table("method", *map(str, at), title=title)
-    for key, (name, _, _) in LINES.items():
-        here = counts(report, *key)
-        cells = [f"{losses(report, *key, n).mean():.3f}" if n in here else "" for n in at]
-        table.add_row(name, *cells)
-    console.print(table)
+    cells = {
+        name: {n: f"{losses(report, *key, n).mean():.3f}" for n in counts(report, *key)}
+        for key, (name, _, _) in LINES.items()
+    }
+    print_curves(title, "method", at, cells)
+    console = Console(width=120)
     share = share_of_gain(report)
     console.print(f"{FEW} learned updates: {_shown(share)} of what Adam gains in {MANY} from the same start")
     for method, chunks in (("adam", "all chunks"), ("adam_few", "the same 5 chunks")):
         ahead = losses(report, method, "peft", 100) - losses(report, *LEARNED, FEW)
-        console.print(f"ahead of Adam's 100 from PEFT's start, {chunks}, by {_shown(interval(ahead, report))} nats")
+        console.print(
+            f"ahead of Adam's 100 from PEFT's start, {chunks}, by {_shown(over_documents(ahead, report))} nats"
+        )
     for n in (20, 50, 100):
         later = losses(report, *LEARNED, FEW) - losses(report, *LEARNED, n)
-        console.print(f"{n} learned updates: {_shown(interval(later, report))} nats better than {FEW}")
+        console.print(f"{n} learned updates: {_shown(over_documents(later, report))} nats better than {FEW}")
 
 
 def _shown(found: tuple[float, float, float]) -> str:
@@ -94,20 +92,15 @@ def means(report: dict) -> dict:
 
 def draw(report: dict, path: Path) -> None:
     """Loss against updates."""
-    figure = Figure(figsize=(6.5, 4.5), layout="constrained")
-    axes = figure.subplots()
+    figure, (axes,) = panels([f"{report['model']}, {report['state']} state"], size=(6.5, 4.5))
     for key, (name, color, style) in LINES.items():
         at = counts(report, *key)
         mean = [losses(report, *key, n).mean() for n in at]
-        axes.plot(at, mean, color=color, linestyle=style, label=name, marker=".")
-    axes.set_xscale("symlog", base=2, linthresh=1)
-    axes.set_xlabel(f"updates, one chunk of {report['chunk_size']} tokens each")
-    axes.set_ylabel("loss of the text that follows, nats per token")
-    axes.set_title(f"{report['model']}, {report['state']} state")
+        draw_curve(axes, at, mean, color=color, linestyle=style, label=name, marker=".")
+    doubling_axis(axes)
     # From PEFT's start a few updates are far away.
     best = min(losses(report, *LEARNED, n).mean() for n in counts(report, *LEARNED))
-    axes.set_ylim(best - 0.02, losses(report, *LEARNED, 0).mean() + 0.15)
-    axes.legend(fontsize=7)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path.with_suffix(".tmp"), format="png", dpi=110)
-    os.replace(path.with_suffix(".tmp"), path)
+    ylim = (best - 0.02, losses(report, *LEARNED, 0).mean() + 0.15)
+    xlabel = f"updates, one chunk of {report['chunk_size']} tokens each"
+    finish(axes, xlabel=xlabel, ylabel="loss of the text that follows, nats per token", ylim=ylim)
+    save(figure, path, dpi=110)

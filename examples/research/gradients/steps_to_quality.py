@@ -28,7 +28,8 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
-from examples.research.common.provenance import provenance
+from examples.research.common.files import write_json
+from examples.research.common.rows import write_rows
 from examples.research.common.training import train_adapter
 from examples.research.documents.code_curve import VALIDATION, held_out_documents, unread_documents
 from examples.research.gradients.steps_report import draw, means, print_report
@@ -362,7 +363,8 @@ def cycled_rows(model, state: str, seed: int, start, batches: list, validation: 
 
 
 def command_of(arguments: str, chunk_size: int, model: str | None, data: Path | None, held_out: str | None) -> str:
-    command = f"python -m examples.research.gradients.steps_to_quality {arguments} --chunk-size {chunk_size}"
+    """The command line of a run, as `recipe` takes it."""
+    command = f"research.gradients.steps_to_quality {arguments} --chunk-size {chunk_size}"
     return command + (f" --model {Path(model).name} --data {data.name} --held-out {held_out}" if model else "")
 
 
@@ -389,15 +391,13 @@ def evaluate(
     command = f"evaluate --state {state} --num {num} --num-validation {num_validation}"
     command = command_of(command, chunk_size, model, data, held_out)
     chosen_on = VALIDATION if data is None else "the first quarter of each held-out book"
-    found = {"recipe": {"command": command, "num_validation": num_validation, "validation": chosen_on, **provenance()}}
-    found |= {"model": Path(model).name if model else "embedded", "chunk_size": chunk_size, "rates": RATES[state]}
-    found |= {"state": state, "groups": list(episodes["test"]["group"]), "rows": []}
-    best: dict = {}  # of the first seed, for all
+    settings = {"num_validation": num_validation, "validation": chosen_on}
+    beside = {"model": Path(model).name if model else "embedded", "chunk_size": chunk_size, "rates": RATES[state]}
+    beside |= {"state": state, "groups": list(episodes["test"]["group"])}
+    rows, best = [], {}  # the rates of the first seed, for all
     for folder in sorted(work.glob(f"{state}-learned_optimizer-*/adapter")):
-        found["rows"] += rows_of_seed(work, state, int(folder.parent.name.split("-")[-1]), batches, validation, best)
-        path = work / f"{state}.json"
-        path.with_suffix(".tmp").write_text(json.dumps(found) + "\n")
-        path.with_suffix(".tmp").replace(path)
+        rows += rows_of_seed(work, state, int(folder.parent.name.split("-")[-1]), batches, validation, best)
+        write_rows(rows, work / f"{state}.json", command, settings, indent=None, **beside)
 
 
 @app.command()
@@ -416,8 +416,7 @@ def guard(
     episodes = held_out_windows(data, held_out, "test", tokenizer, num, chunk_size)
     batches = [EpisodeCollator(tokenizer, chunk_size)(list(rows)) for rows in _groups(episodes, 20)]
     command = command_of(f"guard --state {state} --num {num}", chunk_size, model, data, held_out)
-    found = {"recipe": {"command": command, **provenance()}, "model": Path(model).name if model else "embedded"}
-    found |= {"rows": []}
+    name, rows = Path(model).name if model else "embedded", []
     for folder in sorted(work.glob(f"{state}-learned_optimizer-*/adapter")):
         learned = AutoPeftModelForCausalLM.from_pretrained(folder).eval()
         head, seed = learned.base_model.core.head, int(folder.parent.name.split("-")[-1])
@@ -425,12 +424,10 @@ def guard(
             if not guarded:
                 head.settings = replace(head.settings, doubt=1e9)
             losses = losses_of_reader(learned, batches, (0, *COUNTS, 50, CYCLED))
-            means = {n: round(float(values.mean()), 4) for n, values in losses.items()}
-            print(f"seed {seed}, guard {guarded}:", means)
-            found["rows"].append({"seed": seed, "guard": guarded, "losses": means})
-    path = output / f"guard_{found['model']}_{state}.json"
-    path.with_suffix(".tmp").write_text(json.dumps(found, indent=1) + "\n")
-    path.with_suffix(".tmp").replace(path)
+            rounded = {n: round(float(values.mean()), 4) for n, values in losses.items()}
+            print(f"seed {seed}, guard {guarded}:", rounded)
+            rows.append({"seed": seed, "guard": guarded, "losses": rounded})
+    write_rows(rows, output / f"guard_{name}_{state}.json", command, model=name)
 
 
 @app.command()
@@ -441,7 +438,7 @@ def report(work: Path = WORK, output: Path = WORK.parent) -> None:
         print_report(found)
         name = f"steps_{found['model']}_{found['state']}"
         draw(found, output / f"{name}.png")
-        (output / f"{name}.json").write_text(json.dumps(means(found), indent=1) + "\n")
+        write_json(means(found), output / f"{name}.json")
 
 
 def _groups(rows: Dataset, size: int) -> Iterator[list]:

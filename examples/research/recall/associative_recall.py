@@ -29,7 +29,8 @@ from transformers import (
     set_seed,
 )
 
-from examples.research.common.provenance import provenance
+from examples.research.common.files import write_json
+from examples.research.common.rows import interval, write_rows
 from examples.research.common.training import train_adapter
 from examples.research.recall.recall_pictures import draw_chunks, draw_sizes, draw_steps, print_table
 from examples.research.recall.recall_tasks import (
@@ -46,7 +47,6 @@ from examples.research.recall.recall_tasks import (
     value_ids,
 )
 from hf_iai import EpisodeCollator, IAIConfig
-from hf_iai.evaluation import bootstrap_mean
 
 SLOTS, WINDOW, ASKED = 16, 512, 32
 WORK = Path("work/recall")
@@ -187,7 +187,7 @@ class History(TrainerCallback):
             right = from_state(model, tasks, num_chunks=tasks[0]["num_chunks"])
             row["rewritten" if rate else "once"] = right[np.array([t["rewritten"] for t in tasks]) == (rate > 0)].mean()
         rows = [r for r in rows if r["step"] < state.global_step]  # a run that goes on from a checkpoint repeats some
-        self.path.write_text(json.dumps([*rows, row], indent=1) + "\n")
+        write_json([*rows, row], self.path)
 
 
 def folder_of(work: Path, slots: int, keys: int, delta: bool, seed: int) -> Path:
@@ -274,8 +274,7 @@ def settings_of(num_keys: int) -> dict[str, dict]:
 def row(right: np.ndarray, counts: np.ndarray | None = None, **names) -> dict:  # (E, Q) each
     """Exact match of the queries that count, and its interval over tasks."""
     values = right.astype(float) if counts is None else np.where(counts, right, np.nan)
-    match = dict(zip(("exact_match", "low", "high"), bootstrap_mean(values, np.arange(len(values))), strict=True))
-    return names | match | {"num_asked": int((~np.isnan(values)).sum())}
+    return names | interval(values, "exact_match") | {"num_asked": int((~np.isnan(values)).sum())}
 
 
 def rows_of_adapter(folder: Path, num_tasks: int) -> list[dict]:
@@ -319,11 +318,9 @@ def evaluate(num_tasks: int = 64, work: Path = WORK) -> None:
     for folder in tqdm(sorted(path.parent for path in work.glob("m*-keys*-*-*/adapter")), "adapters"):
         rows += rows_of_adapter(folder, num_tasks)
         histories.append({"adapter": folder.name, "history": json.loads((folder / "history.json").read_text())})
-    command = f"python -m examples.research.recall.associative_recall evaluate --num-tasks {num_tasks} --work {work}"
-    recipe = {"command": command, "num_tasks": num_tasks, **provenance()}
-    report = {"recipe": recipe, "chance": 1 / NUM_VALUES, "rows": rows, "training": histories}
-    (work / "recall.json.tmp").write_text(json.dumps(report, indent=1) + "\n")
-    (work / "recall.json.tmp").replace(work / "recall.json")
+    command = f"research.recall.associative_recall evaluate --num-tasks {num_tasks} --work {work}"
+    beside = {"chance": 1 / NUM_VALUES, "training": histories}
+    write_rows(rows, work / "recall.json", command, {"num_tasks": num_tasks}, **beside)
     pictures(work / "recall.json", work)
 
 
@@ -342,9 +339,8 @@ def ages(seed: int = 0, num_tasks: int = 32, work: Path = WORK) -> None:
         groups = {f"age {n - 7}-{n}": right[(age > n - 8) & (age <= n)].mean() for n in (8, 16, 24, 32)}
         rows.append({"share_of_delta_rule": share, "all": right.mean(), **groups})
         print(rows[-1])
-    command = f"python -m examples.research.recall.associative_recall ages --seed {seed} --num-tasks {num_tasks}"
-    report = {"recipe": {"command": command, **provenance()}, "rows": rows}
-    (work / "ages.json").write_text(json.dumps(report, indent=1) + "\n")
+    command = f"research.recall.associative_recall ages --seed {seed} --num-tasks {num_tasks}"
+    write_rows(rows, work / "ages.json", command)
 
 
 @app.command()

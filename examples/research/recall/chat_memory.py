@@ -12,7 +12,6 @@ what was read can answer. The baseline has the same base and LoRA rank, was trai
 steps (to a loss of 0.03 nats per token), and sees the last 464 tokens themselves.
 """
 
-import json
 import string
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -33,11 +32,11 @@ from transformers import (
     set_seed,
 )
 
-from examples.research.common.provenance import provenance
+from examples.research.common.plots import draw_curve, finish, panels, save
+from examples.research.common.rows import chosen, grouped, interval, with_range, write_rows
 from examples.research.common.training import train_adapter
 from hf_iai import IAIConfig, chunk_examples, embedded_base
 from hf_iai.data import tokenize_example
-from hf_iai.evaluation import bootstrap_mean
 
 FACTS, RETOLD, CHUNK, SLOTS = 8, 2, 16, 16
 END = 464  # tokens of a conversation that fit the window with all questions and answers
@@ -212,36 +211,23 @@ def evaluate(seeds: str = "0", num: int = 50, work: Path = WORK) -> None:
             ]
             for method in right[0]:
                 values = np.array([r[method] for r in right], dtype=float)
-                mean, low, high = bootstrap_mean(values, np.arange(num))
-                rows.append({"method": method, "num_chunks": n, "seed": seed, "exact_match": mean})
-                rows[-1] |= {"low": low, "high": high}
+                row = {"method": method, "num_chunks": n, "seed": seed}
+                rows.append(row | interval(values, "exact_match"))
                 print(rows[-1])
-    work.mkdir(parents=True, exist_ok=True)
-    recipe = {
-        "command": f"python -m examples.research.recall.chat_memory evaluate --seeds {seeds}",
-        "num": num,
-        **provenance(),
-    }
-    (work / "chat.json.tmp").write_text(json.dumps({"recipe": recipe, "rows": rows}, indent=1) + "\n")
-    (work / "chat.json.tmp").replace(work / "chat.json")
+    command = f"research.recall.chat_memory evaluate --seeds {seeds}"
+    write_rows(rows, work / "chat.json", command, {"num": num})
     draw(rows, work / "chat.png")
 
 
 def draw(rows: list[dict], path: Path) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 4.2), layout="constrained")
-    axes = figure.subplots()
-    for method in dict.fromkeys(row["method"] for row in rows):
-        means = [[r["exact_match"] for r in rows if (r["method"], r["num_chunks"]) == (method, n)] for n in COUNTS]
-        axes.plot(COUNTS, [np.mean(m) for m in means], marker="o", label=method.replace("_", " "))
+    figure, (axes,) = panels([""], size=(6, 4.2))
+    for color, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
+        at, mean, *_ = with_range(grouped(chosen(rows, method=method), "exact_match"))
+        draw_curve(axes, at, mean, color=f"C{color}", marker="o", label=method.replace("_", " "))
     axes.axvline(MAX_CHUNKS, color="grey", linewidth=0.5, label="longest in training")
-    axes.set_xlabel(f"length of the conversation, chunks of {CHUNK} tokens")
-    axes.set_ylabel("facts answered right")
-    axes.set_ylim(0, 1.02)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, format="png", dpi=130)
+    xlabel = f"length of the conversation, chunks of {CHUNK} tokens"
+    finish(axes, fontsize=10, xlabel=xlabel, ylabel="facts answered right", ylim=(0, 1.02))
+    save(figure, path, dpi=130)
 
 
 @app.command()

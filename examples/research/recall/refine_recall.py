@@ -8,7 +8,6 @@ examples.research.recall.associative_recall base`; the tasks are those of `recal
 Untrained, the prediction is a product of experts of the bare base (or a mixture of experts, or a mean of latents).
 """
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -16,12 +15,12 @@ import numpy as np
 import torch
 import typer
 from datasets import IterableDataset
-from matplotlib.figure import Figure
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
-from examples.research.common.provenance import provenance
+from examples.research.common.plots import doubling_axis, draw_curve, finish, panels, save
+from examples.research.common.rows import chosen, grouped, interval, print_curves, with_range, write_rows
 from examples.research.common.training import train_adapter
 from examples.research.recall.recall_tasks import (
     CHUNK,
@@ -33,7 +32,6 @@ from examples.research.recall.recall_tasks import (
     recall_episodes,
 )
 from hf_iai import IAIConfig
-from hf_iai.evaluation import bootstrap_mean
 
 PREDICTIONS = ("logits", "probabilities", "latent")
 SETTINGS = {"64 pairs": 0.0, "25% rewritten": REWRITE_RATE, "100% rewritten": 1.0}  # the last is longer than training
@@ -145,8 +143,7 @@ def rows_of(found: dict[int, np.ndarray], tasks: list[dict], **names) -> list[di
         groups |= {"rewritten": rewritten} if n == max(found) and rewritten.any() else {}
         for asked, counts in groups.items():
             values = np.where(counts, right.astype(float), np.nan)
-            match = zip(("exact_match", "low", "high"), bootstrap_mean(values, np.arange(len(values))), strict=True)
-            rows.append(names | {"asked": asked, "num_chunks": n} | dict(match))
+            rows.append(names | {"asked": asked, "num_chunks": n} | interval(values, "exact_match"))
     return rows
 
 
@@ -165,52 +162,38 @@ def evaluate(base: Base, num_tasks: int = 64, work: Path = WORK) -> None:
             method, seed = folder.name.split("-")
             model = AutoPeftModelForCausalLM.from_pretrained(folder / "adapter").eval()
             rows += rows_of(by_refining(model, tasks), tasks, setting=setting, method=method, seed=int(seed))
-    command = f"python -m examples.research.recall.refine_recall evaluate --base {base} --num-tasks {num_tasks}"
-    report = {"recipe": {"command": command, **provenance()}, "chance": 1 / NUM_VALUES, "rows": rows}
-    work.mkdir(parents=True, exist_ok=True)
-    (work / "refine_recall.json").write_text(json.dumps(report, indent=1) + "\n")
+    command = f"research.recall.refine_recall evaluate --base {base} --num-tasks {num_tasks}"
+    write_rows(rows, work / "refine_recall.json", command, chance=1 / NUM_VALUES)
     print_table(rows)
     draw(rows, work / "refine_recall.png")
 
 
-def over_seeds(rows: list[dict], setting: str, method: str, asked: str = "all") -> dict[int, list[float]]:
-    """Number of chunks -> exact match of each seed."""
-    found: dict[int, list[float]] = {}
-    for row in rows:
-        if (row["setting"], row["method"], row["asked"]) == (setting, method, asked):
-            found.setdefault(row["num_chunks"], []).append(row["exact_match"])
-    return found
-
-
 def print_table(rows: list[dict]) -> None:
     for setting in SETTINGS:
-        counts = sorted({row["num_chunks"] for row in rows if row["setting"] == setting})
-        print(f"\n{setting}, chunks: {counts}")
-        for method, asked in dict.fromkeys((row["method"], row["asked"]) for row in rows if row["setting"] == setting):
-            found = over_seeds(rows, setting, method, asked)
+        of_setting, cells = chosen(rows, setting=setting), {}
+        for method, asked in dict.fromkeys((row["method"], row["asked"]) for row in of_setting):
+            found = grouped(chosen(of_setting, method=method, asked=asked), "exact_match")
             name = method if asked == "all" else f"{method}: {asked}"
-            print(f"  {name:32s}", *(f"{np.mean(found[n]):.3f}" if n in found else "     " for n in counts))
+            cells[name] = {n: f"{np.mean(values):.3f}" for n, values in found.items()}
+        print_curves(setting, "after chunks", sorted({row["num_chunks"] for row in of_setting}), cells)
 
 
 def draw(rows: list[dict], path: Path) -> None:
     """Exact match of all keys against chunks read, mean over seeds and their range."""
-    figure = Figure(figsize=(13, 4.2), layout="constrained")
-    for axes, setting in zip(figure.subplots(1, len(SETTINGS), sharey=True), SETTINGS, strict=True):
-        for color, prediction in enumerate(PREDICTIONS):
-            for method, style in ((prediction, "-o"), (f"{prediction}, untrained", ":")):
-                found = over_seeds(rows, setting, method)
-                if found:
-                    axes.plot(list(found), [np.mean(v) for v in found.values()], f"C{color}{style}", label=method)
-                    low, high = ([pick(v) for v in found.values()] for pick in (min, max))
-                    axes.fill_between(list(found), low, high, color=f"C{color}", alpha=0.15, linewidth=0)
-        found = over_seeds(rows, setting, "full context")
-        axes.plot(list(found), [np.mean(v) for v in found.values()], "--", color="grey", label="full context")
-        axes.set_xscale("symlog", base=2, linthresh=1)
-        axes.set(title=setting, xlabel=f"chunks read, {PAIRS_PER_CHUNK} pairs each", ylim=(0, 1.02))
-        axes.set_ylabel("exact match, all keys")
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=7)
-    figure.savefig(path, dpi=130)
+    lines = {}
+    for color, prediction in enumerate(PREDICTIONS):
+        lines[prediction] = {"color": f"C{color}", "marker": "o"}
+        lines[f"{prediction}, untrained"] = {"color": f"C{color}", "linestyle": ":"}
+    lines["full context"] = {"color": "grey", "linestyle": "--"}
+    figure, found = panels(list(SETTINGS), size=(13 / 3, 4.2), share_y=True)
+    for axes, setting in zip(found, SETTINGS, strict=True):
+        for method, style in lines.items():
+            of_method = chosen(rows, setting=setting, method=method, asked="all")
+            draw_curve(axes, *with_range(grouped(of_method, "exact_match")), label=method, **style)
+        doubling_axis(axes)
+        xlabel = f"chunks read, {PAIRS_PER_CHUNK} pairs each"
+        finish(axes, xlabel=xlabel, ylabel="exact match, all keys", ylim=(0, 1.02))
+    save(figure, path, dpi=130)
 
 
 if __name__ == "__main__":
