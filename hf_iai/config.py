@@ -18,6 +18,8 @@ CHOICES = {
     "pooling": ("mean", "cls"),
     "prediction": ("logits", "probabilities", "latent", None),
 }
+# Fields that earlier versions accepted, and saved, also where nothing used them.
+ACCEPTED_BEFORE = {"state_r", "state_target_modules", "path_window", "correction"}
 NOT_YET = {"task_type": ("TOKEN_CLS", "FEATURE_EXTRACTION", "SEQ_2_SEQ_LM")}
 
 
@@ -169,13 +171,15 @@ class IAIConfig(LoraConfig):
     fit_intercept: bool = field(default=True, metadata={"help": "of a linear regression (gaussian linear state)"})
 
     def __post_init__(self) -> None:
-        from_file = self.peft_version is not None  # PEFT writes it into every saved configuration
+        saved = self.peft_version is not None  # PEFT fills it in; in a new configuration it is still open
         self._check_choices()
         task = kind_of(self)
         self.regime = task.default_regime(self) if self.regime is None else self.regime
+        task.check(self)
+        task.complete(self)
         parts = task.parts(self)
-        self._refuse_unused(parts, task, only_warn=from_file)
-        for part in parts:
+        self._refuse_unused(parts, task, saved=saved)
+        for part in parts[1:]:
             part.check(self)
         if not self.uses_reader:  # unused LoRA layers would be unused parameters in data-parallel training
             self.target_modules = "dummy-target-modules"
@@ -200,15 +204,15 @@ class IAIConfig(LoraConfig):
                     raise ValueError(f"{name}={given!r} is not available yet in this version; use one of {known}")
                 raise ValueError(f"{name} must be one of {known}, got {given!r}")
 
-    def _refuse_unused(self, parts: list[type], task: type, *, only_warn: bool) -> None:
-        """Refuse fields that nothing uses. A saved adapter that has one still loads, with a warning."""
+    def _refuse_unused(self, parts: list[type], task: type, *, saved: bool) -> None:
+        """Refuse a field that nothing uses. A saved adapter may have those that earlier versions accepted."""
         for name in unused_fields(self, parts):
             users = f"; it is for {' or '.join(owners(name))}" if owners(name) else ""
             message = (
                 f"{name}={getattr(self, name)!r} has no meaning for {task.called(self)}: "
                 f"leave it {own_fields(self)[name]!r}{users}"
             )
-            if not only_warn:
+            if not (saved and name in ACCEPTED_BEFORE):
                 raise ValueError(message)
             warnings.warn(f"this saved configuration has a field that is not used: {message}", stacklevel=4)
 

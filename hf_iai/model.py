@@ -14,7 +14,7 @@ from .data.examples import Chunk
 from .objectives import Objective, episode_loss
 from .state import TaskState
 from .tasks.refined_text import Labels
-from .tensors import eval_mode
+from .tensors import NO_LOSS, eval_mode
 from .tuner import IAITuner
 
 # Arguments of the base's forward that the state sets.
@@ -98,11 +98,9 @@ class IAIModel(IAITuner):
                 vocabulary, the batch size differs from the state's, the state belongs to another base or adapter, or in
                 regime `"implicit"`.
         """
-        last = None
+        last, total = None, 1 if isinstance(chunks, Mapping) else length_hint(chunks)
         steps = self.adapt_steps(chunks, state, parallel=parallel)
-        for last in tqdm(
-            steps, total=length_hint(chunks) or None, disable=None if show_progress else True, unit="chunk"
-        ):
+        for last in tqdm(steps, total=total or None, disable=None if show_progress else True, unit="chunk"):
             if on_step is not None:
                 on_step(last)
         if last is None:
@@ -177,21 +175,9 @@ class IAIModel(IAITuner):
         """
         self.task.check_can("refine")
         self._refuse_when_disabled("refine")
-        prepared = self.reader.inputs.prepare_query(query, labels, num_answer_tokens)
-        return self._refined(checked_chunks(chunks), prepared, with_start)
-
-    def _refined(self, chunks: Iterable[Chunk], prepared: tuple, with_start: bool) -> Iterator[Tensor]:
         reader = self.reader
-        core, base = reader.core, reader.base
-        with torch.no_grad(), reader.frozen():
-            start = core.first(base, *prepared)
-            answers = core.answer(base, start)
-        if with_start:
-            yield answers
-        for prediction in reader.states(chunks, lambda batch_size: start):
-            with torch.no_grad(), reader.frozen():
-                answers = core.answer(base, prediction)
-            yield answers
+        queries, answers = reader.inputs.prepare_query(query, labels, num_answer_tokens)
+        return reader.answers_after(checked_chunks(chunks), queries, answers, with_start=with_start)
 
     # ---------------------------------------------------------------- answering
 
@@ -328,13 +314,13 @@ class IAIModel(IAITuner):
         self.task.check_can("state_effect")
         ids = query["input_ids"]
         mask = query.get("attention_mask", torch.ones_like(ids))
-        labels = query.get("labels", ids.masked_fill(mask == 0, -100))
+        labels = query.get("labels", ids.masked_fill(mask == 0, NO_LOSS))
         with eval_mode(self):
             with_state = self.forward(ids, mask, labels, task_state=state)
             using, self._using = self._using, []
             without = self.forward(ids, mask, labels)
             self._using = using
-        scored = labels[:, 1:] != -100
+        scored = labels[:, 1:] != NO_LOSS
         p, q = (out.logits[:, :-1][scored].float().log_softmax(-1) for out in (with_state, without))
         result = {"kl": (p.exp() * (p - q)).sum(-1).mean().item()}
         result |= {"loss_with": with_state.loss.item(), "loss_without": without.loss.item()}
@@ -372,7 +358,7 @@ def checked_chunks(chunks: Iterable[Chunk]) -> Iterable[Chunk]:
         ValueError: for text that was not cut into chunks.
     """
     if isinstance(chunks, Mapping):
-        return [chunks]
+        return [_checked_chunk(chunks)]
     if isinstance(chunks, str):
         raise ValueError(NOT_TEXT.format(given=f"the text {chunks!r:.40}"))
     return map(_checked_chunk, chunks)
@@ -382,4 +368,10 @@ def _checked_chunk(chunk: Chunk) -> Chunk:
     if not isinstance(chunk, Mapping):
         given = f"the text {chunk!r:.40}" if isinstance(chunk, str) else f"{type(chunk).__name__} {chunk!r:.40}"
         raise ValueError(NOT_TEXT.format(given=given))
-    return chunk
+    return {name: _as_tensor(value) if isinstance(value, list) else value for name, value in chunk.items()}
+
+
+def _as_tensor(value: list) -> Tensor | list:
+    """Token ids as a tokenizer gives them without `return_tensors`, (B, C); names of labels stay a list."""
+    flat = value[0] if value and isinstance(value[0], list) else value
+    return torch.atleast_2d(torch.tensor(value)) if all(isinstance(x, int) for x in flat) else value

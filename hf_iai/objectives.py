@@ -70,9 +70,10 @@ def episode_loss(reader: Reader, objective: Objective, episode: EpisodeBatch, *,
     """
     states = _states(reader, objective, episode, training=training)
     outputs = reader.score(states, episode)
-    if training and objective.kl_weight and episode.labels is not None and episode.chunks[0].shape[1]:
+    weight = objective.kl_weight if training and reader.task.has_teacher else 0.0
+    if weight and episode.labels is not None and episode.chunks[0].shape[1]:
         loss = _teacher_loss(reader.base, outputs.logits, episode)
-        outputs.loss = outputs.loss + objective.kl_weight * loss
+        outputs.loss = outputs.loss + weight * loss
     return outputs
 
 

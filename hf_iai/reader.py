@@ -15,6 +15,8 @@ from .bases.base import Base
 from .cores import Core, EpisodeBatch, State
 from .cores.core import Chunks
 from .data.examples import Chunk
+from .predictions.answers import Answers
+from .predictions.queries import Queries
 from .state import Identity, TaskState
 from .tasks import Task
 from .tasks.inputs import batched
@@ -108,6 +110,20 @@ class Reader:
         labels = self.inputs.query_labels(labels, ids, mask)
         with self.base.lora(self.task.config.lora_answers):
             return self.core.answer(self.base, state, ids, mask, labels, **kwargs)
+
+    def answers_after(
+        self, chunks: Iterable[Chunk], queries: Queries, answers: Answers, *, with_start: bool
+    ) -> Iterator[Tensor]:
+        """The answers of queries after each chunk, in regime implicit; `with_start`: yhat(0) comes first."""
+        with torch.no_grad(), self.frozen():
+            start = self.core.first(self.base, queries, answers)
+            found = self.core.output(self.base, start)
+        if with_start:
+            yield found
+        for prediction in self.states(chunks, lambda batch_size: start):
+            with torch.no_grad(), self.frozen():
+                found = self.core.output(self.base, prediction)
+            yield found
 
     def generate(self, state: TaskState, ids: Tensor, mask: Tensor, **kwargs: Any) -> Tensor:
         """The prompt and new token ids, (B, T + new)."""

@@ -111,6 +111,7 @@ def decisive_fields(config: Any, parts: list[type[Part]]) -> set[str]:
 
 
 def owners(field: str) -> list[str]:
-    """The parts that use a field, such as `"state_type='lora'"`."""
-    parts = ((registry, name, part) for registry in (TASKS, STATES, SIGNALS, HEADS) for name, part in registry.items())
-    return [f"{registry.field}={name!r}" for registry, name, part in parts if field in part.fields]
+    """The parts that use a field, as a configuration asks for them, such as `"state_type='lora'"`."""
+    kinds = [kind.asked_for_by for kind in TASKS.values() if field in kind.fields]
+    parts = ((registry, name, part) for registry in (STATES, SIGNALS, HEADS) for name, part in registry.items())
+    return kinds + [f"{registry.field}={name!r}" for registry, name, part in parts if field in part.fields]

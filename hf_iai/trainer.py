@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, Trainer
 from transformers.modelcard import extract_hyperparameters_from_trainer
 from transformers.trainer_utils import TrainOutput, has_length
 
+from .config import IAIConfig
 from .hub.cards import CardFacts, Measurement, installed_versions, is_edited, model_card
 from .model import IAIModel
 from .tasks import Task, task_of
@@ -54,7 +55,7 @@ class IAITrainer(Trainer):
         **kwargs,
     ) -> None:
         if isinstance(model, str):
-            task = None if peft_config is None else task_of(peft_config)
+            task = task_of(peft_config) if isinstance(peft_config, IAIConfig) else None
             if task is None or not task.reads_vectors:
                 processing_class = processing_class or AutoTokenizer.from_pretrained(model)
             model = (Task if task is None else task).auto_class.from_pretrained(model)
@@ -68,11 +69,11 @@ class IAITrainer(Trainer):
                 f"IAITrainer needs an IAI adapter, got {type(model).__name__}: "
                 "pass peft_config=IAIConfig(task_type='CAUSAL_LM')"
             )
-        self.task = task_of(model.active_peft_config)
-        self.task.check_training(args.kl_weight, args.state_learning_rate)
+        task = task_of(model.active_peft_config)
+        task.check_training(args.kl_weight, args.state_learning_rate)
         if args.state_learning_rate is not None and kwargs.get("optimizers", (None, None))[0] is not None:
             raise ValueError("state_learning_rate was given, but optimizers= brings its own rates: pass one of the two")
-        collator = self.task.collator(processing_class, args.chunk_size or model.max_chunk_size)
+        collator = task.collator(processing_class, args.chunk_size or model.max_chunk_size)
         kwargs.setdefault("data_collator", collator)
         super().__init__(model=model, args=args, processing_class=processing_class, **kwargs)
         # The loss is a mean over query tokens already, so Trainer must not rescale it by its own count of labels.
@@ -83,11 +84,21 @@ class IAITrainer(Trainer):
     def _iai(self) -> IAIModel:
         return self.accelerator.unwrap_model(self.model).base_model
 
+    @property
+    def task(self) -> Task:
+        """The kind of task of the active adapter."""
+        return self._iai.task
+
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """Train as `transformers.Trainer` does. The adapter's card, wherever it is saved, then says how."""
+        """As in `transformers.Trainer`. The adapter's card then says how it was trained, wherever it is saved."""
         result = super().train(*args, **kwargs)
-        self._iai.card_facts[self._iai.active_adapters[0]] = self._card_facts()
+        self._note_for_card()
         return result
+
+    def _note_for_card(self) -> None:
+        """Leave what the card says with the model; sharded weights have no fingerprint to compare it with."""
+        if self.is_world_process_zero() and not self.is_fsdp_enabled:
+            self._iai.card_facts[self._iai.active_adapters[0]] = self._card_facts()
 
     def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
         made_before = self.optimizer is not None
@@ -141,6 +152,8 @@ class IAITrainer(Trainer):
         curve = self._loss_at_chunks(eval_dataset)
         curve = {f"{metric_key_prefix}_loss_at_chunks_{n}": loss for n, loss in curve.items()}
         self.log(curve)
+        if self._iai.active_adapters[0] in self._iai.card_facts:
+            self._note_for_card()
         return metrics | curve
 
     @torch.no_grad()

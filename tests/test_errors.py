@@ -1,6 +1,7 @@
 """Bad input: each a clear error that names the value and what was expected."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -25,14 +26,14 @@ CAUSAL = {"task_type": "CAUSAL_LM"}
         ({"regime": "implicit", "prediction": "magic"}, "prediction must be one of .*'magic'"),
         (
             {"prediction": "logits"},
-            "prediction='logits' has no meaning .*: leave it None; it is for task='refi",
+            "prediction='logits' has no meaning .*: leave it None; it is for regime='implicit'",
         ),
         ({"regime": "magic"}, "regime must be one of .*'magic'"),
         ({"state_type": "linear"}, "'linear' and task_type='SEQ_CLS' need each other, .* task_type='CAUSAL_LM'"),
         ({"task_type": "SEQ_CLS"}, "need each other, got state_type='prefix' and task_type='SEQ_CLS'"),
         (
             {"pooling": "cls"},
-            "pooling='cls' has no meaning .*: leave it 'mean'; it is for task='classific",
+            "pooling='cls' has no meaning .*: leave it 'mean'; it is for state_type='linear'",
         ),
         ({"task_type": "TOKEN_CLS"}, "task_type='TOKEN_CLS' is not available yet"),
         ({"state_type": "x"}, "state_type must be one of"),
@@ -89,7 +90,10 @@ CAUSAL = {"task_type": "CAUSAL_LM"}
         ({"state_r": 3}, "state_r=3 has no meaning for state_type='prefix'.*leave it 8; it is for state_type='lora'"),
         ({"path_window": 9}, "path_window=9 has no meaning .*head='gated': leave it 5; it is for head='path_aware'"),
         ({"state_target_modules": ["x"]}, r"state_target_modules=\['x'\] has no meaning for state_type='prefix'"),
-        ({"fit_intercept": False}, "fit_intercept=False has no meaning .*it is for task='regression'"),
+        (
+            {"fit_intercept": False},
+            "fit_intercept=False .*it is for state_type='linear' with likelihood",
+        ),
         ({"signal": "gradients", "correction": False}, "correction=False has no meaning .*it is for head='gated'"),
         ({"bias": "all"}, "bias='all'"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
@@ -111,7 +115,7 @@ def test_configuration(values, message):
         {"state_r": 3},
         {"state_r": 3, "path_window": 9, "state_target_modules": ["x"]},
         {"state_type": "linear", "task_type": "SEQ_CLS", "state_r": 3},
-        {"regime": "implicit", "pooling": "cls"},
+        {"regime": "implicit", "state_r": 3},
     ],
 )
 def test_an_adapter_saved_with_an_unused_field_still_loads(values, tmp_path):
@@ -139,9 +143,13 @@ def test_text_in_place_of_chunks_says_what_a_chunk_is(given):
 def test_one_mapping_is_a_single_chunk():
     """Such as a tokenizer's output."""
     model, chunk = make_model(), {"input_ids": ids(1, 9)}
-    one, same = model.adapt(BatchEncoding(chunk)), model.adapt([chunk])
-    assert int(one.step) == 1
-    assert all(torch.equal(t, same.tensors[name]) for name, t in one.tensors.items())
+    same = model.adapt([chunk])
+    lists = {"input_ids": chunk["input_ids"].tolist(), "attention_mask": [[1] * 9]}
+    flat = {"input_ids": chunk["input_ids"][0].tolist()}
+    for given in (BatchEncoding(chunk), BatchEncoding(lists), flat, [lists]):
+        one = model.adapt(given)
+        assert int(one.step) == 1
+        assert all(torch.equal(t, same.tensors[name]) for name, t in one.tensors.items())
 
 
 def test_a_state_shows_itself_in_one_line():

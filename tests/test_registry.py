@@ -8,11 +8,11 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from test_training import arguments, tokenizer
+from samples import arguments, tokenizer
 from tiny import chunks, ids, make_base, make_model
 from torch import Tensor, nn
 
-from hf_iai import IAIConfig, IAITrainer, TaskState, evaluate_curve
+from hf_iai import IAIConfig, IAITrainer, TaskState, evaluate_curve, export_to_peft
 from hf_iai.bases.base import Base, Prefix
 from hf_iai.evaluation import EVALUATORS, Curve
 from hf_iai.evaluation.loss_curve import loss_curve
@@ -86,6 +86,7 @@ class Backwards(Text):
     fields = Text.fields | {"likelihood"}
     fingerprint = frozenset({"likelihood"})
     likelihoods = ("backwards",)
+    asked_for_by = "likelihood='backwards'"
     metric = "worst_loss"
 
     @classmethod
@@ -136,6 +137,19 @@ def test_a_new_part_is_trained_saved_loaded_and_evaluated(values, tmp_path):
     curve = evaluate_curve(loaded, data, (0, 1, 2), chunk_size=10, show_progress=False)
     assert curve.counts("iai") == [0, 1, 2]
     assert curve.metric == ("worst_loss" if "likelihood" in values else "loss")
+
+
+def test_what_a_new_part_does_not_say_is_refused_in_words(tmp_path):
+    model = make_model(state_type="one_vector")
+    with pytest.raises(ValueError, match="state_type='one_vector'.* cannot become a PEFT adapter"):
+        export_to_peft(model, model.adapt(chunks(1)), tmp_path / "plain")
+    backwards = make_model(likelihood="backwards")
+    metric = EVALUATORS.pop("worst_loss")
+    try:
+        with pytest.raises(ValueError, match="no curve of the metric 'worst_loss'; EVALUATORS has"):
+            evaluate_curve(backwards, episodes(), (0, 1), chunk_size=10)
+    finally:
+        EVALUATORS["worst_loss"] = metric
 
 
 def test_a_toy_is_read_as_it_says():

@@ -284,7 +284,7 @@ def test_the_error_falls_with_chunks(kind, tmp_path):
         ({"num_outputs": None}, "both be at least 1, or both None for text, got 5 and None"),
         (
             {"prediction": "logits"},
-            "has no meaning .* it is for task='refined_text' or task='refined_v",
+            "has no meaning .* it is for regime='implicit'",
         ),
         ({"state_type": "linear", "task_type": "SEQ_CLS"}, "vector_width=5 has no meaning for state_type='linear'"),
     ],

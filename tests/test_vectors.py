@@ -132,7 +132,7 @@ def test_a_regression_without_an_intercept(tmp_path):
         logits(other, model.adapt(read))
     with pytest.raises(
         ValueError,
-        match="leave it True; it is for task='regression'",
+        match="leave it True; it is for state_type='linear' with likelihood='gaussian'",
     ):
         make_model("softmax", fit_intercept=False)
 

@@ -75,9 +75,9 @@ class Base:
             ValueError: if this base does not offer it.
         """
         if need not in self.offers:
-            raise ValueError(self._why_not(what))
+            raise ValueError(self._why_not(need, what))
 
-    def _why_not(self, what: str) -> str:
+    def _why_not(self, need: str, what: str) -> str:
         """The error message for a setting that this base cannot serve."""
         return (
             f"{what} needs a sequence classifier, got {type(self.model).__name__}: load the base with "

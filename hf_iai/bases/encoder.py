@@ -16,7 +16,7 @@ class Encoder(Base):
 
     offers = frozenset({FEATURES})
 
-    def _why_not(self, what: str) -> str:
+    def _why_not(self, need: str, what: str) -> str:
         return (
             f"{type(self.model).__name__} is a sequence classifier, which reads state_type='linear' only, got {what}: "
             "load the base with AutoModelForCausalLM"

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..tensors import NO_LOSS
-from .base import TOKENS, Base, positions_of, without_first
+from .base import KEYS_VALUES, TOKENS, Base, positions_of, without_first
 from .compat import has_recurrent_layers, is_classifier, prepare_checkpointing
 from .encoder import Encoder
 
@@ -34,10 +34,12 @@ class RecurrentBase(Base):
 
     offers = frozenset({TOKENS})
 
-    def _why_not(self, what: str) -> str:
+    def _why_not(self, need: str, what: str) -> str:
+        if need != KEYS_VALUES:
+            return super()._why_not(need, what)
         return (
             f"{what} needs keys and values in every layer, which {self.config.model_type!r} does not have: use "
-            "state_type='prompt' or 'lora'"
+            "regime='explicit' with state_type='prompt' or 'lora'"
         )
 
     def no_prefix(self, rows: int) -> Tensor:  # (B, 0, d)

@@ -40,6 +40,6 @@ def vector_base(width: int) -> PreTrainedModel:
     return base
 
 
-def vector_width(name: str | None) -> int | None:
+def width_in_name(name: str | None) -> int | None:
     """The width in the name of a vector base; None if the name is that of another base."""
     return int(name.removeprefix(VECTOR_BASE)) if name and name.startswith(VECTOR_BASE) else None

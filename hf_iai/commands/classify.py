@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 
-from ..bases.vector_base import vector_width
+from ..bases.vector_base import width_in_name
 from ..config import IAIConfig
 from ..data import chunk_examples, text_tokens
 from ..evaluation.extras import require_extra
@@ -71,7 +71,7 @@ def load_reader(adapter: str, encoder: str | None = None) -> tuple[PeftModel, Pr
     config = PeftConfig.from_pretrained(adapter)
     if not isinstance(config, IAIConfig) or "classifier" not in task_of(config).exports:
         raise ValueError(f"{adapter} holds no adapter with a linear state: give one such as 'minilm-linear'")
-    if width := vector_width(config.base_model_name_or_path):
+    if width := width_in_name(config.base_model_name_or_path):
         raise ValueError(f"{adapter} reads vectors of {width} numbers, not texts: see hf_iai.vector_base")
     name = encoder or installed_encoder(config.base_model_name_or_path)
     base = AutoModelForSequenceClassification.from_pretrained(name)

@@ -7,7 +7,7 @@ from pathlib import Path
 import typer
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel
 
-from ..bases.vector_base import vector_width
+from ..bases.vector_base import width_in_name
 from ..hub.published import published_adapter, published_names
 
 
@@ -45,7 +45,7 @@ def load_text_reader(adapter: str) -> PeftModel:
     if config.peft_type != "IAI":
         method = getattr(config.peft_type, "value", config.peft_type)
         raise ValueError(f"{adapter} is an adapter of the method {method}, not IAI: train one with `hf-iai train`")
-    if config.vector_width is not None or vector_width(config.base_model_name_or_path):
+    if config.vector_width is not None or width_in_name(config.base_model_name_or_path):
         raise ValueError(f"{adapter} reads vectors, which no file holds here: use model.adapt(chunk_vectors(...))")
     if config.task_type != "CAUSAL_LM":
         raise ValueError(f"{adapter} reads labelled texts, and makes a classifier of them: use `hf-iai classify`")

@@ -20,7 +20,7 @@ class BothCore(AverageCore):
     this chunk. Only the correction uses the gradients. It starts at zero, so at first the state is the plain average.
     """
 
-    kind = "both"
+    accumulation = "both"
     uses_labels = True
     in_words = "The state also follows the gradient of each chunk's loss"
     fields = frozenset({"head", "second_order"})

@@ -16,7 +16,7 @@ from ..bases.base import Base, Prefix
 from ..config import IAIConfig
 from ..predictions.answers import Answers
 from ..predictions.prediction import Prediction
-from ..registry import STATES, Part
+from ..registry import STATES
 from ..state import Identity, TaskState
 from ..states import SlotState
 from ..tensors import NO_LOSS
@@ -56,7 +56,7 @@ class EpisodeBatch:
         return len(self.chunks[0])
 
 
-class Core(nn.Module, Part, ABC):
+class Core(nn.Module, ABC):
     """What an adapter learns, and how a chunk updates a state.
 
     `read` reads a chunk without the state, so many chunks can be read in one batch. Its result is the evidence. `step`
@@ -120,7 +120,7 @@ class StateCore(Core):
         self.state: SlotState = STATES[config.state_type].make(base, config, reads=reads)
 
     @property
-    def kind(self) -> str:
+    def accumulation(self) -> str:
         """How states were accumulated, `TaskState.accumulation`. Only averages and sums can be merged."""
         return self.config.accumulation
 
@@ -128,7 +128,7 @@ class StateCore(Core):
         """theta(0) for `batch_size` tasks."""
         tensors = self._initial(base, batch_size)
         zero = torch.zeros(batch_size, dtype=torch.long, device=next(iter(tensors.values())).device)
-        return TaskState(tensors, zero, zero.clone(), identity, self.kind)
+        return TaskState(tensors, zero, zero.clone(), identity, self.accumulation)
 
     def begin(self, base: Base, episode: EpisodeBatch) -> TaskState:
         return self.initial_state(base, episode.num_tasks, Identity("", "in training"))

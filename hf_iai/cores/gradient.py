@@ -16,7 +16,7 @@ from .signal import SignalCore
 class GradientCore(SignalCore):
     """`signal="gradients"`: theta(i+1) = head(theta(i), d loss(chunk(i) | theta(i)) / d theta(i))."""
 
-    kind = "gradients"
+    accumulation = "gradients"
     uses_labels = True
     default_head = "learned_optimizer"
     in_words = "Each chunk moves the state by the gradient of its loss"

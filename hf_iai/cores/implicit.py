@@ -38,7 +38,7 @@ class ImplicitCore(Core):
 
     def __init__(self, base: Base, config: IAIConfig) -> None:
         super().__init__(config)
-        self.kind = PREDICTIONS[config.prediction]()
+        self.form = PREDICTIONS[config.prediction]()
         self.slot = nn.Parameter(torch.zeros(base.model.get_input_embeddings().weight.shape[1]))
         self.weight = nn.Parameter(torch.zeros(base.config.hidden_size))
         self.offset = nn.Parameter(torch.zeros(()))
@@ -55,7 +55,7 @@ class ImplicitCore(Core):
         losses = [answers.loss(one, episode.labels) for one in logits]
         return CausalLMOutput(loss=torch.stack(losses).mean(), logits=answers.output(logits[-1]))
 
-    def answer(self, base: Base, state: Prediction) -> Tensor:
+    def output(self, base: Base, state: Prediction) -> Tensor:
         """The current answers to the queries, in the form that a caller gets."""
         return state.answers.output(self.logits(base, state))
 
@@ -67,13 +67,13 @@ class ImplicitCore(Core):
         """
         nothing = self.slot.new_zeros(len(queries), answers.num_slots, len(self.slot))
         with torch.set_grad_enabled(torch.is_grad_enabled() and answers.num_slots == 1):
-            outlook = self._outlook(base, queries, answers, None, nothing)
+            said = self._pass(base, queries, answers, None, nothing)
         for number in range(1, answers.num_slots):
             with torch.set_grad_enabled(torch.is_grad_enabled() and number == answers.num_slots - 1):
-                slots = answers.embedded(base, outlook.log_probs)
-                outlook = self._outlook(base, queries, answers, None, slots)
-        prior = None if answers.depends_on_itself else outlook.log_probs
-        return Prediction(self.kind.start(outlook), queries, answers, prior)
+                slots = answers.embedded(base, said.log_probs)
+                said = self._pass(base, queries, answers, None, slots)
+        prior = None if answers.depends_on_itself else said.log_probs
+        return Prediction(self.form.start(said), queries, answers, prior)
 
     def read(self, base: Base, ids: Tensor, mask: Tensor, labels: Tensor) -> dict[str, Tensor]:  # (B, C) each
         """The evidence: the keys and values of a chunk, which all its queries share."""
@@ -84,24 +84,24 @@ class ImplicitCore(Core):
         """yhat(i+1). If a task's chunk has no tokens, its queries keep their predictions bitwise."""
         queries, answers = state.queries, state.answers
         slots = answers.embedded(base, self.logits(base, state))
-        outlook = self._outlook(base, queries, answers, evidence, slots)
+        said = self._pass(base, queries, answers, evidence, slots)
         prior = state.prior
         if prior is None:
-            prior = self._outlook(base, queries, answers, None, slots).log_probs
+            prior = self._pass(base, queries, answers, None, slots).log_probs
         with full_precision(prior):
-            score = nn.functional.rms_norm(outlook.slots, self.weight.shape) @ self.weight + self.offset  # (N, S)
-            correction = self.gate * self._scores(base, answers, outlook.slots)
+            score = nn.functional.rms_norm(said.slots, self.weight.shape) @ self.weight + self.offset  # (N, S)
+            correction = self.gate * self._scores(base, answers, said.slots)
             weight = 2 * score.sigmoid().unsqueeze(-1)
-            tensors = self.kind.include(state.tensors, answers, outlook, prior, weight, correction)
+            tensors = self.form.include(state.tensors, answers, said, prior, weight, correction)
         read = evidence["mask"].any(1).repeat_interleave(len(queries) // len(evidence["mask"]), 0).view(-1, 1, 1)
         return replace(state, tensors={name: torch.where(read, t, state.tensors[name]) for name, t in tensors.items()})
 
     def logits(self, base: Base, state: Prediction) -> Tensor:  # (N, S, V)
         """The logits of the answers: free tokens (N, A, V), or labels (N, 1, C)."""
         with base.lora(True):
-            return self.kind.logits(base, state)
+            return self.form.logits(base, state)
 
-    def _outlook(
+    def _pass(
         self,
         base: Base,
         queries: Queries,
@@ -117,7 +117,7 @@ class ImplicitCore(Core):
 
     def _scores(self, base: Base, answers: Answers, slots: Tensor) -> Tensor:  # (N, S, d)
         """The correction by the slots, before the gate."""
-        if self.kind.latent:
+        if self.form.latent:
             return slots
         with base.lora(True):
             return answers.scores(base, slots.to(base.model.dtype))

@@ -15,10 +15,10 @@ from .core import StateCore, full_precision
 class RowsCore(StateCore):
     """Base of classifiers and regressions. A query with features x gets W x + b; the state gives W and b."""
 
-    kind = "sums"
+    accumulation = "sums"
 
     def __init__(self, base: Encoder, config: IAIConfig) -> None:
-        super().__init__(base, config, reads=True)
+        super().__init__(base, config, reads=False)
         self.head = self.make_head(config)
 
     @staticmethod

@@ -2,11 +2,11 @@
 
 from ..bases.base import Base
 from ..config import IAIConfig
-from ..registry import HEADS
+from ..registry import HEADS, Part
 from .core import Core, StateCore
 
 
-class SignalCore(StateCore):
+class SignalCore(StateCore, Part):
     """A core that is registered under a value of `IAIConfig.signal`.
 
     Attributes:

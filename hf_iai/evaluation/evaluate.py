@@ -100,6 +100,8 @@ def evaluate_curve(
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
     options = {"tokenizer": tokenizer, "chunk_size": chunk_size, "batch_size": batch_size, "static_model": static_model}
+    if task.metric not in EVALUATORS:
+        raise ValueError(f"no curve of the metric {task.metric!r}; EVALUATORS has {list(EVALUATORS)}: add one")
     with eval_mode(model):
         return EVALUATORS[task.metric](
             model, episodes, num_chunks, baselines, **options, seed=seed, method=method, show_progress=show_progress

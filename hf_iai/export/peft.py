@@ -74,6 +74,10 @@ def export_to_peft(
         raise ValueError(f"export_to_peft needs an IAI model, got {type(model).__name__}: pass the one of the state")
     config, path = model.active_peft_config, Path(os.path.abspath(path))
     tuner.task.check_can("export_to_peft")
+    if "peft" not in tuner.task.exports or not STATES[config.state_type].exports:
+        raise ValueError(
+            f"{tuner.task.called(config)} cannot become a PEFT adapter: keep the state with state.save_pretrained"
+        )
     peft_type = _checked_type(peft_type, config, tuner.model.config)
     _check_free(path)
     if peft_type == "LORA":
@@ -114,7 +118,7 @@ def _put_in_place(new: Path, path: Path, old: Path) -> None:
 
 def _checked_type(peft_type: str | None, config: IAIConfig, base: PreTrainedConfig) -> str:
     possible = STATES[config.state_type].exports
-    of_tokens = possible != ("LORA",)
+    of_tokens = not STATES[config.state_type].updates_weights
     if base.model_type in WRONG_IN_PEFT and of_tokens:
         raise ValueError(
             f"PEFT generates wrongly behind virtual tokens on {base.model_type!r}: answer with hf_iai instead"
@@ -198,7 +202,7 @@ def _name_of_base(config: IAIConfig) -> str | None:
 
 def _is_merged(config: IAIConfig) -> bool:
     """Whether the predictor's LoRA is merged into the base. A lora state's adapter contains it instead."""
-    return config.lora_answers and STATES[config.state_type].exports != ("LORA",)
+    return config.lora_answers and not STATES[config.state_type].updates_weights
 
 
 def _check_writable(tuner: IAIModel, config: IAIConfig) -> None:

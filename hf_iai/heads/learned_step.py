@@ -67,7 +67,7 @@ class LearnedStep(GradientHead):
     @classmethod
     def make(cls, state: nn.Module, config: IAIConfig) -> "LearnedStep":
         settings = LearnedStepSettings.from_dict(config.learned_optimizer)
-        return cls({name: state.kind(name) for name in state.start}, config.initial_rate, settings)
+        return cls({name: state.tensor_kind(name) for name in state.start}, config.initial_rate, settings)
 
     def __init__(self, kinds: dict[str, str], rate: float, settings: LearnedStepSettings) -> None:
         super().__init__()

@@ -12,7 +12,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from peft import PeftModel
 
 from ..bases.hub_ids import is_hub_id
-from ..bases.vector_base import vector_width
+from ..bases.vector_base import width_in_name
 from ..config import IAIConfig
 from ..embedded import EMBEDDED_NAME
 from ..registry import SIGNALS
@@ -195,7 +195,7 @@ def model_card(config: IAIConfig, facts: CardFacts) -> ModelCard:
 
 def _example(task: Task, config: IAIConfig, facts: CardFacts) -> str:
     """The code that loads and uses the adapter."""
-    given_width = vector_width(config.base_model_name_or_path)
+    given_width = width_in_name(config.base_model_name_or_path)
     code = task.card_example if given_width is None else task.card_example_of_vectors
     return code.format(
         model_id=facts.model_id or facts.name,
@@ -263,7 +263,7 @@ def base_in_words(config: IAIConfig) -> str:
     name = config.to_dict()["base_model_name_or_path"]
     if name == EMBEDDED_NAME:
         return f"`{EMBEDDED_NAME}`, the small base inside the package"
-    if width := vector_width(name):
+    if width := width_in_name(name):
         return f"`hf_iai.vector_base({width})`, which hands vectors of {width} numbers on as they are"
     if is_hub_id(name):
         return f"[{name}](https://huggingface.co/{name})"

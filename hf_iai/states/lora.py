@@ -34,6 +34,7 @@ class LoraState(SlotState):
     fields = fingerprint = frozenset({"num_state_tokens", "state_r", "state_target_modules"})
     initial_rate = 1.0
     exports = ("LORA",)
+    updates_weights = True
 
     @classmethod
     def check(cls, config: IAIConfig) -> None:
@@ -74,7 +75,7 @@ class LoraState(SlotState):
             down = nn.init.kaiming_uniform_(torch.empty(rank, width_in), a=5**0.5)
             self.start |= {f"{name}_A": nn.Parameter(down), f"{name}_B": nn.Parameter(torch.zeros(width_out, rank))}
 
-    def kind(self, name: str) -> str:
+    def tensor_kind(self, name: str) -> str:
         """The group of a tensor: `"A"` or `"B"`."""
         return name[-1]
 

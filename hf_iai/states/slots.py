@@ -20,6 +20,7 @@ class SlotState(nn.Module, Part):
         num_slots_in_front: number of positions that the state takes before a text.
         initial_rate: initial value of the rates of gradient steps; measured with the embedded base (docs/gradients.md).
         exports: names of the PEFT methods that a state can be exported to, the default first.
+        updates_weights: whether it is an update of the base's weights, in place of slots in front of a text.
         packed_name: name of the only tensor (B, 1, 1, P, d), for states that have just one.
     """
 
@@ -27,6 +28,7 @@ class SlotState(nn.Module, Part):
     num_slots_in_front = 0
     initial_rate = 1.0
     exports: tuple[str, ...] = ()
+    updates_weights = False
     packed_name: str | None = None
     start: nn.ParameterDict
 
@@ -72,7 +74,7 @@ class SlotState(nn.Module, Part):
         """The part of a state that a query sees."""
         return {name: tensors[name] for name in self.start}
 
-    def kind(self, name: str) -> str:
+    def tensor_kind(self, name: str) -> str:
         """The group of a tensor. A head learns one rate for each group."""
         return name
 

@@ -189,6 +189,7 @@ print([state.label_names[c] for c in logits.argmax(-1)])
 class Classification(Task):
     """A linear state of classes, `state_type="linear"`: a classifier over the features of an encoder."""
 
+    asked_for_by = "state_type='linear'"
     fields = frozenset({"regime", "state_type", "pooling"})
     fingerprint = frozenset({"pooling"})
     task_type = "SEQ_CLS"
@@ -196,17 +197,17 @@ class Classification(Task):
     exports = frozenset({"classifier"})
     auto_class = AutoModelForSequenceClassification
     has_teacher = learns_start = False
-    refuses = {
-        "refine": "refine needs regime='implicit', where the state is the query's own prediction, got "
-        "{config.regime!r}: use adapt, and answer under its state",
-        "export_to_peft": "a linear state is a classifier, not an adapter: use export_classifier",
-    }
+    refuses = Task.refuses | {"export_to_peft": "a linear state is a classifier, not an adapter: use export_classifier"}
     card_example, card_example_of_vectors = CARD_EXAMPLE, CARD_EXAMPLE_OF_VECTORS
     rows = "classifier"
 
     @classmethod
     def matches(cls, config: IAIConfig) -> bool:
         return config.regime != "implicit" and is_linear(config) and config.likelihood in cls.likelihoods
+
+    @classmethod
+    def complete(cls, config: IAIConfig) -> None:
+        """There is neither signal nor head to fill in."""
 
     @classmethod
     def parts(cls, config: IAIConfig) -> list[type[Part]]:

@@ -148,6 +148,7 @@ for logits in model.refine(chunk_text(text, tokenizer, {chunking}), query):
 class RefinedText(Task):
     """`regime="implicit"` for text: there is no task state; chunks refine each query's own prediction."""
 
+    asked_for_by = "regime='implicit'"
     fields = frozenset({"regime", "prediction"})
     fingerprint = frozenset({"prediction", "vector_width", "num_outputs"})
     unit = "nats per prediction"
@@ -163,6 +164,10 @@ class RefinedText(Task):
     @classmethod
     def matches(cls, config: IAIConfig) -> bool:
         return config.regime == "implicit" and config.vector_width is None and config.num_outputs is None
+
+    @classmethod
+    def complete(cls, config: IAIConfig) -> None:
+        """There is neither signal nor head to fill in."""
 
     @classmethod
     def parts(cls, config: IAIConfig) -> list[type[Part]]:

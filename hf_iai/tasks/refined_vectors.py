@@ -75,6 +75,7 @@ for logits in model.refine(chunk_vectors(vectors, labels), {{"inputs_embeds": ve
 class RefinedVectors(RefinedText):
     """`regime="implicit"` for vectors: examples refine each query's own class or real targets."""
 
+    asked_for_by = "regime='implicit' with vector_width"
     fields = RefinedText.fields | {"vector_width", "num_outputs", "likelihood"}
     fingerprint_if_changed = frozenset({"likelihood"})
     likelihoods = ("softmax", "gaussian")

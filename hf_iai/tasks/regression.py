@@ -10,6 +10,7 @@ from ..cores import Core, GaussianCore
 from ..registry import TASKS
 from ..state import TaskState
 from .classification import Classification, LabelledChunk, LabelledInputs
+from .task import Task
 
 
 class GaussianInputs(LabelledInputs):
@@ -73,12 +74,16 @@ print(model(inputs_embeds=vectors[:3], task_state=state).logits)  # means of the
 class Regression(Classification):
     """A linear state of real targets, `likelihood="gaussian"`: a linear regression over the features of an encoder."""
 
+    asked_for_by = "state_type='linear' with likelihood='gaussian'"
     fields = Classification.fields | {"likelihood", "fit_intercept"}
     fingerprint = frozenset({"pooling", "likelihood"})
     fingerprint_if_changed = frozenset({"fit_intercept"})
     likelihoods = ("gaussian",)
     metric, unit, pipeline_tag = "squared_error", "half the squared error per target", "tabular-regression"
     exports = frozenset()
+    refuses = Task.refuses | {
+        "export_to_peft": "PEFT has no regression: keep the adapter, and the state with state.save_pretrained"
+    }
     card_example, card_example_of_vectors = CARD_EXAMPLE, CARD_EXAMPLE_OF_VECTORS
     rows = "regression"
 

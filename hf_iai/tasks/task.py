@@ -24,6 +24,7 @@ class Task(Part):
     To add a kind, write a subclass and register it with `@TASKS.register("name")`.
 
     Attributes:
+        asked_for_by: how a configuration asks for this kind, in error messages.
         likelihoods, task_type: the values of these fields of `IAIConfig` that this kind accepts.
         metric: the metric of its curve: `"loss"`, `"accuracy"` or `"squared_error"`.
         unit: the unit of its training loss.
@@ -34,17 +35,21 @@ class Task(Part):
         reads_vectors: whether examples and queries are vectors, which need no tokenizer.
         has_teacher: whether the bare base can be the teacher of `kl_weight`.
         learns_start: whether theta(0) is learned, so that it can have a learning rate of its own.
-        refuses: methods of the model that cannot work for this kind, with the reason.
+        refuses: what cannot work for this kind, with the reason; see `check_can`.
         card_intro, card_example: text and code for model cards, with places such as `{model_id}` to fill in.
     """
 
+    asked_for_by: str
     likelihoods: tuple[str, ...] = ("softmax",)
     task_type = "CAUSAL_LM"
     metric, unit, pipeline_tag = "loss", "nats per token", "text-generation"
     exports: frozenset[str] = frozenset()
     auto_class: Any = AutoModelForCausalLM
     makes_states, reads_vectors, has_teacher, learns_start = True, False, True, True
-    refuses: dict[str, str] = {}
+    refuses: dict[str, str] = {
+        "refine": "refine needs regime='implicit', where the state is the query's own prediction, got "
+        "{config.regime!r}: use adapt, and answer under its state"
+    }
     card_intro = (
         "the base reads a task chunk by chunk, carries what it learned in a small task state, and answers under it."
     )
@@ -73,11 +78,14 @@ class Task(Part):
         return STATES[config.state_type].default_regime()
 
     @classmethod
+    def complete(cls, config: IAIConfig) -> None:
+        """Fill in the fields that follow from others."""
+        SIGNALS[config.signal].complete(config)
+
+    @classmethod
     def parts(cls, config: IAIConfig) -> list[type[Part]]:
-        """All parts that the configuration has chosen, in the order in which they are checked."""
-        signal = SIGNALS[config.signal]
-        signal.complete(config)
-        return [cls, signal, HEADS[config.head], STATES[config.state_type]]
+        """This kind, and then all other parts that the configuration has chosen, in the order of their checks."""
+        return [cls, SIGNALS[config.signal], HEADS[config.head], STATES[config.state_type]]
 
     @classmethod
     def reads_out(cls, config: IAIConfig) -> bool:

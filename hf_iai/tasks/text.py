@@ -28,12 +28,9 @@ print(tokenizer.decode(tokens[0]))
 class Text(Task):
     """A state of text: a prefix, a soft prompt, or a LoRA for each task."""
 
+    asked_for_by = "text"
     fields = frozenset({"regime", "state_type", "signal"})
     exports = frozenset({"peft"})
-    refuses = {
-        "refine": "refine needs regime='implicit', where the state is the query's own prediction, got "
-        "{config.regime!r}: use adapt, and answer under its state"
-    }
     card_example = CARD_EXAMPLE
 
     @classmethod

@@ -162,17 +162,20 @@ print(model(inputs_embeds=vectors[:3], task_state=state).logits)  # {meaning}
 class Vectors(Task):
     """A state of vectors: slots or a LoRA under which a base reads queries, or the weights of a small network."""
 
+    asked_for_by = "vector_width"
     fields = frozenset({"regime", "state_type", "signal", "vector_width", "num_outputs", "likelihood"})
     fingerprint = frozenset({"vector_width", "num_outputs"})
     fingerprint_if_changed = frozenset({"likelihood"})
     likelihoods = ("softmax", "gaussian")
     reads_vectors, has_teacher = True, False
-    refuses = REFUSED | {
-        "refine": "refine needs regime='implicit', where the state is the query's own prediction, got "
-        "{config.regime!r}: use adapt, and answer under its state",
-        "export_to_peft": "vector_width={config.vector_width}: answers about vectors are read out by a learned map, or "
-        "by the state itself, and PEFT has neither: keep the adapter, and the state with state.save_pretrained",
-    }
+    refuses = (
+        Task.refuses
+        | REFUSED
+        | {
+            "export_to_peft": "vector_width={config.vector_width}: answers about vectors are read out by a learned map, or "
+            "by the state itself, and PEFT has neither: keep the adapter, and the state with state.save_pretrained",
+        }
+    )
 
     @classmethod
     def matches(cls, config: IAIConfig) -> bool:

@@ -1,0 +1,49 @@
+"""Every touch of a private or fragile API of PEFT and transformers; tests/test_compat.py has a canary for each."""
+
+from .caches import PrefixCache, PrefixLayer
+from .families import (
+    READ_BY_WEIGHT,
+    RECURRENT,
+    UNUSED_CLASSIFIER,
+    check_supported,
+    default_target_modules,
+    embedding_scale,
+    encoder_window,
+    has_longrope,
+    has_recurrent_layers,
+    is_classifier,
+    key_value_shape,
+    leave_out_classifier,
+    read_by_weight,
+    rotations,
+    window_of,
+)
+from .hooks import allow_no_layers, carry_cards
+from .passes import check_double_backward, inner_backward, lora_enabled, math_attention, prepare_checkpointing
+
+__all__ = [
+    "PrefixCache",
+    "PrefixLayer",
+    "READ_BY_WEIGHT",
+    "RECURRENT",
+    "UNUSED_CLASSIFIER",
+    "allow_no_layers",
+    "carry_cards",
+    "check_double_backward",
+    "check_supported",
+    "default_target_modules",
+    "embedding_scale",
+    "encoder_window",
+    "has_longrope",
+    "has_recurrent_layers",
+    "inner_backward",
+    "is_classifier",
+    "key_value_shape",
+    "leave_out_classifier",
+    "lora_enabled",
+    "math_attention",
+    "prepare_checkpointing",
+    "read_by_weight",
+    "rotations",
+    "window_of",
+]

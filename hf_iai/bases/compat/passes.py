@@ -1,0 +1,144 @@
+"""How passes run: with or without LoRA, differentiated twice, under FSDP, under gradient checkpointing."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from ..low_rank import active_updates, low_rank_updates
+
+
+@contextmanager
+def lora_enabled(modules: list[LoraLayer], enabled: bool) -> Iterator[None]:
+    """A context in which LoRA is on or off. PEFT's own switch would also change `requires_grad`.
+
+    Args:
+        modules: the LoRA layers.
+        enabled: whether they apply LoRA inside the context.
+    """
+    before = [module._disable_adapters for module in modules]
+    for module in modules:
+        module._disable_adapters = not enabled
+    try:
+        yield
+    finally:
+        for module, value in zip(modules, before, strict=True):
+            module._disable_adapters = value
+
+
+_in_math_attention: ContextVar[bool] = ContextVar("math_attention", default=False)
+
+
+@contextmanager
+def math_attention(enabled: bool) -> Iterator[None]:
+    """A context in which attention uses plain operations, because fused kernels cannot be differentiated twice."""
+    token = _in_math_attention.set(enabled)
+    with ExitStack() as stack:
+        if enabled:
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        try:
+            yield
+        finally:
+            _in_math_attention.reset(token)
+
+
+def check_double_backward(model: nn.Module) -> None:
+    """Refuse models whose gradients cannot be differentiated again.
+
+    Raises:
+        ValueError: if attention is neither `"eager"` nor `"sdpa"`, or FSDP shards the model.
+    """
+    attention = model.config._attn_implementation
+    if attention not in ("eager", "sdpa", None):
+        raise ValueError(
+            f"second_order=True differentiates attention twice, which {attention!r} cannot: load the base with "
+            "attn_implementation='sdpa', or set second_order=False"
+        )
+    if _sharding(model):
+        raise ValueError("second_order=True cannot be sharded by FSDP: train with DDP, or set second_order=False")
+
+
+@contextmanager
+def inner_backward(model: nn.Module) -> Iterator[None]:
+    """A context for a backward pass inside the forward pass: FSDP reduces no gradients and frees no weights in it."""
+    if not (shards := _sharding(model)):
+        yield
+        return
+    context = shards[0]._get_fsdp_state()._state_ctx  # shared by all sharded modules, also those around the base
+    groups = [group for state in context.all_states for group in state._fsdp_param_groups]
+    names = ("reshard_after_backward", "reduce_grads", "all_reduce_grads")
+    before = [[getattr(group, name) for name in names] for group in groups]
+    last, context.is_last_backward = context.is_last_backward, False
+    for group in groups:
+        for name in names:
+            setattr(group, name, False)
+    try:
+        yield
+    finally:
+        context.is_last_backward = last
+        for group, values in zip(groups, before, strict=True):
+            for name, value in zip(names, values, strict=True):
+                setattr(group, name, value)
+
+
+def _sharding(model: nn.Module) -> list[nn.Module]:
+    """The modules that FSDP shards.
+
+    Raises:
+        ValueError: for FSDP version 1, which has no such switches.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return []
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel  # slow to import
+
+    if any(isinstance(m, FullyShardedDataParallel) for m in model.modules()):
+        raise ValueError("gradients cannot be taken within FSDP version 1: set fsdp_version to 2, or train with DDP")
+    return [m for m in model.modules() if isinstance(m, FSDPModule)]
+
+
+def prepare_checkpointing(model: nn.Module) -> None:
+    """Make gradient checkpointing keep our cache, and recompute each layer in the contexts of its forward pass.
+
+    Raises:
+        ValueError: for reentrant checkpointing, which would cut the gradient of the read-outs.
+    """
+    for layer in model.modules():
+        if not getattr(layer, "gradient_checkpointing", False):
+            continue
+        if not isinstance(layer, GradientCheckpointingLayer):
+            layer.gradient_checkpointing = False  # a stack, as GPT-2's, would drop the cache; its layers keep theirs
+            continue
+        layer._can_checkpoint_with_cache = True
+        function = layer._gradient_checkpointing_func
+        if not isinstance(function, _CheckpointAsNow):
+            if getattr(function, "keywords", {}).get("use_reentrant"):
+                raise ValueError("gradient checkpointing with use_reentrant=True: pass use_reentrant=False")
+            layer._gradient_checkpointing_func = _CheckpointAsNow(function, layer)
+
+
+class _CheckpointAsNow:
+    """Recomputes a layer in the contexts of its forward pass, since the backward pass runs outside of them.
+
+    Args:
+        checkpoint: the checkpointing function to call.
+        layer: the layer that is checkpointed.
+    """
+
+    def __init__(self, checkpoint: Callable, layer: nn.Module) -> None:
+        self.checkpoint = checkpoint
+        self.lora = [module for module in layer.modules() if isinstance(module, LoraLayer)]
+
+    def __call__(self, forward: Callable, *args):
+        enabled = bool(self.lora) and not self.lora[0]._disable_adapters
+        updates, in_math = active_updates(), _in_math_attention.get()
+
+        def forward_as_now(*args):
+            with lora_enabled(self.lora, enabled), low_rank_updates(updates), math_attention(in_math):
+                return forward(*args)
+
+        return self.checkpoint(forward_as_now, *args)
