@@ -161,7 +161,7 @@ class IAITrainer(Trainer):
         """The mean loss after the n nearest chunks, for each n of `eval_chunks` that the episodes have."""
         self.model.eval()
         counts = self.args.eval_chunks
-        sums = torch.zeros(len(counts), 2, device=self.args.device)  # loss and tokens
+        sums = torch.zeros(len(counts), 2, device=self.args.device)  # sum of losses, number of tokens
         for inputs in self.get_eval_dataloader(dataset):
             inputs = self._prepare_inputs(inputs)
             tokens = self.task.scored(inputs).sum().float()

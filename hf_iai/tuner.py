@@ -22,7 +22,7 @@ class IAITuner(LoraModel):
     """Adds, switches and removes adapters; one is active at a time. `IAIModel` adds reading and answering."""
 
     prefix = "lora_"
-    uses_shared_state = True  # transformers' own load_adapter then refuses it with a clear message
+    uses_shared_state = True  # makes transformers' own load_adapter refuse it with a clear message
 
     # ---------------------------------------------------------------- what PEFT calls
 

@@ -21,7 +21,7 @@ PENALTIES, NEIGHBOURS = tuple(10.0**k for k in range(-4, 4)), 5
 
 def ridge(x: np.ndarray, y: np.ndarray, queries: np.ndarray) -> np.ndarray:
     """Ridge regression on all examples, with an intercept. Leave-one-out validation chooses one of eight penalties."""
-    if len(x) == 1:  # nothing to leave out
+    if len(x) == 1:  # leave-one-out validation needs two examples
         return np.repeat(y, len(queries), 0)
     return require_extra("sklearn.linear_model", "baselines").RidgeCV(PENALTIES).fit(x, y).predict(queries)
 

@@ -178,5 +178,5 @@ def batched(group: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
     batch = []
     for tensors in zip(*group, strict=True):
         size = [max(lengths) for lengths in zip(*(t.shape[1:] for t in tensors), strict=True)]
-        batch.append(torch.cat([pad_to(t, size, 0) for t in tensors]))  # what the mask leaves out may be anything
+        batch.append(torch.cat([pad_to(t, size, 0) for t in tensors]))  # values under the mask do not matter
     return tuple(batch)
