@@ -285,6 +285,22 @@ def test_figures_of_other_weights_do_not_stay(tmp_path):
     assert "Not measured" in card.text and not card.data.eval_results
 
 
+def test_an_adapter_saved_elsewhere_says_how_it_was_trained(tmp_path):
+    """`save_pretrained` after `train`, as the guides do it; further training makes the record void."""
+    trainer = trained(tmp_path)
+    trainer.model.save_pretrained(tmp_path / "reader")
+    text = card_of(tmp_path / "reader").text
+    assert "# reader" in text and 'from_pretrained("reader")' in text.replace(str(tmp_path), "")
+    assert "- learning_rate: 0.01\n" in text and "24 episodes" in text and "Not measured" in text
+    trainer.evaluate()
+    trainer.model.save_pretrained(tmp_path / "measured")
+    assert "Measured by `IAITrainer.evaluate` at step 2 of 2" in card_of(tmp_path / "measured").text
+    with torch.no_grad():
+        next(trainer.model.base_model.core.parameters()).add_(0.1)
+    trainer.model.save_pretrained(tmp_path / "changed")
+    assert "Not recorded: the adapter was saved outside `IAITrainer`" in card_of(tmp_path / "changed").text
+
+
 def test_card_of_a_run_takes_the_curve_of_the_weights_it_loaded(tmp_path):
     trainer = trained(
         tmp_path, eval_strategy="steps", eval_steps=1, save_steps=1, load_best_model_at_end=True, save_total_limit=2

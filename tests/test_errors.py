@@ -132,6 +132,18 @@ def test_an_adapter_saved_with_an_unused_field_still_loads(values, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "copied", [replace, lambda config, **values: IAIConfig(**(config.to_dict() | values))], ids=["replace", "dict"]
+)
+def test_a_copied_configuration_is_checked_like_a_new_one(copied):
+    text, linear = IAIConfig(**CAUSAL), IAIConfig(task_type="SEQ_CLS", state_type="linear")
+    assert copied(text, num_state_tokens=8).num_state_tokens == 8
+    with pytest.raises(ValueError, match="num_kept_tokens=3 has no meaning for state_type='linear'"):
+        copied(linear, num_kept_tokens=3)
+    with pytest.raises(ValueError, match="has no meaning for regime='implicit'"):
+        copied(text, regime="implicit")
+
+
+@pytest.mark.parametrize(
     "given", ["def f(): pass", ["one text", "another"], [3], iter(["x"])], ids=["text", "texts", "numbers", "stream"]
 )
 def test_text_in_place_of_chunks_says_what_a_chunk_is(given):

@@ -142,6 +142,10 @@ REFUSED = dict.fromkeys(
     ("generate", "state_effect"),
     "{method} is for text, but vector_width={config.vector_width}: ask with model(inputs_embeds=..., task_state=...)",
 )
+NOT_FOR_PEFT = {
+    "export_to_peft": "vector_width={config.vector_width}: answers about vectors are read out by a learned map, or by "
+    "the state itself, and PEFT has neither: keep the adapter, and the state with state.save_pretrained"
+}
 CARD_DATA = """\
 import torch
 from hf_iai import chunk_vectors  # registers the method with PEFT
@@ -168,14 +172,7 @@ class Vectors(Task):
     fingerprint_if_changed = frozenset({"likelihood"})
     likelihoods = ("softmax", "gaussian")
     reads_vectors, has_teacher = True, False
-    refuses = (
-        Task.refuses
-        | REFUSED
-        | {
-            "export_to_peft": "vector_width={config.vector_width}: answers about vectors are read out by a learned map, or "
-            "by the state itself, and PEFT has neither: keep the adapter, and the state with state.save_pretrained",
-        }
-    )
+    refuses = Task.refuses | REFUSED | NOT_FOR_PEFT
 
     @classmethod
     def matches(cls, config: IAIConfig) -> bool:
