@@ -24,6 +24,6 @@ cards: $(INSTALLED)
 # The environment is made once, and brought up to date when what it is made from changes.
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || python3 -m venv .venv
-	$(BIN)/pip install -c constraints.txt torch==2.13.0
-	$(BIN)/pip install -c constraints.txt -e '.[plots,baselines,test]'
+	$(BIN)/pip install --disable-pip-version-check -c constraints.txt torch==2.13.0
+	$(BIN)/pip install --disable-pip-version-check -c constraints.txt -e '.[plots,baselines,test]'
 	touch $@

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from hf_iai import IAIConfig, IAITrainingArguments
 from hf_iai.cli import app, quiet
-from hf_iai.commands.inputs import adapter_folder, documents, json_lines
+from hf_iai.commands.inputs import adapter_folder, documents, json_lines, text_of
 from hf_iai.commands.train import text_config
 from hf_iai.hub.published import published_adapter
 
@@ -68,6 +68,7 @@ def test_help_loads_neither_torch_nor_transformers_nor_peft(command):
     assert all(name in output for name in (COMMANDS if not command else ["--output"]))
 
 
+@pytest.mark.slow
 def test_the_module_runs_too():
     done = subprocess.run([sys.executable, "-m", "hf_iai.cli", "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and all(name in done.stdout for name in COMMANDS)
@@ -161,16 +162,22 @@ def test_an_adapter_that_cannot_read_text_is_one_line(tmp_path, adapter, message
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("bytes.txt", b"\xff\xfe\xfa", "is not UTF-8 text: convert it first"),
-        ("empty.txt", b"", "adapt got no chunk: pass at least one"),
-        ("rows.jsonl", b'{"text": "x"}\n{"text"\n', "line 2 of"),
-        ("rows.jsonl", b'["x"]\n', "line 1 of .*holds a list, not an object"),
+        ("bytes.txt", b"\xff\xfe\xfa", "bytes.txt is not UTF-8 text: convert it first"),
+        ("rows.jsonl", b'{"text": "x"}\n{"text"\n', "line 2 of .*rows.jsonl is no JSON"),
+        ("rows.jsonl", b'["x"]\n', "line 1 of .*rows.jsonl holds a list, not an object such as"),
     ],
 )
-def test_data_that_cannot_be_read_is_one_line(tmp_path, name, content, message):
+def test_data_that_cannot_be_read(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
-    found = refused("adapt", "--adapter", "code-prefix", "--data", tmp_path / name, "--output", tmp_path / "out")
-    assert re.match(f"Error: .*{message}", found)
+    read = text_of if name.endswith(".txt") else (lambda path: list(json_lines(path)))
+    with pytest.raises(ValueError, match=message):
+        read(tmp_path / name)
+
+
+def test_a_text_without_a_token_is_one_line(tmp_path):
+    (tmp_path / "empty.txt").touch()
+    options = ["--adapter", "code-prefix", "--data", tmp_path / "empty.txt", "--output", tmp_path / "out"]
+    assert refused("adapt", *options).startswith("Error: adapt got no chunk: pass at least one")
 
 
 def test_documents_of_a_folder_and_of_json_lines(tmp_path):
@@ -227,6 +234,7 @@ def test_commands_print_nothing_but_their_own(tmp_path):
     )
     assert done.stderr == ""
     assert "Warning" not in done.stdout and "\r" not in done.stdout
+    assert re.match(r"trained for 2 steps; mean loss \d\.\d{3}\nadapter written to adapter\n", done.stdout)
     assert "next: hf-iai export --adapter code-prefix --state read --output FOLDER" in done.stdout.splitlines()
     for folder in ("plain", "read_plain"):
         assert json.loads((tmp_path / folder / "adapter_config.json").read_text())["peft_type"] == "PREFIX_TUNING"

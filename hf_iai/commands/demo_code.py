@@ -24,6 +24,7 @@ from ..model import IAIModel
 from ..state import TaskState
 from ..trainer import IAITrainer
 from ..training_args import IAITrainingArguments
+from .losses import print_losses
 
 CODE_CHUNK = 128  # tokens; the chunk size that code-prefix was trained with
 MARKOV_CHUNK = 64  # symbols, one token each
@@ -100,6 +101,7 @@ def train_fresh_adapter(tokenizer: PreTrainedTokenizerBase, output: Path) -> Non
         processing_class=tokenizer,
         callbacks=[StopAfter(TRAINING_SECONDS)],
     )
+    print_losses(trainer)
     before = trainer.evaluate()
     trainer.train()
     after = trainer.evaluate()

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import torch
+import typer
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -13,6 +14,7 @@ from ..embedded import EMBEDDED_NAME, embedded_base
 from ..trainer import IAITrainer
 from ..training_args import IAITrainingArguments
 from .inputs import documents
+from .losses import print_losses
 
 
 def train(data: Path, output: Path, base: str, config: dict, arguments: dict) -> None:
@@ -45,7 +47,9 @@ def train(data: Path, output: Path, base: str, config: dict, arguments: dict) ->
         documents(data), tokenizer, chunk_size=chunk_size, num_chunks=args.max_chunks, seed=args.seed
     )
     trainer = IAITrainer(model=model, args=args, train_dataset=episodes, processing_class=tokenizer)
-    trainer.train()
+    print_losses(trainer)
+    result = trainer.train()
+    typer.echo(f"trained for {result.global_step} steps; mean loss {result.training_loss:.3f}")
     trainer.model.save_pretrained(output)
     trainer.create_model_card(dataset=data.name)
 
