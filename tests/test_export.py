@@ -111,7 +111,7 @@ json.dump(found, open("found.json", "w"))
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, hub):
     """`exports/NAME`, what the exporting model answers in `answers`, and what plain PEFT made of it in `found.json`."""
     folder = export_families(tmp_path_factory.mktemp("export"), FAMILIES)
     for family in {family for family, *_ in SPECIAL.values()} - set(FAMILIES):
@@ -122,14 +122,14 @@ def folder(tmp_path_factory):
     export(folder, "batch", model_of(folder, "llama"), batch=2)
     export(folder, "batch-lora", model_of(folder, "llama", state_type="lora", **GRADIENTS), batch=2)
     export_embedded(folder)
-    answer_with_plain_peft(folder)
+    answer_with_plain_peft(folder, hub)
     return folder
 
 
 @pytest.fixture(scope="module")
-def folder_of_more_families(tmp_path_factory):
+def folder_of_more_families(tmp_path_factory, hub):
     folder = export_families(tmp_path_factory.mktemp("more"), MORE_FAMILIES)
-    answer_with_plain_peft(folder)
+    answer_with_plain_peft(folder, hub)
     return folder
 
 
@@ -143,13 +143,11 @@ def export_families(folder: Path, families: list[str]) -> Path:
     return folder
 
 
-def answer_with_plain_peft(folder: Path) -> None:
-    hub = Hub()
+def answer_with_plain_peft(folder: Path, hub: Hub) -> None:
     own = {"HF_ENDPOINT": hub.url, "HF_HOME": str(folder / "home"), "HF_TOKEN": "hf_test", "HF_HUB_OFFLINE": "0"}
     own |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
     command = [sys.executable, "-c", PLAIN]
     done = subprocess.run(command, cwd=folder, env=os.environ | own, capture_output=True, text=True)
-    hub.shutdown()
     assert done.returncode == 0, done.stderr[-3000:]
 
 

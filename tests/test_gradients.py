@@ -1,49 +1,25 @@
 """The signal `gradients`, the lora state, and the heads, each against a reference."""
 
 import random
+from dataclasses import replace
 from itertools import product
 
 import pytest
 import torch
+from members import READING, TEXT, every
 from peft import LoraConfig, get_peft_model
 from tiny import REGIMES, chunks, gradient_model, ids, largest_difference, lora_state_model, make_base
 from torch.nn.functional import cross_entropy, rms_norm
 
-from hf_iai import TaskState, batch_chunks
 from hf_iai.objectives import Objective
 from hf_iai.signals import read_gradients
 
 STATES = ["prefix", "prompt", "lora"]
-
-
-def few_modules(member: dict) -> dict:
-    """A lora state of two modules, for what takes long with a lora state of all."""
-    return member | ({"state_target_modules": ["v_proj", "down_proj"]} if member.get("state_type") == "lora" else {})
-
-
+FEW_MODULES = {"state_target_modules": ["v_proj", "down_proj"]}  # for what takes long with a lora state of all
 HEADS = ["learned_optimizer", "sgd", "meta_sgd", "path_aware"]
 FAMILIES = ["llama", "qwen3", "gpt2"]
-# Whatever a state is and a chunk says.
-MEMBERS = [{"state_type": s, "signal": "gradients", "head": h} for s, h in product(STATES, HEADS)]
-MEMBERS += [{"state_type": s, "signal": "both"} for s in STATES]
-MEMBERS += [{"state_type": "prefix", "signal": "both", "delta_rule": True}]
-MEMBERS += [{"state_type": "lora", "signal": "observations"}]
-every_family = pytest.mark.parametrize(
-    "family", ["llama", *(pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES[1:])]
-)
-
-
-def is_fast(member) -> bool:
-    """Each state with the default head, and each head with the smallest state; `make test-slow` has them all."""
-    return member["state_type"] == "prompt" or member.get("head") in (None, "learned_optimizer")
-
-
-def case(*values, fast: bool):
-    name = "-".join("-".join(map(str, v.values())) if isinstance(v, dict) else v for v in values)
-    return pytest.param(*values, marks=[] if fast else pytest.mark.slow, id=name)
-
-
-every_member = pytest.mark.parametrize("member", [case(m, fast=is_fast(m)) for m in MEMBERS])
+MEMBERS = [m for m in READING if m.kind is TEXT and m.values.get("signal") in ("gradients", "both")]
+MEMBERS = [m for m in MEMBERS if m.family in FAMILIES and "second_order" not in m.values]
 
 
 def inner_loss(model, tensors, text, labels=None):
@@ -239,163 +215,51 @@ def test_the_state_is_bounded(head):
         assert all(torch.isfinite(t).all() for t in state.tensors.values())
 
 
-# ---------------------------------------------------------------- all members
+# ---------------------------------------------------------------- training; first order, unrolled: test_contract.py
 
 
-@every_family
-@every_member
-def test_batches_padding_streams_and_parallel(family, member):
-    model = (
-        lora_state_model(family, initial_rate=0.3, **member) if "head" in member else lora_state_model(family, **member)
-    )
-    one, two = chunks(3, batch=1, seed=4), chunks(2, batch=1, size=7, seed=5)
-    together, apart = model.adapt(batch_chunks([one, two])), [model.adapt(one), model.adapt(two)]
-    # Learned steps normalise gradients that are nearly 0, rounding and all; that differs between processors.
-    assert largest_difference(together, TaskState.stack(apart)) < 2e-4
-    assert together.step.tolist() == [3, 2] and together.num_tokens.tolist() == [30, 14]
-    # What stands under the mask does not matter, bitwise; a row that is all masked keeps its state, bitwise.
-    text = ids(2, 9, seed=6)
-    mask = torch.tensor([[1] * 9, [1] * 5 + [0] * 4])
-    found = [model.adapt([{"input_ids": t, "attention_mask": mask}]) for t in (text, text.where(mask > 0, 50))]
-    assert all(torch.equal(found[0].tensors[n], found[1].tensors[n]) for n in found[0].tensors)
-    mask[1] = 0
-    after = model.adapt([{"input_ids": text, "attention_mask": mask}], state=together)
-    assert all(torch.equal(after.tensors[n][1], t[1]) for n, t in together.tensors.items())
-    assert after.step.tolist() == [4, 2] and not torch.equal(
-        *(s.tensors[n][0] for s in (after, together) for n in [next(iter(s.tensors))])
-    )
-    assert largest_difference(model.adapt(one, parallel=2), apart[0]) < 2e-5
-    # One state for all queries; two tasks for four queries.
-    query = ids(4, 6, seed=3)
-    answers = model(input_ids=query, task_state=apart[0]).logits
-    single = model(input_ids=query[1:2], task_state=apart[0]).logits
-    assert (answers[1:2] - single).abs().max() < 1e-5
-    by_task = model(input_ids=query[:2], task_state=together).logits
-    assert (by_task[1] - model(input_ids=query[1:2], task_state=together.select(1)).logits[0]).abs().max() < 1e-5
+def few_modules(member) -> dict:
+    return FEW_MODULES if member.values.get("state_type") == "lora" else {}
 
 
-GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+@every(MEMBERS)
+def test_second_order_trains_everything(member):
+    """Every parameter gets a gradient, and gradient checkpointing changes none; those at exact zeros are finite."""
+    found = []
+    for checkpointing in (False, True):
+        model = member.model(second_order=True, **few_modules(member)).train()
+        if checkpointing:
+            model.base_model.model.activation_checkpointing_enable({"use_reentrant": False})
+        loss = model(**member.episode()).loss
+        loss.backward()
+        found.append((loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.requires_grad}))
+    (loss, grads), (loss_again, grads_again) = found
+    assert [n for n, g in grads.items() if g is None or not g.any() or not g.isfinite().all()] == []
+    assert (loss - loss_again).abs() < 1e-6
+    for name, gradient in grads.items():
+        assert (gradient - grads_again[name]).abs().max() < 1e-5 * max(1, gradient.abs().max()), name
+    model = member.model(trained=False, second_order=True, **few_modules(member)).train()
+    model(**member.episode()).loss.backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.requires_grad)
 
 
-@every_family
-@every_member
-def test_generate_and_using(family, member):
-    model, query = lora_state_model(family, **member), ids(2, 6, seed=3)
-    state = model.adapt(chunks(2))
-    expected = model.generate(query, task_state=state, max_new_tokens=4, **GREEDY)
-    out = query
-    for _ in range(4):
-        out = torch.cat([out, model(input_ids=out, task_state=state).logits[:, -1:].argmax(-1)], 1)
-    assert torch.equal(out, expected)
-    with model.using(state):
-        assert torch.equal(model.generate(query, max_new_tokens=4, **GREEDY), expected)
-    beams = model.generate(query, task_state=state, num_beams=3, max_new_tokens=3, **GREEDY)
-    alone = model.generate(query[:1], task_state=state.select(0), num_beams=3, max_new_tokens=3, **GREEDY)
-    assert torch.equal(beams[:1], alone)
-    left = {
-        "input_ids": torch.cat([ids(2, 2, seed=9), query], 1),
-        "attention_mask": torch.tensor([[0, 0] + [1] * 6] * 2),
-    }
-    assert torch.equal(model.generate(**left, task_state=state, max_new_tokens=4, **GREEDY)[:, 8:], expected[:, 6:])
-    with pytest.raises(ValueError, match="disabled"), model.disable_adapter():
-        model(input_ids=query, task_state=state)
-    assert not [m for m in model.modules() if m._forward_hooks], "hooks are left behind"
-
-
-def episode(num_chunks=3, queries=2):
-    query = ids(2, queries, 8, seed=1)
-    labels = ids(2, num_chunks, 10)
-    labels[:, :, ::3] = -100
-    return {"input_ids": query, "labels": query, "chunk_input_ids": ids(2, num_chunks, 10), "chunk_labels": labels}
-
-
-@pytest.mark.parametrize(
-    ("member", "regime"),
-    [
-        case(m, r, fast=is_fast(m) and (r == "explicit" or m["state_type"] == "prompt"))
-        for m, r in product(MEMBERS, REGIMES)
-    ],
-)
-def test_an_episode_trains_everything(member, regime):
-    """Every parameter gets a gradient; gradient checkpointing changes none, and neither order is left out."""
-    for second_order in (False, True) if member["signal"] != "observations" else (False,):
-        found = []
-        for checkpointing in (False, True):
-            values = {"path_window": 2} if member.get("head") == "path_aware" else {}
-            model = lora_state_model(regime=regime, second_order=second_order, **few_modules(member), **values).train()
-            if checkpointing:
-                model.base_model.model.activation_checkpointing_enable({"use_reentrant": False})
-            loss = model(**episode()).loss
-            loss.backward()
-            found.append((loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.requires_grad}))
-        (loss, grads), (loss_again, grads_again) = found
-        assert [n for n, g in grads.items() if g is None or not g.any()] == []
-        assert all(torch.isfinite(g).all() for g in grads.values())
-        assert (loss - loss_again).abs() < 1e-6
-        for name, gradient in grads.items():
-            assert (gradient - grads_again[name]).abs().max() < 1e-5 * max(1, gradient.abs().max()), name
-    if member["signal"] == "gradients" and regime == "parametric":
-        assert not [n for n, _ in model.named_parameters() if "lora_" in n]
-
-
-@pytest.mark.parametrize(
-    ("member", "objective"),
-    [
-        case(m, o, fast=is_fast(m) and (o == "unrolled" or m["state_type"] == "prompt"))
-        for m, o in product(MEMBERS, ["unrolled", "truncated", "greedy"])
-    ],
-)
-def test_untrained_members_leave_no_parameter_unused(member, objective):
-    """As data-parallel training asks; second-order gradients at exact zeros are finite."""
-    for second_order in (False, True) if member["signal"] != "observations" else (False,):
-        model = lora_state_model(trained=False, second_order=second_order, **few_modules(member)).train()
-        model(**episode(), objective=Objective(objective, window=2, draw=random.Random(1))).loss.backward()
+@every(replace(m, slow=m.slow or m.values.get("state_type") != "prompt") for m in MEMBERS)
+def test_no_objective_leaves_a_parameter_unused(member):
+    """As data-parallel training asks, before anything is learned; under autocast LoRA still gets gradients."""
+    for objective, autocast in (("truncated", False), ("greedy", False), ("greedy", True)):
+        model = member.model(trained=False, **few_modules(member)).train()
+        drawn = Objective(objective, window=2, draw=random.Random(1))
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = model(**member.episode(), objective=drawn).loss
+        loss.backward()
         assert [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
         assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.requires_grad)
 
 
-@every_member
-def test_bfloat16(member):
-    """State and head stay in float32 on a bfloat16 base, and under autocast LoRA still gets gradients."""
-    model = lora_state_model(make_base().to(torch.bfloat16), **member)
-    state, query = model.adapt(chunks(2)), ids(2, 6, seed=3)
-    assert {t.dtype for t in state.tensors.values()} == {torch.float32}
-    assert torch.isfinite(model(input_ids=query, task_state=state).logits).all()
-    model = lora_state_model(**member).train()
-    for objective in ("greedy", "unrolled"):
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = model(**episode(), objective=Objective(objective)).loss
-        model.zero_grad()
-        loss.backward()
-        assert [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
-
-
-@every_member
-def test_saved_and_loaded(member, tmp_path):
-    from peft import PeftModel
-
-    model, query = lora_state_model(**member), ids(2, 6, seed=3)
-    state = model.adapt(chunks(2))
-    expected = model(input_ids=query, task_state=state).logits
-    model.save_pretrained(tmp_path / "adapter")
-    state.save_pretrained(tmp_path / "state")
-    again = PeftModel.from_pretrained(make_base(), tmp_path / "adapter").eval()
-    loaded = TaskState.from_pretrained(tmp_path / "state")
-    assert (again(input_ids=query, task_state=loaded).logits - expected).abs().max() == 0.0
-    rest = chunks(2, seed=8)
-    on, whole = again.adapt(rest, state=loaded), model.adapt([*chunks(2), *rest])
-    assert all(torch.equal(on.tensors[n], whole.tensors[n]) for n in whole.tensors)
-
-
-@every_member
-def test_inference_mode_changes_nothing(member):
-    model, support = lora_state_model(**member), chunks(3)
-    expected = model.adapt(support)
-    with torch.inference_mode():
-        state = model.adapt(chunks(3))
-        logits = model(input_ids=ids(2, 5), task_state=state).logits
-    assert largest_difference(state, expected) == 0
-    assert torch.equal(logits, model(input_ids=ids(2, 5), task_state=expected).logits)
+@pytest.mark.parametrize("state_type", STATES)
+def test_gradients_alone_leave_the_parametric_reader_out(state_type):
+    model = gradient_model(state_type=state_type, regime="parametric")
+    assert not [n for n, _ in model.named_parameters() if "lora_" in n]
 
 
 def test_labels_of_a_chunk():

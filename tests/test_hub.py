@@ -4,15 +4,8 @@ from pathlib import Path
 
 import pytest
 from hub_process import HubProcess
-from hub_server import GATED, Hub
+from hub_server import GATED
 from huggingface_hub import ModelCard
-
-
-@pytest.fixture(scope="module")
-def hub():
-    hub = Hub()
-    yield hub
-    hub.shutdown()
 
 
 @pytest.fixture(scope="module")

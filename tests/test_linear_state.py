@@ -67,8 +67,7 @@ def test_a_batch_is_its_tasks_and_padding_is_nothing(family):
             torch.testing.assert_close(logits(model, state, left)[0], expected, atol=1e-3, rtol=1e-4)
 
 
-@pytest.mark.parametrize("family", ENCODERS)
-@pytest.mark.parametrize("regime", ["parametric", "explicit"])
+@pytest.mark.parametrize(("family", "regime"), zip(ENCODERS, ["parametric", "explicit"] * 2, strict=True))
 def test_saved_and_loaded_is_the_same(family, regime, tmp_path):
     base = make_encoder(family)
     base.base_model.save_pretrained(tmp_path / "base")  # an encoder: its classifier is drawn anew at every loading
