@@ -64,7 +64,7 @@ class LabelledInputs(Inputs):
                 f"inputs_embeds hold {int((~vectors.isfinite()).sum())} values that are not finite: fill them in, or "
                 "leave those examples out"
             )
-        return vectors.unsqueeze(-2), mask.unsqueeze(-1)
+        return vectors.unsqueeze(-2), mask.unsqueeze(-1).long()
 
     def chunk(self, chunk: Chunk) -> LabelledChunk:
         ids, mask = self.on_device(chunk)

@@ -64,7 +64,7 @@ class Inputs:
                 f"state_type={self.config.state_type!r} needs input_ids (B, T) of chunks and queries; inputs_embeds "
                 "cannot be used with it"
             )
-        return ids, torch.ones_like(ids) if mask is None else mask
+        return ids, torch.ones_like(ids) if mask is None else mask.long()
 
     def chunk(self, chunk: Chunk) -> tuple[Tensor, Tensor, Tensor]:
         """ids, mask and labels (B, C) of a chunk, on the base's device, without columns that hold only padding.

@@ -42,7 +42,7 @@ class VectorExamples(Inputs):
                 f"inputs_embeds must be finite floating vectors (..., {width}), got shape {tuple(vectors.shape)} of "
                 f"{vectors.dtype}: vector_width says how wide they are"
             )
-        return vectors.float(), mask
+        return vectors.float(), mask.long()
 
     def chunk(self, chunk: Chunk) -> tuple[Tensor, Tensor, Tensor]:
         """Vectors (B, n, w), mask (B, n), and labels (B, n), or (B, n, o) for real targets.
