@@ -322,7 +322,7 @@ def test_refused_by_design(family, config):
     base = make_base(family)
     for more in ({}, {"accumulation": "recent"}):
         if config["state_type"] == "prefix" or not more:
-            with pytest.raises(ValueError, match=f"'{base.config.model_type}' does not have: use .*state_type='prompt'"):
+            with pytest.raises(ValueError, match=f"'{base.config.model_type}' does not have: use .*'prompt'"):
                 make_model(base, **config, **more)
     assert not any("lora" in name for name, _ in base.named_modules()), "the base was changed"
 
