@@ -1,4 +1,4 @@
-"""Every check of the core on every family and state; examples/maintain/families_table.py makes docs/families.md of a run."""
+"""Every check of the core on every family and state; `examples.maintain.families_table` writes docs/families.md from a run."""
 
 from functools import cache
 
