@@ -86,7 +86,7 @@ def rows_of_stream(head, corpus, num_classes: int, sizes: tuple[int, ...]) -> li
 
 
 def encoder_seconds(model, tokenizer) -> float:
-    """To embed one chunk of 20 texts of 12 words."""
+    """Processor seconds to embed one chunk of 20 texts of 12 words."""
 
     inputs = tokenizer(["please tell me what the weather will be like in london tomorrow"] * CHUNK, return_tensors="pt")
     return seconds(lambda: features_of(model, inputs))

@@ -52,7 +52,7 @@ def texts(rows: int) -> torch.Tensor:  # (rows, TOKENS)
 
 
 def state_of(model, rows: int) -> TaskState:
-    """That of as many tasks, each after a chunk of its own."""
+    """The state of `rows` tasks, each after a chunk of its own."""
     return model.adapt([{"input_ids": texts(rows)}])
 
 
@@ -77,7 +77,7 @@ def head_and_gradient(state_type: str) -> tuple[Callable, Callable]:
 
 
 def forward_and_backward(model, leaves: list[torch.Tensor], **inputs) -> tuple[Callable, Callable]:
-    """A forward pass alone, and one that reaches the leaves' gradients."""
+    """A forward pass, and a forward and backward pass to the leaves."""
 
     def forward():
         with torch.no_grad():

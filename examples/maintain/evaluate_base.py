@@ -37,7 +37,7 @@ def loss_against_context(model, tokenizer, num: int) -> list[dict]:
 
 @torch.no_grad()
 def accuracy_against_shots(model, tokenizer, num: int) -> list[dict]:
-    """Share of answers whose tokens are all most likely, after n lines of the same task."""
+    """Share of answers of which every token is the most likely one, after n lines of the same task."""
     rng, table = np.random.default_rng(7), []
     kinds = {"points": (points, " "), "string_function": (string_function, " -> "), "recall": (recall, "?")}
     for kind, (make, mark) in kinds.items():

@@ -116,7 +116,7 @@ no keys and values to prepend. `-`: the check does not apply.
 
 
 class Results:
-    """Outcomes by (check, family, state), each True or False for every case of it."""
+    """(check, family, state) -> for each of its cases, whether it passed."""
 
     def __init__(self, junit: Path, families: set[str]) -> None:
         self.passed: dict[tuple[str, str, str], list[bool]] = defaultdict(list)

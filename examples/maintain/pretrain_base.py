@@ -66,7 +66,7 @@ def base_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
 
 
 class Batches:
-    """Step i's batch (B, WINDOW) is a function of (seed, i): resuming needs no state of its own."""
+    """The batch (B, WINDOW) of a step depends on (seed, step) alone, so a run can continue without any other state."""
 
     def __init__(self, tokenizer, documents: list[str], batch_size: int, seed: int) -> None:
         self.tokenizer, self.batch_size, self.seed = tokenizer, batch_size, seed
@@ -107,7 +107,7 @@ def make_optimizers(model: LlamaForCausalLM, lr: float) -> list[torch.optim.Opti
 
 
 def rate(step: int, steps: int) -> float:
-    """Warm-up over 100 steps, flat, then linear to zero over the last 60%."""
+    """Learning rate: linear warm-up over 100 steps, constant, then linear to zero over the last 60% of the steps."""
     return min(1.0, (step + 1) / 100, (steps - step) / (0.6 * steps))
 
 

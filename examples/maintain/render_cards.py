@@ -24,7 +24,7 @@ def published_names() -> list[str]:
 
 
 def render(name: str) -> dict[Path, bytes]:
-    """What the files of the card of `adapters/NAME` must hold."""
+    """File -> content, for all files of the card of `adapters/NAME`."""
     folder = ROOT / "adapters" / name
     recipe = json.loads((folder / "recipe.json").read_text())
     missing = {"train", "evaluate", "curves", "picture", "limits", "license"} - recipe.keys()
@@ -52,7 +52,7 @@ def _card(name: str, recipe: dict, picture: str) -> bytes:
 
 
 def measurements(recipe: dict, picture: str) -> list[Measurement]:
-    """The curves that a recipe names; the picture stands under the first."""
+    """The curves that a recipe names; the first one gets the picture."""
     found = []
     for curve in recipe["curves"]:
         values = dict(curve)
@@ -65,7 +65,7 @@ def measurements(recipe: dict, picture: str) -> list[Measurement]:
 
 
 def origin(measured: dict) -> dict:
-    """How a curve's file was made, as a recipe states it."""
+    """What a curve's file says about its own making, in the form of a recipe."""
     recipe = dict(measured["recipe"])  # newer files hold the versions in it, older ones beside it
     versions = {name: recipe.pop(name, None) or measured[name] for name in ("torch", "commit")}
     return {"measured": recipe, "torch": versions["torch"], "measured_at_commit": versions["commit"]}

@@ -40,7 +40,7 @@ class Tasks(NamedTuple):
 
 
 def draw_graph(rng: np.random.Generator, n: int, kind: str) -> np.ndarray:  # (n, n), from i to j > i
-    """n edges expected; scale-free: each variable has one or two earlier ones as parents, rather those with many."""
+    """ER has n edges on average. Scale-free: each variable has one or two earlier parents, drawn by their degree."""
     if kind == "ER":
         return np.triu(rng.random((n, n)) < 2 / (n - 1), 1)
     edges = np.zeros((n, n), bool)
@@ -51,7 +51,7 @@ def draw_graph(rng: np.random.Generator, n: int, kind: str) -> np.ndarray:  # (n
 
 
 def draw_samples(rng: np.random.Generator, edges: np.ndarray, num: int, mechanism: str, noise: str) -> np.ndarray:
-    """(num, n), each variable of mean 0 and variance 1 but for what `OTHERS` more samples leave open."""
+    """Samples (num, n), standardised with the mean and deviation of `OTHERS` more samples."""
     n, num = len(edges), num + OTHERS
     draw = {"uniform": partial(rng.uniform, -1.7, 1.7), "Laplace": rng.laplace, "exponential": rng.exponential}
     draw |= {"Gumbel": rng.gumbel}
@@ -72,7 +72,7 @@ def draw_samples(rng: np.random.Generator, edges: np.ndarray, num: int, mechanis
 def draw_tasks(
     rng: np.random.Generator, num: int, num_chunks: int, n: int, graph: str, mechanism: str, noise: str
 ) -> Tasks:
-    """Variables in random order; graphs without an edge are drawn anew."""
+    """The variables are in random order. A graph without an edge is drawn again."""
     samples, edges = [], []
     while len(edges) < num:
         drawn = draw_graph(rng, n, graph)
@@ -96,7 +96,7 @@ def ancestors(edges: Tensor) -> Tensor:  # (B, n, n)
 
 
 def moments(chunk: Tensor) -> Tensor:  # (B, m, n) -> (B, n, n, 3)
-    """E[u v], E[u^2 v] and 10 E[u (tanh v - c v)] of every pair, u the first index; the last is 0 of Gaussians."""
+    """E[u v], E[u^2 v] and 10 E[u (tanh v - c v)] of every pair (u, v); the last is 0 for Gaussians."""
     v = torch.stack([chunk, chunk, 10 * (chunk.tanh() - OF_GAUSSIAN * chunk)], -1)
     u = torch.stack([chunk, chunk.square(), chunk], -1)
     return torch.einsum("bmik,bmjk->bijk", u, v) / chunk.shape[1]
@@ -124,7 +124,7 @@ def by_tails(known: Tensor) -> Tensor:
 
 
 def by_fit(known: Tensor) -> Tensor:
-    """R^2 of v less that of u, each regressed on all others: what is explained better comes later.
+    """R^2 of v minus R^2 of u, each regressed on all others: the variable with the larger R^2 comes later.
 
     Source: Reisach et al., A Scale-Invariant Sorting Criterion to Find a Causal Order, arXiv 2303.18211.
     """
@@ -152,7 +152,7 @@ def running_mean(tasks: Tasks, of_chunk: Callable[[Tensor], Tensor]) -> Iterator
 
 
 def without_learning(score: Callable[[Tensor], Tensor], tasks: Tasks) -> Logits:
-    """A score of the moments of all data so far."""
+    """Apply a score to the moments of all data so far."""
     return map(score, running_mean(tasks, moments))
 
 
@@ -164,7 +164,7 @@ def mlp(inputs: int, outputs: int) -> nn.Sequential:
 
 
 class Reader(nn.Module):
-    """What a chunk says of every ordered pair (u, v) of variables, means over samples: (B, m, n) -> (B, n, n, h + 3).
+    """Features of every ordered pair (u, v) of variables, averaged over a chunk: (B, m, n) -> (B, n, n, h + 3).
 
     The last channels are `moments` of the pair, the others are learned.
     """
@@ -180,9 +180,9 @@ class Reader(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Log-odds of the order of every pair (i, j); layers let it see (j, i), and what (i, k) and (k, j) say together.
+    """Log-odds of the order of every pair (i, j), from features of it, of (j, i), and products of (i, k) and (k, j).
 
-    Before anything is learned they are the likelihood ratios of pairs, and each can be learned to count for more.
+    Untrained, they are the sum of the likelihood ratios of the pair; training can change the weight of each ratio.
     """
 
     def __init__(self, more: int = 0) -> None:
@@ -210,7 +210,7 @@ class Decoder(nn.Module):
 
 
 class Explicit(nn.Module):
-    """theta is the running mean of what chunks read as, and a learned decoder finds the order in it."""
+    """theta is the running mean of the chunks' features; a learned decoder reads the order from it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -228,7 +228,7 @@ class LastChunk(Explicit):
 
 
 class Implicit(nn.Module):
-    """The state is the log-odds themselves: a chunk, read next to them, adds to them; no gradient to earlier ones."""
+    """The state is the log-odds. Each chunk is read next to them and adds to them; earlier steps get no gradient."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -245,13 +245,13 @@ REFINED = {"explicit, running mean": Explicit, "implicit, log-odds": Implicit, "
 
 
 def loss_of(logits: Tensor, tasks: Tasks) -> Tensor:
-    """Mean over pairs of an ancestor and what descends from it."""
+    """Mean over all pairs of an ancestor and its descendant."""
     wrong = nn.functional.softplus(-logits)
     return (wrong * tasks.before).sum() / tasks.before.sum()
 
 
 def trained(name: str, seed: int, steps: int) -> nn.Module:
-    """On the loss after each chunk."""
+    """Train on the loss after each chunk."""
     torch.manual_seed(seed)
     rng, model = np.random.default_rng([1, seed]), REFINED[name]()
 
@@ -268,7 +268,7 @@ def trained(name: str, seed: int, steps: int) -> nn.Module:
 
 
 def in_order(logits: Tensor, tasks: Tasks) -> float:
-    """Percent of the edges that lead forward in the order that follows from the log-odds; a tie is half an edge."""
+    """Percent of the edges that point forward in the order given by the log-odds; a tie counts half."""
     place = -logits.double().sigmoid().sum(2)  # (B, n): what comes before many has a low place
     forward = 1 + (place.unsqueeze(1) - place.unsqueeze(2)).sign()
     return 50 * (forward * tasks.edges).sum().item() / tasks.edges.sum().item()
@@ -280,7 +280,7 @@ def scores(find: Callable[[Tasks], Logits], tasks: Tasks) -> list[float]:
 
 
 def table(tier: str, seeds: int, data: Path, output: Path, num: int = 64) -> list[dict]:
-    """Percent of edges in order after each count of chunks; a baseline has seed 0; no `data`, no `output`."""
+    """Percent of edges in order after each count of chunks. Baselines have seed 0; `data` and `output` are not used."""
     methods = [(name, 0, partial(without_learning, score)) for name, score in BASELINES.items()]
     methods += [(name, seed, trained(name, seed, STEPS[tier])) for seed in range(seeds) for name in REFINED]
     kinds = [(n, graph, mechanism) for n in SIZES for graph in GRAPHS for mechanism in MECHANISMS]

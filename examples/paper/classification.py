@@ -50,7 +50,7 @@ Source = list[np.ndarray]  # of each class (N, d)
 
 
 def sources(data: Path) -> dict[str, Source]:
-    """Features, centred over d and of unit length, of each class."""
+    """Source -> features of each class, centred over d and of unit length."""
     digits = load_digits(return_X_y=True)
     mnist, omniglot = np.load(data / MNIST), np.load(data / OMNIGLOT)
     found = {"digits": by_class(*digits)}
@@ -65,7 +65,7 @@ def sources(data: Path) -> dict[str, Source]:
 
 
 def projected(images: np.ndarray, seed: int) -> np.ndarray:  # (N, 28, 28) -> (N, 64)
-    """Raw pixels, less their mean image, in random directions."""
+    """Pixels minus the mean image, projected on random directions."""
     pixels = images.reshape(len(images), -1) / 255
     directions = np.random.default_rng(seed).normal(size=(pixels.shape[1], WIDTH))
     return (pixels - pixels.mean(0)) @ directions
@@ -78,7 +78,7 @@ def by_class(features: np.ndarray, labels: np.ndarray) -> Source:
 
 
 def draw_tasks(rng: np.random.Generator, source: Source, num: int, most_chunks: int) -> Tasks:
-    """10 classes each, and as many chunks as all have examples for."""
+    """Tasks of 10 classes, with as many chunks as every task has examples for."""
     chosen = [rng.choice(len(source), min(WAYS, len(source)), replace=False) for _ in range(num)]
     fewest = min(sum(len(source[c]) - QUERIES for c in task) for task in chosen)
     length = CHUNK * min(most_chunks, fewest // CHUNK)
@@ -104,7 +104,7 @@ def chunks_of(tasks: Tasks) -> Iterator[tuple[Tensor, Tensor]]:  # (B, n, d), (B
 
 
 def by_sums(head: ClassRows, tasks: Tasks) -> Logits:
-    """Observations: running sums of the chunks, and the rows that follow from them."""
+    """Observations: the head keeps running sums of the chunks and makes the rows from them."""
     kept = head.initial(len(tasks.labels), tasks.num_classes, tasks.features.shape[-1])
     for x, y in chunks_of(tasks):
         kept = head(kept, x, y)
@@ -118,13 +118,13 @@ def by_gradients(descent: Descent, tasks: Tasks) -> Logits:
 
 
 def gradient(rows: Tensor, x: Tensor, y: Tensor) -> Tensor:  # (B, C, d), (B, n, d), (B, n)
-    """Of the mean cross-entropy."""
+    """Gradient of the mean cross-entropy."""
     error = (x @ rows.mT).softmax(-1) - nn.functional.one_hot(y, rows.shape[1])
     return error.mT @ x / x.shape[1]
 
 
 def refined(name: str, d: int) -> tuple[nn.Module, Callable[[Tasks], Logits]]:
-    """What is trained, and how it finds the logits."""
+    """The module to train, and the function from tasks to logits."""
     if name == "observations, with sums":
         head = ClassRows()
         return head, partial(by_sums, head)
@@ -133,7 +133,7 @@ def refined(name: str, d: int) -> tuple[nn.Module, Callable[[Tasks], Logits]]:
 
 
 def trained(name: str, trained_on: list[Source], seed: int, steps: int) -> Callable[[Tasks], Logits]:
-    """On the mean logarithm of the queries' cross-entropy after each chunk."""
+    """Train on the logarithm of the queries' cross-entropy, mean over tasks and chunks."""
     torch.manual_seed(seed)
     rng = np.random.default_rng([1, seed])
     module, find = refined(name, trained_on[0][0].shape[1])
@@ -148,7 +148,7 @@ def trained(name: str, trained_on: list[Source], seed: int, steps: int) -> Calla
 
 
 def loss_of(logits: Tensor, tasks: Tasks) -> Tensor:
-    """Of each task the logarithm: one that is nearly solved counts as much as any other."""
+    """Mean over tasks of the logarithm of the loss, so that a nearly solved task counts as much as any other."""
     nats = nn.functional.cross_entropy(logits.mT, tasks.targets, reduction="none").clamp_max(10)  # (B, Q)
     return (nats.mean(1) + LEAST_LOSS).log().mean()
 
@@ -157,7 +157,7 @@ def loss_of(logits: Tensor, tasks: Tasks) -> Tensor:
 
 
 def baseline_accuracies(tasks: Tasks, counts: list[int]) -> Iterator[tuple[str, np.ndarray]]:  # (B, counts) each
-    """Of classifiers that are fitted to all data so far; one to the last chunk alone."""
+    """Accuracy of classifiers fitted to all data so far, and of one fitted to the last chunk alone."""
     methods = CLASSIFIERS | {"logistic regression, the last chunk alone": logistic_regression}
     for name, predict in methods.items():
         found = []
@@ -175,7 +175,7 @@ def accuracies(find: Callable[[Tasks], Logits], tasks: Tasks, counts: list[int])
 
 
 def table(tier: str, seeds: int, data: Path, output: Path, num: int = 40) -> list[dict]:
-    """Accuracy after each count of chunks; a baseline has seed 0; no `output`."""
+    """Accuracy after each count of chunks. Baselines have seed 0; `output` is not used."""
     classes, rows = sources(data), []
     for number, (setting, (trained_on, tested)) in enumerate(SETTINGS.items()):
         tasks = draw_tasks(np.random.default_rng([2, number]), classes[tested], num, max(COUNTS))

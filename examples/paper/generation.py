@@ -48,7 +48,7 @@ def draw_mixture(rng: np.random.Generator, num: int) -> np.ndarray:  # (num, 2)
 
 
 def draw_letter(rng: np.random.Generator, num: int, letters: str) -> np.ndarray:  # (num, 2)
-    """Points inside its outline, slightly turned, sheared and stretched."""
+    """Points inside the outline of a letter, slightly turned, sheared and stretched."""
     outline = TextPath((0, 0), str(rng.choice(list(letters))), size=1)
     corners = np.concatenate(outline.to_polygons())
     low, high = corners.min(0), corners.max(0)
@@ -61,7 +61,7 @@ def draw_letter(rng: np.random.Generator, num: int, letters: str) -> np.ndarray:
 
 
 def _inside(outline: Outline, points: np.ndarray) -> np.ndarray:
-    """Inside an odd number of its closed curves: a hole is inside two."""
+    """Whether a point is inside an odd number of the outline's closed curves; a hole is inside two."""
     curves = [Outline(polygon) for polygon in outline.to_polygons()]
     return sum(curve.contains_points(points) for curve in curves) % 2 == 1
 
@@ -72,7 +72,7 @@ def draw_tasks(rng: np.random.Generator, num: int, num_samples: int, kind: str, 
 
 
 def energy_distance(x: Tensor, y: Tensor) -> Tensor:  # (B, N, 2), (B, M, 2) -> (B,)
-    """2 E|x - y| - E|x - x'| - E|y - y'|, without a sample's distance to itself; 0 of the same distribution."""
+    """2 E|x - y| - E|x - x'| - E|y - y'|, without the distance of a sample to itself; 0 for equal distributions."""
     within = [torch.cdist(z, z).sum((1, 2)) / (z.shape[1] * (z.shape[1] - 1)) for z in (x, y)]
     return 2 * torch.cdist(x, y).mean((1, 2)) - within[0] - within[1]
 
@@ -87,7 +87,7 @@ def mlp(inputs: int, outputs: int) -> nn.Sequential:
 
 
 class Noised(NamedTuple):
-    """A sample on its way: x = (1 - t) noise + t data, whose velocity is data - noise."""
+    """A point between noise and data: x = (1 - t) noise + t data, with velocity data - noise."""
 
     x: Tensor  # (B, N, 2)
     t: Tensor  # (B, N, 1)
@@ -100,7 +100,7 @@ def noised(data: Tensor) -> Noised:
 
 
 class Implicit(nn.Module):
-    """Samples attend to one chunk; training needs no stream, since every step has its own data and its own time."""
+    """Samples attend to one chunk. Training needs no stream: every step draws its own data and time."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -153,7 +153,7 @@ class Explicit(nn.Module):
 
 
 class Parametric(nn.Module):
-    """theta (B, 64, 4) is centres, log widths and log masses of a mixture of round Gaussians."""
+    """theta (B, 64, 4) holds the centres, log widths and log masses of a mixture of round Gaussians."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -188,9 +188,9 @@ class Gradients(Parametric):
 
 
 class Sums(Parametric):
-    """Observations: every chunk is divided among the components as they are, and added to their sums: online EM.
+    """Observations, as in online EM: each chunk is divided among the components and added to their sums.
 
-    Before any chunk, the sums are those of as many imagined samples as the learned masses say.
+    The sums start as those of imagined samples; the learned masses say how many.
     """
 
     def states(self, chunks: Tensor) -> Iterator[Tensor]:
@@ -210,7 +210,7 @@ class Sums(Parametric):
 
 
 def log_likelihood(theta: Tensor, x: Tensor) -> Tensor:  # (B, M, 4), (B, N, 2) -> (B, N)
-    """Of a mixture of round Gaussians, nats."""
+    """Log-likelihood of a mixture of round Gaussians, nats."""
     return component_log_likelihoods(theta, x).logsumexp(-1)
 
 
@@ -221,12 +221,12 @@ def component_log_likelihoods(theta: Tensor, x: Tensor) -> Tensor:  # (B, N, M),
 
 
 def log_width(theta: Tensor) -> Tensor:  # (B, M)
-    """A Gaussian on a single sample would gain without end by being narrow."""
+    """Clamped from below: the likelihood of a Gaussian on a single sample grows without bound as it gets narrow."""
     return theta[..., 2].clamp_min(np.log(LEAST_WIDTH))
 
 
 def gradient(theta: Tensor, x: Tensor, _: None) -> Tensor:
-    """Of the mean negative log-likelihood, at most of length 1 for a task: narrow components have steep ones."""
+    """Gradient of the mean negative log-likelihood, clipped to length 1 for each task."""
     with torch.enable_grad():
         theta = theta.detach().requires_grad_()
         found = torch.autograd.grad(-log_likelihood(theta, x).mean(1).sum(), theta)[0]
@@ -254,7 +254,7 @@ def trained(name: str, seed: int, steps: int) -> nn.Module:
 
 
 def resampled(chunks: Tensor, num: int, generator: torch.Generator) -> Tensor:
-    """Baseline: samples that were read, all so far, again."""
+    """Baseline: draw again from all samples read so far."""
     flat = chunks.flatten(1, 2)
     return flat[:, torch.randint(flat.shape[1], (num,), generator=generator)]
 
@@ -267,7 +267,7 @@ BASELINES = {"real samples so far, again": resampled, "the last chunk's, again":
 
 
 def table(tier: str, seeds: int, data: Path, output: Path, num: int = 64) -> list[dict]:
-    """Energy distance after each count of chunks; a baseline has seed 0; no `data`. Draws generation_samples.png."""
+    """Energy distance after each count of chunks, and generation_samples.png. Baselines have seed 0; no `data`."""
     methods = [(name, 0, generate) for name, generate in BASELINES.items()]
     methods += [(name, seed, trained(name, seed, STEPS[tier])) for seed in range(seeds) for name in REFINED]
     rows, shown = [], {}

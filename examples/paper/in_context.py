@@ -99,14 +99,17 @@ class InContext(nn.Module):
 
 
 class LastChunk(InContext):
-    """What reads one chunk: the last of what there is."""
+    """Reads the last chunk alone."""
 
     def chunks(self, examples: Tensor, size: int) -> tuple[Tensor, ...]:
         return (examples[:, -size:],)
 
 
 class NeuralProcess(nn.Module):
-    """Mean of codes, then a decoder. Source: Garnelo et al., Conditional Neural Processes, arXiv 1807.01613."""
+    """A decoder reads the mean of the examples' codes.
+
+    Source: Garnelo et al., Conditional Neural Processes, arXiv 1807.01613.
+    """
 
     def __init__(self, d: int) -> None:
         super().__init__()
@@ -141,7 +144,7 @@ MODELS: Models = {
 
 
 def ridge(tasks: Tasks, size: int) -> Tensor:  # (B, Q)
-    """With the true noise, for weights of variance 1 / d."""
+    """Ridge regression with the true noise, for weights of variance 1 / d."""
     x, y, queries, _ = tasks
     d = x.shape[-1]
     moment = x.mT.double() @ x.double() + d * NOISE**2 * torch.eye(d, dtype=torch.float64)
@@ -153,7 +156,7 @@ def ridge(tasks: Tasks, size: int) -> Tensor:  # (B, Q)
 
 
 def trained(models: Models, name: str, d: int, seed: int, steps: int) -> tuple[nn.Module, dict[str, float]]:
-    """A model, seconds that its training took, and the median seconds of a step on the most examples."""
+    """A trained model, the seconds of its training, and the median seconds of a step on the most examples."""
     torch.manual_seed(seed)
     model, rng, taken = models[name](d).train(), np.random.default_rng([1, seed]), iter(range(steps))
 
@@ -177,7 +180,7 @@ def trained(models: Models, name: str, d: int, seed: int, steps: int) -> tuple[n
 
 @torch.no_grad()
 def answered(model: Callable[[Tasks, int], Tensor], tasks: Tasks, size: int) -> tuple[float, float]:
-    """The mean squared error, and seconds for a task; tasks go in fours, so that 5000 examples at once fit."""
+    """The mean squared error, and seconds for a task. Four tasks at a time: 5000 examples at once have to fit."""
     start, errors = time.perf_counter(), []
     for part in zip(*(t.split(4) for t in tasks), strict=True):
         errors.append((model(part, size) - part[3]).square().mean(1))
@@ -185,9 +188,9 @@ def answered(model: Callable[[Tasks, int], Tensor], tasks: Tasks, size: int) -> 
 
 
 def table(tier: str, seeds: int, data: Path, output: Path, num: int = 64, models: Models = MODELS) -> list[dict]:
-    """The error at each number of examples, and its ratio to ridge regression's; neither `data` nor `output` is used.
+    """The error at each number of examples, and its ratio to the error of ridge regression.
 
-    `num_chunks` is the number of examples.
+    `num_chunks` is the number of examples; `data` and `output` are not used.
     """
     rows = []
     for d in DIMENSIONS[tier]:

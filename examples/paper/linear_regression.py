@@ -53,7 +53,7 @@ def draw_tasks(
     scale: float = 1.0,
     share: float = 1.0,
 ) -> Tasks:
-    """`share` of the weights are not 0; sparse ones are larger, so that a task is as large as any other."""
+    """A `share` of the weights is not 0. Sparse weights are larger, so that all targets have the same variance."""
     weight = scale * rng.normal(size=(num, d)) * (rng.random((num, d)) < share) / share**0.5
     x = rng.normal(size=(num, num_chunks, CHUNK[d], d))
     y = np.einsum("bknd,bd->bkn", x, weight) + noise * rng.normal(size=x.shape[:3])
@@ -61,7 +61,7 @@ def draw_tasks(
 
 
 def excess(found: Weights, tasks: Tasks) -> Tensor:  # (B, K)
-    """Mean squared error of a standard normal query, above that of the noise."""
+    """Mean squared error of a standard normal query, minus that of the noise."""
     errors = [(weight - tasks.weight).square().sum(1) + intercept**2 for weight, intercept in found]
     return torch.stack(errors, 1)
 
@@ -70,7 +70,7 @@ def excess(found: Weights, tasks: Tasks) -> Tensor:  # (B, K)
 
 
 def by_sums(head: GaussianRows, tasks: Tasks) -> Weights:
-    """Observations: sums of the chunks, and the weights that follow from them."""
+    """Observations: the head keeps sums of the chunks and makes the weights from them."""
     kept = head.initial(len(tasks.weight), 1, tasks.x.shape[-1])
     for x, y in zip(tasks.x.unbind(1), tasks.y.unbind(1), strict=True):
         kept = head(kept, x, y.unsqueeze(-1), torch.ones_like(y))
@@ -85,13 +85,13 @@ def by_gradients(descent: Descent, tasks: Tasks) -> Weights:
 
 
 def gradient(weight: Tensor, x: Tensor, y: Tensor) -> Tensor:  # (B, 1, d), (B, n, d), (B, n)
-    """Of half the mean squared error."""
+    """Gradient of half the mean squared error."""
     error = (x @ weight.mT).squeeze(-1) - y
     return error.unsqueeze(1) @ x / x.shape[1]
 
 
 def refined(name: str, d: int) -> tuple[nn.Module, Callable[[Tasks], Weights]]:
-    """What is trained, and how it finds the weights."""
+    """The module to train, and the function from tasks to weights."""
     if name in SUMS:
         head = GaussianRows(fit_intercept=SUMS[name])
         return head, partial(by_sums, head)
@@ -100,7 +100,7 @@ def refined(name: str, d: int) -> tuple[nn.Module, Callable[[Tasks], Weights]]:
 
 
 def trained(name: str, d: int, seed: int, steps: int) -> Callable[[Tasks], Weights]:
-    """On the mean logarithm of the excess error after each chunk."""
+    """Train on the logarithm of the excess error, mean over tasks and chunks."""
     torch.manual_seed(seed)
     module, find = refined(name, d)
     rng = np.random.default_rng([1, seed])
@@ -117,7 +117,7 @@ def trained(name: str, d: int, seed: int, steps: int) -> Callable[[Tasks], Weigh
 
 
 def ridge(tasks: Tasks, penalty: float | None = None, last: bool = False) -> Weights:
-    """On all data so far, or on the last chunk alone; the penalty is the true noise's, for weights of variance 1."""
+    """On all data so far or on the last chunk alone; the default penalty is optimal for weights of variance 1."""
     penalty = tasks.noise**2 if penalty is None else penalty
     moment, cross = 0, 0
     for x, y in zip(tasks.x.double().unbind(1), tasks.y.double().unbind(1), strict=True):
@@ -139,7 +139,7 @@ def descended(tasks: Tasks, method: str, rate: float) -> Weights:
 
 
 def tuned(method: str, validation: Tasks, tasks: Tasks) -> Tensor:  # (B, K)
-    """The excess error with the rate, of six, that is the best on validation tasks after so many chunks."""
+    """The excess error with the best of six rates, chosen on validation tasks for each number of chunks."""
     best = torch.stack([excess(descended(validation, method, rate), validation).mean(0) for rate in RATES[method]])
     found = torch.stack([excess(descended(tasks, method, rate), tasks) for rate in RATES[method]])  # (rates, B, K)
     return found.gather(0, best.nan_to_num(torch.inf).argmin(0).expand(1, *found.shape[1:])).squeeze(0)
@@ -159,7 +159,7 @@ VALUE, SCALE, COUNTED = "excess squared error", "log", "chunks"
 
 @torch.no_grad()
 def errors_of(refined_by: list[dict], tasks: Tasks, validation: Tasks) -> Iterator[tuple[str, int, Tensor]]:
-    """Method, seed and the excess error (B, K); a baseline has seed 0."""
+    """Method, seed and the excess error (B, K). Baselines have seed 0."""
     for name, method in BASELINES.items():
         yield name, 0, excess(method(tasks), tasks)
     for name in RATES:
@@ -172,7 +172,7 @@ def errors_of(refined_by: list[dict], tasks: Tasks, validation: Tasks) -> Iterat
 def table(tier: str, seeds: int, data: Path, output: Path, num: int = 256) -> list[dict]:
     """The excess error after each count of chunks, and its ratio to ridge regression's on the same tasks.
 
-    Neither `data` nor `output` is used.
+    `data` and `output` are not used.
     """
     rows = []
     for d in CHUNK:

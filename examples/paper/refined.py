@@ -13,19 +13,19 @@ Gradient = Callable[[Tensor, Tensor, Tensor], Tensor]  # (theta, x, y of a chunk
 
 
 def tensor(array: np.ndarray) -> Tensor:
-    """On the device where torch makes tensors: the accelerator in tier `gpu`."""
+    """As a tensor on torch's default device: the accelerator in tier `gpu`."""
     return torch.from_numpy(array).to(torch.get_default_device())
 
 
 class Descent(nn.Module):
     """theta(i+1) = head(theta(i), d loss(chunk(i) | theta(i)) / d theta(i)), with one of `HEADS`.
 
-    First order: the gradient is a constant to training, as `IAIConfig` has it by default.
+    First order, the default of `IAIConfig`: training treats the gradient as a constant.
 
     Args:
         start: theta(0) (1, rows, d), learned. One row stands for all rows of a task: classes have no order.
         head: one of `HEADS`.
-        rate: what learned rates start as.
+        rate: initial value of the learned rates.
         gradient: of the mean loss of a chunk of each of B tasks.
     """
 
@@ -54,7 +54,7 @@ HEADS = {"learned optimizer": _learned_step, "MAML": SGD, "Meta-SGD": MetaSGD}
 
 
 def train(module: nn.Module, loss_of: Callable[[], Tensor], *, steps: int, lr: float, title: str) -> None:
-    """Steps of Adam on what `loss_of` draws."""
+    """Train with Adam; `loss_of` draws a batch and returns its loss."""
     optimizer = torch.optim.Adam(module.parameters(), lr, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in tqdm(range(steps), title, leave=False, mininterval=5):

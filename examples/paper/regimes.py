@@ -37,7 +37,7 @@ class State(nn.Module):
         self.model.base_model.objective = Objective(scored_states="doubling")
 
     def loss(self, tasks: Tasks, size: int) -> Tensor:
-        """Of the queries before any chunk of `size`, and after the last 1, 2, 4, ... of them."""
+        """Loss of the queries before any chunk and after the last 1, 2, 4, ... chunks of `size` examples."""
         x, y, queries, targets = tasks
         chunks, values = (torch.stack(t.split(size, 1), 1) for t in (x, y.unsqueeze(-1)))
         episode = {"chunk_inputs_embeds": chunks, "chunk_labels": values}

@@ -44,7 +44,7 @@ def main(
 
 
 def means(rows: list[dict]) -> list[dict]:
-    """Over seeds, with their standard deviation where there are several."""
+    """Means over seeds, with the standard deviation if there are several seeds."""
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
         groups.setdefault((row["setting"], row["method"], row["num_chunks"]), []).append(row)
@@ -61,7 +61,7 @@ def means(rows: list[dict]) -> list[dict]:
 
 
 def curves(rows: list[dict], setting: str) -> dict[str, list[dict]]:
-    """method -> its rows, by the number of chunks."""
+    """method -> its rows, sorted by the number of chunks."""
     of_setting = chosen(rows, setting=setting)
     methods = dict.fromkeys(row["method"] for row in of_setting)
     return {m: sorted(chosen(of_setting, method=m), key=lambda row: row["num_chunks"]) for m in methods}

@@ -12,7 +12,7 @@ from hf_iai.evaluation.classifiers import CLASSIFIERS
 
 
 def baseline_accuracies(tasks: list[tuple], counts: list[int], file: Path) -> dict[str, list[list[float]]]:
-    """method -> (tasks, counts); read from `file` if it is there."""
+    """method -> accuracies (tasks, counts); read from `file` if it exists."""
     if not file.exists():
         with threadpool_limits(1):  # fits are small: more threads wait for each other
             rows = [_of_task(*task, counts) for task in tqdm(tasks, file.stem)]

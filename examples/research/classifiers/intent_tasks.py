@@ -47,7 +47,7 @@ class Corpus(NamedTuple):
 
 
 def embed(texts: list[str], model, tokenizer, batch_size: int = 128) -> Tensor:  # (N, d)
-    """As a model with a linear state sees them."""
+    """The features that a model with a linear state sees."""
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # texts of similar length waste no padding
     features = []
     for start in tqdm(range(0, len(texts), batch_size), "embed"):
@@ -58,7 +58,7 @@ def embed(texts: list[str], model, tokenizer, batch_size: int = 128) -> Tensor: 
 
 
 def read_texts(data: Path) -> dict[str, list[dict]]:
-    """Examples of each corpus; a text that occurs in both, or under two labels, is in none."""
+    """Examples of each corpus, without texts that occur in both corpora or under two labels."""
     found: dict[str, set] = {}
     examples = {name: {} for name in FILES}
     for name, files in FILES.items():
@@ -100,10 +100,10 @@ def draw_task(
     noise: float = 0.0,
     num_early: int = 0,
 ) -> tuple[np.ndarray, ...]:
-    """Rows and classes of the examples in the order they are read, and of the queries, which share no text with them.
+    """Rows and classes of the examples in reading order, and of the queries; they share no text.
 
-    Every example is of a class drawn at random, the last class `imbalance` times as rare as the first; a share `noise`
-    of them is labelled as another class; the second half of the classes does not occur among the first `num_early`.
+    The class of every example is drawn at random; the last class is `imbalance` times as rare as the first. A share
+    `noise` of the labels is wrong. The second half of the classes does not occur among the first `num_early` examples.
     """
     left = [list(rng.permutation(corpus.rows[label])) for label in rng.permutation(labels)]
     queries = np.array([[rows.pop() for _ in range(num_queries)] for rows in left])  # (C, q)
@@ -122,7 +122,7 @@ def draw_task(
 
 
 def stack(corpora: list[Corpus], drawn: list[tuple[np.ndarray, ...]]) -> Tasks:
-    """Tasks as one batch; `corpora[i]` is the one that task i was drawn from."""
+    """Tasks as one batch; task i was drawn from `corpora[i]`."""
     most = max(len(task[2]) for task in drawn)
     queries, targets = [], []
     for corpus, (_, _, rows, classes) in zip(corpora, drawn, strict=True):
@@ -136,7 +136,7 @@ def stack(corpora: list[Corpus], drawn: list[tuple[np.ndarray, ...]]) -> Tasks:
 
 
 def evaluation_tasks(corpora: list[Corpus], split: int, ways: int | None, num: int, **options) -> list[tuple]:
-    """(corpus, task) with `num` tasks of each corpus, of held-out labels: `ways` of them, or all for None."""
+    """`num` pairs (corpus, task) for each corpus, with `ways` of the held-out labels, or all of them for None."""
     rng = np.random.default_rng([2024, split, ways or 0])
     tasks = []
     for corpus in corpora:

@@ -57,9 +57,9 @@ app = typer.Typer(help=__doc__)
 def training_tasks(
     rng: np.random.Generator, corpora: list[Corpus], held_out: tuple[str, ...], num: int, most_chunks: int
 ) -> Tasks:
-    """Tasks of 3 to all labels of other topics; some are unbalanced, up to 1:20, some have wrong labels, up to 30%.
+    """Tasks of 3 to all labels of the training topics; some are unbalanced (up to 1:20), some mislabelled (up to 30%).
 
-    Half of the batches are read in larger chunks, so that as many chunks are up to five times as many examples.
+    Half of the batches are read in larger chunks, up to five times as many examples in a chunk.
     """
     drawn_from, drawn, chunk_size = [], [], int(rng.choice(CHUNK_SIZES))
     for corpus in rng.choice(len(corpora), num):
@@ -96,7 +96,7 @@ def train(
     encoder: str = ENCODER,
     work: Path = WORK,
 ) -> None:
-    """Train one adapter on the topics that a split does not hold out."""
+    """Train one adapter on the topics that are not held out in this split."""
     torch.manual_seed(seed)
     name = installed_encoder(encoder)
     model = get_peft_model(
@@ -121,7 +121,7 @@ def evaluate(
     data: Path = DATA,
     work: Path = WORK,
 ) -> None:
-    """Every adapter on tasks of its held-out topics, `num` of each corpus, next to the baselines: report.json."""
+    """Test every adapter on tasks of its held-out topics, `num` of each corpus, next to the baselines: report.json."""
     readers = [load_reader(str(work / f"split-{split}-{seed}")) for split in range(len(HELD_OUT))]
     corpora = load_corpora(data, work, *readers[0])
     heads = [model.base_model.core.head for model, _ in readers]
@@ -152,7 +152,7 @@ def head_accuracies(head: ClassRows, drawn: list[tuple]) -> np.ndarray:  # (task
 def accuracies(
     corpora: list[Corpus], head: ClassRows, split: int, setting: str, num: int, work: Path
 ) -> dict[str, np.ndarray]:
-    """method -> (tasks, counts)."""
+    """method -> accuracies (tasks, counts)."""
     options = dict(SETTINGS[setting])
     file = work / f"baselines-{split}-{'-'.join(str(value) for value in options.values())}.json"
     drawn = evaluation_tasks(corpora, split, options.pop("ways"), num, **options)

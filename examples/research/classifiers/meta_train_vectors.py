@@ -43,7 +43,7 @@ def train(seed: int = 0, steps: int = 400, batch_size: int = 8, lr: float = 1e-2
 
 @app.command()
 def evaluate(seeds: str = "0,1,2", num: int = 60, work: Path = WORK, output: Path = DOCS) -> None:
-    """Every adapter on `num` draws of digits to read and digits to ask about: docs/digits.json and docs/digits.png."""
+    """Test every adapter on `num` draws of digits to read and digits to classify: docs/digits.json and digits.png."""
     episodes = digit_episodes(num, CHUNK * MOST_CHUNKS, num_queries=500, seed=2024)
     found, baselines = {}, list(CLASSIFIERS)
     with threadpool_limits(1):  # fits are small: more threads wait for each other

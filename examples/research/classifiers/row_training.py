@@ -40,9 +40,9 @@ def logits_of(head: ClassRows, kept: dict[str, Tensor], queries: Tensor) -> Tens
 
 
 def loss_of(head: ClassRows, kept: dict[str, Tensor], tasks: Tasks) -> Tensor:
-    """Logarithm of each task's cross-entropy: a task with many examples counts as much as one with few.
+    """Mean logarithm of each task's cross-entropy, so that tasks with many and with few examples count alike.
 
-    A query of a class that was not read yet does not count.
+    Queries of a class that was not read yet are left out.
     """
     met = (kept["count"] > 0).gather(1, tasks.targets.clamp_min(0)) & (tasks.targets >= 0)
     targets = tasks.targets.masked_fill(~met, -100)
@@ -53,11 +53,11 @@ def loss_of(head: ClassRows, kept: dict[str, Tensor], tasks: Tasks) -> Tensor:
 def train_head(
     head: ClassRows, draw: Callable[[int], Tasks], rng: np.random.Generator, *, steps: int, lr: float
 ) -> None:
-    """Steps of Adam on the loss after all chunks of a batch of tasks, and after half of them.
+    """Train with Adam on the loss after all chunks of a batch of tasks, and after half of them.
 
     Args:
-        draw: makes a batch of tasks of at most so many chunks.
-        rng: draws how many, from 1 to `MOST_CHUNKS`, small numbers as often as large ones.
+        draw: most chunks -> a batch of tasks.
+        rng: draws the most chunks of a batch log-uniformly from 1 to `MOST_CHUNKS`.
     """
     head.train()
     optimizer = torch.optim.Adam(head.parameters(), lr, betas=(0.9, 0.98))

@@ -77,7 +77,7 @@ def accuracy_of_head(head: ClassRows, corpus: Corpus, task: tuple[np.ndarray, ..
 
 
 def accuracies(heads: list[ClassRows], corpus: Corpus, shots: int, num_draws: int) -> dict[str, np.ndarray]:
-    """method -> (draws,), of the state the mean over training seeds."""
+    """method -> accuracies (draws,); that of the state is the mean over training seeds."""
     found = {method: [] for method in ("iai", *BASELINES)}
     for number in tqdm(range(num_draws), f"{corpus.name}, {shots} shots"):
         task = draw_shots(np.random.default_rng([2025, shots, number]), corpus, shots)
@@ -90,7 +90,7 @@ def accuracies(heads: list[ClassRows], corpus: Corpus, shots: int, num_draws: in
 
 
 def streams(heads: list[ClassRows], corpus: Corpus, work: Path) -> list[dict]:
-    """Accuracy after 1 to 20 chunks, of the state the mean over training seeds, next to the refitted classifiers."""
+    """Accuracy after 1 to 20 chunks, mean over training seeds, next to the refitted classifiers."""
     rows = []
     for name, (ways, num) in WAYS.items():
         rng, labels = np.random.default_rng([2026, num]), list(corpus.rows)

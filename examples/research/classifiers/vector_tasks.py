@@ -14,7 +14,7 @@ FEWEST_WAYS, MOST_WAYS, QUERIES = 3, 20, 200  # queries of a task, over all its 
 
 
 def training_tasks(rng: np.random.Generator, num: int, num_chunks: int, width: int) -> Tasks:
-    """Some are unbalanced, up to 1:20, some have wrong labels, up to 30%."""
+    """A batch of tasks; some are unbalanced (up to 1:20), some have wrong labels (up to 30%)."""
     drawn = [draw_task(rng, CHUNK * num_chunks, width) for _ in range(num)]
     most = max(len(targets) for _, _, _, targets in drawn)
     padded = [
@@ -41,7 +41,7 @@ def draw_task(rng: np.random.Generator, num_examples: int, width: int) -> tuple[
 
 
 def draw_population(rng: np.random.Generator, ways: int, width: int):
-    """What draws examples (N, d) of classes (N,), centred over d and of unit length, as the state sees them."""
+    """A function: classes (N,) -> examples (N, d), centred over d and of unit length, as the state sees them."""
     r = _log_integer(rng, 3, width)
     spread = np.arange(1, r + 1) ** -rng.uniform(0, 1.5)  # (r,)
     modes = rng.integers(1, 4) if rng.random() < 0.3 else 1

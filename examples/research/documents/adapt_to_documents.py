@@ -41,7 +41,7 @@ def train_reader(
     kl_weight: float = 0.0,
     seed: int = 0,
 ) -> PeftModel:
-    """Train one adapter, from its checkpoint if there is one, and save it; `max_chunks=0` trains a static state."""
+    """Train and save one adapter, continuing from a checkpoint if there is one; `max_chunks=0`: a static state."""
     set_seed(seed)
     config = IAIConfig(
         task_type="CAUSAL_LM",
@@ -93,7 +93,7 @@ def documents_of(path: Path, parts: int = 5) -> dict[str, str]:
 
 
 def side_by_side(curves: list[Curve], groups: np.ndarray) -> Curve:
-    """What all of several curves, measured on other episodes, have measured, as one; `groups` of all episodes."""
+    """Join curves of different episodes; only what all of them measured is kept. `groups` are those of all episodes."""
     keys = set.intersection(*(set(curve.losses) for curve in curves))
     return Curve({key: np.concatenate([curve.losses[key] for curve in curves]) for key in sorted(keys)}, groups)
 

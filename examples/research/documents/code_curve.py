@@ -29,7 +29,7 @@ app = typer.Typer(help=__doc__)
 
 
 def held_out_documents(validation: bool = False):
-    """The held-out packages that settings were chosen on, or all others."""
+    """Documents of the held-out packages: with `validation` those that settings were chosen on, else all others."""
     return (d for d in library_documents("held_out") if (d["package"] in VALIDATION) == validation)
 
 

@@ -33,7 +33,7 @@ app = typer.Typer(help=__doc__)
 
 
 def draw_chains(num: int, length: int, seed: int) -> np.ndarray:
-    """`num` paths of `length` symbols, each of a chain of its own: (num, length)."""
+    """Paths (num, length), each of its own chain."""
     rng = np.random.default_rng(seed)
     cumulative = rng.dirichlet(np.full(NUM_STATES, CONCENTRATION), size=(num, NUM_STATES)).cumsum(-1)  # (N, S, S)
     symbols = np.empty((num, length), dtype=np.int64)
@@ -45,7 +45,7 @@ def draw_chains(num: int, length: int, seed: int) -> np.ndarray:
 
 
 def episodes(symbols: np.ndarray, tokenizer) -> Dataset:
-    """The last 64 symbols of each path are the query, those before them the support."""
+    """The last 64 symbols of each path are the query; the symbols before them are the support."""
     letters = [tokenizer(f" {letter}")["input_ids"] for letter in LETTERS[:NUM_STATES]]
     if any(len(ids) != 1 for ids in letters):
         raise ValueError(f"each symbol must be one token, got {letters}: use the embedded base's tokenizer")
@@ -57,7 +57,7 @@ def episodes(symbols: np.ndarray, tokenizer) -> Dataset:
 
 
 def bayes_losses(symbols: np.ndarray, num_chunks: int) -> np.ndarray:
-    """Exact predictive loss of the query's symbols 1..63, (N, 63): Dirichlet counts of all transitions seen."""
+    """Exact predictive loss (N, 63) of the query's symbols 1..63, from Dirichlet counts of all transitions seen."""
     num, start = len(symbols), symbols.shape[1] - CHUNK
     counts, rows = np.full((num, NUM_STATES, NUM_STATES), CONCENTRATION), np.arange(num)
     losses = []
@@ -81,7 +81,7 @@ def train(
     lr: float = 3e-3,
     work: Path = WORK,
 ) -> None:
-    """Train one adapter, from its checkpoint if there is one, into `work/reader-SEED`."""
+    """Train one adapter into `work/reader-SEED`, starting from its checkpoint if there is one."""
     set_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(embedded_base())
     base = AutoModelForCausalLM.from_pretrained(embedded_base())

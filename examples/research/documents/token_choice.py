@@ -33,7 +33,7 @@ AGES = (0, 16, 64, 128, 384)
 
 
 class Text:
-    """The last n chunks before each query, every chunk read alone by the bare base."""
+    """The last n chunks before each query; the bare base reads each chunk alone."""
 
     def __init__(self, model, chunks: Tensor) -> None:  # (N, n, C)
         base, ids = Base(model), chunks.flatten(0, 1)

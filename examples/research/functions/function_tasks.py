@@ -36,12 +36,12 @@ def draw_cipher(rng: np.random.Generator) -> Cipher:
 
 
 def lines_of(length: int) -> int:
-    """Examples in a chunk, of words of so many letters."""
+    """Number of examples in a chunk, for words of `length` letters."""
     return CHUNK // (length + 3)
 
 
 def line(word: str, answer: str, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
-    """` w o r d: q` and the end of the line, with a label on the answer alone."""
+    """Tokens of ` w o r d: q` and the end of the line; only the answer has a label."""
     parts = ("".join(f" {c}" for c in word) + ":", f" {answer}", "\n")
     prompt, said, end = (encoded(text, tokenizer) for text in parts)
     return {"input_ids": prompt + said + end, "labels": [-100] * len(prompt) + said + [-100] * len(end)}
@@ -50,7 +50,7 @@ def line(word: str, answer: str, tokenizer: PreTrainedTokenizerBase) -> dict[str
 def cipher_episode(pairs: list[tuple[str, str]], num_asked: int, tokenizer: PreTrainedTokenizerBase) -> dict:
     """The first `num_asked` pairs are asked, the others are read.
 
-    `known_after` says of each query after how many chunks its last letter has been met as a last letter.
+    `known_after`: for each query, the number of chunks after which its last letter has occurred as a last letter.
     """
     lines, length = [line(word, answer, tokenizer) for word, answer in pairs], len(pairs[0][0])
     if any(len(some["input_ids"]) != length + 3 for some in lines):
@@ -73,7 +73,7 @@ def cipher_episodes(
     tokenizer: PreTrainedTokenizerBase,
     seed: int,
 ) -> Iterator[dict]:
-    """`num` tasks of random words, each with its own cipher, a length of words and a part of the alphabet."""
+    """`num` tasks of random words, each with its own cipher, word length and part of the alphabet."""
     for i in range(num):
         rng = np.random.default_rng((seed, i))
         length, of_letters, cipher = int(rng.choice(lengths)), int(rng.choice(num_letters)), draw_cipher(rng)
@@ -98,7 +98,7 @@ def real_episodes(
 
 
 def function_episodes(each: int, num_chunks: int, tokenizer: PreTrainedTokenizerBase, seed: int) -> Iterator[dict]:
-    """`each` tasks of every function, of one query; its `labels` are what all ten make of its word, each once."""
+    """`each` tasks of every function, with one query; `labels` are the different results of all ten on its word."""
     for i in range(each * len(STRING_FUNCTIONS)):
         rng, name = np.random.default_rng((seed, i)), list(STRING_FUNCTIONS)[i % len(STRING_FUNCTIONS)]
         words: dict[str, None] = {}

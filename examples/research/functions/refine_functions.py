@@ -82,7 +82,7 @@ Found = dict[int, np.ndarray]  # number of chunks -> (E, Q), which queries are r
 
 
 class Batch(NamedTuple):
-    """Tasks of one shape; with labels, one."""
+    """Tasks of the same shape; a task with labels is a batch of its own."""
 
     text: torch.Tensor  # (B, S), what is read
     prompts: torch.Tensor  # (B, Q, T)
@@ -122,7 +122,7 @@ def by_refining(model: PeftModel, tasks: list[dict]) -> Found:
 
 @torch.no_grad()
 def in_full_context(base, tasks: list[dict]) -> Found:
-    """The same of the bare base, which sees the first so many chunks at once, if they fit its window."""
+    """The same for the bare base with all of these chunks in its context, as far as its window goes."""
     counts = [n for n in COUNTS if (n + 1) * next(batches_of(tasks)).chunk_size <= base.config.max_position_embeddings]
     found = {n: [] for n in counts}
     for batch in tqdm(list(batches_of(tasks)), "full context", leave=False):
@@ -134,7 +134,7 @@ def in_full_context(base, tasks: list[dict]) -> Found:
 
 
 def _best(base, context: torch.Tensor, labels: list[list[int]] | None) -> torch.Tensor:  # (N, S) -> (N,)
-    """The token or, of one context, the number of the label, that the base finds most probable."""
+    """The most probable token; with labels, of one context, the number of the most probable label."""
     if labels is None:
         return base(context).logits[:, -1].argmax(-1)
     ids = pad_sequence([torch.tensor(label) for label in labels], batch_first=True, padding_value=-1)  # (C, L)
@@ -144,7 +144,7 @@ def _best(base, context: torch.Tensor, labels: list[list[int]] | None) -> torch.
 
 
 def known(tasks: list[dict]) -> Found:
-    """Of a perfect memory that knows that the last letter counts: right where it was met."""
+    """A perfect memory that knows that the last letter counts: right if this letter was shown."""
     after = np.array([[n or np.inf for n in task["known_after"]] for task in tasks])  # (E, Q)
     return {n: after <= n for n in COUNTS}
 
@@ -177,7 +177,7 @@ def evaluate(
     num_tasks: int = 64,
     work: Path = WORK,
 ) -> None:
-    """Every adapter under `work`, the same before training, and full context, on ciphers and words not in training."""
+    """Test every adapter under `work`, an untrained one, and full context on ciphers and words not in training."""
     base = embedded_base()
     bare, tokenizer = AutoModelForCausalLM.from_pretrained(base).eval(), AutoTokenizer.from_pretrained(base)
     untrained, rows = make_model(base, "logits").eval(), []

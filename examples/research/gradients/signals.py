@@ -59,7 +59,7 @@ def train(
     lr: float = 1e-3,
     work: Path = WORK,
 ) -> None:
-    """Train one adapter, from its checkpoint if there is one."""
+    """Train one adapter, starting from its checkpoint if there is one."""
     set_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(base_of(task))
     config = IAIConfig(
@@ -118,7 +118,7 @@ def code_losses(model, batches: list[dict], num_chunks: int) -> np.ndarray:  # (
 
 @app.command()
 def evaluate(task: str = "code", num: int = 128, work: Path = WORK) -> None:
-    """Every adapter of a task that was trained, on what no training has seen."""
+    """Test every trained adapter of a task on data that no training has seen."""
     tokenizer = AutoTokenizer.from_pretrained(base_of(task))
     if task == "code":
         test = windows(documents(None, None, "test"), tokenizer, max(COUNTS[task]), num, 0, 2)
@@ -140,7 +140,7 @@ def evaluate(task: str = "code", num: int = 128, work: Path = WORK) -> None:
 
 @app.command()
 def curve(signal: str = "both", num: int = 128, work: Path = WORK) -> None:
-    """Every adapter of code with one signal, next to the bare base with fewer shots and full context: curve.json."""
+    """Test every code adapter with one signal, next to fewer shots and full context of the bare base: curve.json."""
     tokenizer, curves = AutoTokenizer.from_pretrained(embedded_base()), []
     test = windows(documents(None, None, "test"), tokenizer, max(COUNTS["code"]), num, 0, 2)
     for folder in sorted(work.glob(f"code-{signal}-*/adapter")):
@@ -157,7 +157,7 @@ def _batches(episodes: Dataset, collate: EpisodeCollator, size: int = 16) -> lis
 
 @app.command()
 def report(work: Path = WORK, output: Path = WORK.parent) -> None:
-    """Means over seeds, and `both` against the better of the two signals at every number of chunks; signals.png."""
+    """Print means over seeds and compare `both` with the better of the two signals at each count; draw signals.png."""
     paths = (work / f"{task}.json" for task in COUNTS)
     reports = [json.loads(path.read_text()) for path in paths if path.exists()]
     for found in reports:

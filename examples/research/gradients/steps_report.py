@@ -24,7 +24,7 @@ LINES = {
 
 
 def losses(report: dict, method: str, start: str, num_updates: int) -> np.ndarray:  # (S, E), S seeds
-    """Loss of each window; no update at all is the same for all methods of a start."""
+    """Loss of each window. Without an update, all methods from the same start have the same loss."""
     if num_updates == 0:
         method = {"learned": "learned_optimizer", "peft": "none"}.get(start, method)
     rows = chosen(report["rows"], method=method, start=start, num_updates=num_updates)
@@ -79,7 +79,7 @@ def _shown(found: tuple[float, float, float]) -> str:
 
 
 def means(report: dict) -> dict:
-    """The report with one number in place of a loss for each window, in the columns of a published curve."""
+    """The report with the mean loss in place of the loss of each window, in the columns of a published curve."""
     rows = []
     for row in report["rows"]:
         key = row["method"], row["start"]

@@ -64,7 +64,7 @@ HeldOut = Annotated[str | None, typer.Option(help="The files of it to test on, j
 
 
 def documents(data: Path | None, held_out: str | None, part: str) -> Iterator[dict]:
-    """Of `part` train, validation or test; the first quarter of a held-out book is for validation."""
+    """Documents of `part`: train, validation or test. The first quarter of a held-out book is for validation."""
     if data is None:
         if part == "train":
             yield from unread_documents()
@@ -104,7 +104,7 @@ def windows(
 def held_out_windows(
     data: Path | None, held_out: str | None, part: str, tokenizer, num: int, chunk_size: int
 ) -> Dataset:
-    """Of `part` test or validation, each long enough for 25 updates."""
+    """Windows of `part` test or validation, each long enough for 25 updates."""
     return windows(documents(data, held_out, part), tokenizer, CHUNKS, num, 0, 2 if data is None else None, chunk_size)
 
 
@@ -130,7 +130,7 @@ def train(
     held_out: HeldOut = None,
     work: Path = WORK,
 ) -> None:
-    """Meta-train one adapter on up to 5 updates, from its checkpoint if there is one."""
+    """Meta-train one adapter on up to 5 updates, starting from its checkpoint if there is one."""
     set_seed(seed)
     model = model or embedded_base()
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -164,7 +164,7 @@ def train(
 
 
 def order(num_updates: int, cycle: int = CHUNKS) -> list[int]:
-    """The chunks that the updates read, of the last `cycle` ones; the last update reads the one before the query."""
+    """The chunk that each update reads, among the last `cycle` ones; the last update reads the one before the query."""
     return [CHUNKS - cycle + (k - num_updates) % cycle for k in range(num_updates)]
 
 
@@ -174,7 +174,7 @@ def chunk(batch: dict[str, Tensor], k: int) -> dict[str, Tensor]:  # (B, C) each
 
 @torch.no_grad()
 def query_losses(model: PeftModel, state: TaskState, text: dict[str, Tensor]) -> np.ndarray:  # (B,)
-    """Mean over the tokens of a text (B, T) of each task, nats per token."""
+    """Loss of a text (B, T) for each task, mean over its tokens, nats per token."""
     logits = model(input_ids=text["input_ids"], attention_mask=text["attention_mask"], task_state=state).logits
     return token_losses(logits, text["labels"]).nanmean(1).numpy()
 
@@ -184,11 +184,11 @@ def query(batch: dict[str, Tensor]) -> dict[str, Tensor]:  # (B, T) each
 
 
 class Descent:
-    """A baseline's updates of a batch of states, each with the gradient of its own chunk.
+    """Baseline: updates a batch of states, each with the gradient of its own chunk.
 
     Args:
         model: gives the loss; its head is not used.
-        start: name -> (1, ...), where all tasks start.
+        start: name -> (1, ...), the start of all tasks.
         tasks: B.
         make: parameters by name -> an optimizer of them.
     """
@@ -224,7 +224,7 @@ class LearnedRates(torch.optim.SGD):
 
 
 def makers(method: str, meta_sgd: PeftModel | None) -> Callable[[float], Callable]:
-    """rate -> what makes the optimizer."""
+    """rate -> (parameters by name -> an optimizer of them)."""
     if method == "adam":
         return lambda rate: lambda theta: torch.optim.Adam(theta.values(), rate)
     if method == "sgd":
@@ -235,7 +235,7 @@ def makers(method: str, meta_sgd: PeftModel | None) -> Callable[[float], Callabl
 
 
 def peft_start(model: PeftModel, state: str, seed: int) -> dict[str, Tensor]:
-    """Where PEFT's own prompt tuning and LoRA start."""
+    """The start of PEFT's own prompt tuning and LoRA."""
     set_seed(seed)
     base = model.active_peft_config.base_model_name_or_path
     if state == "lora":  # ours starts as PEFT's does
@@ -265,7 +265,7 @@ def own_start(model: PeftModel) -> dict[str, Tensor]:
 
 
 def best_rates(model, start, batch, make, rates) -> dict[int, float]:
-    """n -> the rate after whose n updates the text that follows is predicted best; one pass over each document."""
+    """n -> the rate with the lowest loss of the following text after n updates, in one pass over each document."""
     losses = {n: [] for n in COUNTS}
     for rate in tqdm(rates, "rates", leave=False):
         descent = Descent(model, start, len(batch["input_ids"]), make(rate))
@@ -278,7 +278,7 @@ def best_rates(model, start, batch, make, rates) -> dict[int, float]:
 
 
 def best_cycled(model, start, batch, make, rates, cycle: int) -> float:
-    """The rate after whose 100 updates, round and round the last `cycle` chunks, what follows is predicted best."""
+    """The rate with the lowest loss of the following text after 100 updates that cycle through the last chunks."""
     losses = [
         losses_of_descent(model, start, [batch], make, {CYCLED: rate}, cycle)[CYCLED].mean()
         for rate in tqdm(rates, f"rates, {cycle} chunks", leave=False)
@@ -326,7 +326,7 @@ def learned_rows(learned: PeftModel, state: str, seed: int, batches: list) -> li
 def rows_of_seed(
     work: Path, state: str, seed: int, batches: list, validation: dict, rates: dict[tuple[str, str], dict]
 ) -> list[dict]:
-    """Losses of all methods; `rates`, by method and start, are found where they are not yet known."""
+    """Losses of all methods. Missing `rates` (by method and start) are chosen here and added."""
     learned, meta = (
         AutoPeftModelForCausalLM.from_pretrained(folder_of(work, state, head, seed) / "adapter").eval()
         for head in ("learned_optimizer", "meta_sgd")
@@ -351,7 +351,7 @@ def rows_of_seed(
 
 
 def cycled_rows(model, state: str, seed: int, start, batches: list, validation: dict, rates: dict) -> list[dict]:
-    """Adam's 100 updates from PEFT's start, round and round all chunks, and round and round the last 5."""
+    """Adam's 100 updates from PEFT's start, cycling through all chunks, and through the last 5."""
     rows, make = [], makers("adam", None)
     for method, cycle in CYCLES.items():
         key = method, "cycled"
@@ -379,7 +379,7 @@ def evaluate(
     held_out: HeldOut = None,
     work: Path = WORK,
 ) -> None:
-    """All methods on held-out documents, for every seed that was trained: one JSON for the state type."""
+    """Test all methods on held-out documents, for every trained seed: one JSON for each state type."""
     tokenizer = AutoTokenizer.from_pretrained(model or embedded_base())
     collate = EpisodeCollator(tokenizer, chunk_size)
     episodes = {
@@ -411,7 +411,7 @@ def guard(
     work: Path = WORK,
     output: Path = WORK.parent,
 ) -> None:
-    """The learned optimizer of every trained seed, with and without its guard against harm: one JSON, one table."""
+    """Test the learned optimizer of every trained seed with and without its guard against harm: one JSON."""
     tokenizer = AutoTokenizer.from_pretrained(model or embedded_base())
     episodes = held_out_windows(data, held_out, "test", tokenizer, num, chunk_size)
     batches = [EpisodeCollator(tokenizer, chunk_size)(list(rows)) for rows in _groups(episodes, 20)]

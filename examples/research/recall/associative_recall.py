@@ -65,9 +65,9 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def base_batch(rng: np.random.Generator, most_keys: int) -> tuple[Tensor, Tensor]:  # (B, T), (B, T)
-    """Text in which keys come back with their newest value, and labels only where they do.
+    """Text in which keys occur again with their newest value; only these values have labels.
 
-    `most_keys` = 0: random symbols, repeated three times, from which a model learns first to look back.
+    `most_keys` = 0 gives random symbols, repeated three times: from these a model first learns to look back.
     """
     if most_keys == 0:
         length = int(rng.integers(8, 33))
@@ -93,7 +93,7 @@ def base_batch(rng: np.random.Generator, most_keys: int) -> tuple[Tensor, Tensor
 
 @app.command()
 def base(steps: int = 2500, lr: float = 2e-3, seed: int = 0, work: Path = WORK) -> None:
-    """Train a small Llama until it recalls in context; the number of keys grows whenever it knows nine of ten."""
+    """Train a small Llama to recall in context. The number of keys grows whenever 9 of 10 answers are right."""
     set_seed(seed)
     rng = np.random.default_rng(seed)
     config = LlamaConfig(
@@ -136,7 +136,7 @@ def base(steps: int = 2500, lr: float = 2e-3, seed: int = 0, work: Path = WORK) 
 
 @torch.no_grad()
 def in_context(model, tasks: list[dict], num_tokens: int = WINDOW, num_asked: int = 16) -> np.ndarray:  # (E, Q)
-    """Exact match of the bare base that sees the last `num_tokens` tokens before each of `num_asked` queries."""
+    """Exact match of the bare base with the last `num_tokens` tokens in context, for each of `num_asked` queries."""
     right = []
     for task in tqdm(tasks, f"in context, {num_tokens} tokens", leave=False):
         context = task["support"][0]["input_ids"][-num_tokens:]
@@ -152,7 +152,7 @@ def in_context(model, tasks: list[dict], num_tokens: int = WINDOW, num_asked: in
 
 @torch.no_grad()
 def from_state(model: PeftModel, tasks: list[dict], num_chunks: int, batch_size: int = 16) -> np.ndarray:  # (E, Q)
-    """Exact match under the state that read the last `num_chunks` chunks."""
+    """Exact match with a state that read the last `num_chunks` chunks."""
     collate = EpisodeCollator(AutoTokenizer.from_pretrained(model.active_peft_config.base_model_name_or_path), CHUNK)
     right = []
     for first in tqdm(range(0, len(tasks), batch_size), f"after {num_chunks} chunks", leave=False):
@@ -172,7 +172,7 @@ def from_state(model: PeftModel, tasks: list[dict], num_chunks: int, batch_size:
 
 
 class History(TrainerCallback):
-    """Exact match on tasks of their own every `every` steps, kept in a file beside the adapter."""
+    """Measure the exact match on separate tasks every `every` steps; keep it in a file beside the adapter."""
 
     def __init__(self, path: Path, num_keys: int, every: int = 100) -> None:
         self.path, self.every = path, every
@@ -206,9 +206,9 @@ def train(
     go_on: bool = False,
     work: Path = WORK,
 ) -> None:
-    """Train one adapter, from its checkpoint if there is one: tasks of up to 64 pairs, with and without rewrites.
+    """Train one adapter on tasks of up to 64 pairs, with and without rewrites; continue from its checkpoint.
 
-    With --go-on, an adapter for more keys than 64 starts as the one for 64 that has the same seed.
+    With --go-on, an adapter for more than 64 keys starts from the adapter for 64 keys with the same seed.
     """
     set_seed(seed)
     output = folder_of(work, slots, keys, delta, seed)
@@ -265,14 +265,14 @@ def train(
 
 
 def settings_of(num_keys: int) -> dict[str, dict]:
-    """What is asked of an adapter that was trained on 64 pairs, some of them rewritten."""
+    """The test settings of an adapter that was trained on 64 pairs, some of them rewritten."""
     if num_keys > NUM_KEYS:
         return {f"64 of {num_keys} keys": {"num_keys": num_keys}, "128 pairs": {"num_pairs": 128, "num_keys": num_keys}}
     return {"64 pairs": {}, "25% rewritten": {"rewrite_rate": REWRITE_RATE}, "100% rewritten": {"rewrite_rate": 1.0}}
 
 
 def row(right: np.ndarray, counts: np.ndarray | None = None, **names) -> dict:  # (E, Q) each
-    """Exact match of the queries that count, and its interval over tasks."""
+    """Exact match of the selected queries, and its interval over tasks."""
     values = right.astype(float) if counts is None else np.where(counts, right, np.nan)
     return names | interval(values, "exact_match") | {"num_asked": int((~np.isnan(values)).sum())}
 
@@ -298,7 +298,7 @@ def rows_of_adapter(folder: Path, num_tasks: int) -> list[dict]:
 
 
 def rows_of_base(model, num_tasks: int) -> list[dict]:
-    """The bare base in context: the last m tokens, and all of them."""
+    """The bare base with the last m tokens in context, and with all tokens."""
     rows = []
     for num_keys in (NUM_KEYS, ALL_KEYS):
         for setting, values in settings_of(num_keys).items():
@@ -311,7 +311,7 @@ def rows_of_base(model, num_tasks: int) -> list[dict]:
 
 @app.command()
 def evaluate(num_tasks: int = 64, work: Path = WORK) -> None:
-    """Every adapter under `work` on tasks that no training has seen: recall.json and three pictures."""
+    """Test every adapter under `work` on tasks that no training has seen: recall.json and three pictures."""
     base = AutoModelForCausalLM.from_pretrained(work / "base").eval()
     rows = rows_of_base(base, num_tasks)
     histories = []
@@ -326,7 +326,7 @@ def evaluate(num_tasks: int = 64, work: Path = WORK) -> None:
 
 @app.command()
 def ages(seed: int = 0, num_tasks: int = 32, work: Path = WORK) -> None:
-    """Twice the keys of training, by how long ago each was written, with the delta rule whole, halved and left out."""
+    """Exact match with twice the keys of training, by the age of the pair, with the delta rule full, halved and off."""
     model = AutoPeftModelForCausalLM.from_pretrained(folder_of(work, SLOTS, ALL_KEYS, True, seed) / "adapter").eval()
     tasks = recall_episodes(num_tasks, ALL_KEYS, seed=78, num_keys=ALL_KEYS)
     age = np.array([task["age"] for task in tasks])
@@ -345,7 +345,7 @@ def ages(seed: int = 0, num_tasks: int = 32, work: Path = WORK) -> None:
 
 @app.command()
 def pictures(report: Path = WORK / "recall.json", output: Path = WORK) -> None:
-    """The table and the three pictures of a report."""
+    """Print the table of a report and draw its three pictures."""
     found = json.loads(report.read_text())
     print_table(found)
     draw_chunks(found, output / "recall.png")

@@ -66,7 +66,7 @@ def small_talk(rng: np.random.Generator) -> list[dict]:
 
 
 def conversation(rng: np.random.Generator, tokenizer, num_chunks: int) -> tuple[list[dict], dict[str, str]]:
-    """Messages that fill `num_chunks` chunks, and what is right at the end: the newest value of every key."""
+    """Messages that fill `num_chunks` chunks, and the facts at the end: the newest value of every key."""
     length = lambda turn: len(tokenizer.apply_chat_template(turn)["input_ids"])  # noqa: E731
     keys = rng.permutation(list(KEYS))[:FACTS]
     told = [*rng.permutation(keys), *rng.permutation(keys)[:RETOLD]]
@@ -129,12 +129,12 @@ def train(seed: int = 0, steps: int = 800, batch_size: int = 16, lr: float = 1e-
 
 
 def end_of(messages: list[dict], tokenizer) -> list[int]:
-    """What of a conversation a window holds that leaves a question its place."""
+    """The end of a conversation that fits the window together with a question."""
     return tokenizer.apply_chat_template(messages)["input_ids"][-END:]
 
 
 def seen_ends(num: int, seed: int) -> Iterator[dict]:
-    """The same conversations as text: the end of each, then all questions with their answers, which have the loss."""
+    """The same conversations as text: the end of each, then all questions with answers; the answers have the loss."""
     tokenizer = chat_tokenizer()
     for episode in conversations(num, seed):
         row = {"input_ids": end_of(episode["support"][0]["messages"], tokenizer)}
@@ -171,7 +171,7 @@ def train_window(seed: int = 0, steps: int = 200, batch_size: int = 16, lr: floa
 
 
 def answers(model, tokenizer, keys: list[str], context: Sequence[int] = (), **under) -> list[str]:
-    """What is generated after each question, greedily: as many tokens as a value has."""
+    """Generate one token after each question, greedily: a value has one token."""
     asked = [[*context, *tokenizer(key)["input_ids"]] for key in keys]
     asked = torch.tensor(asked)  # (Q, T): a key is one token
     tokens = model.generate(input_ids=asked, max_new_tokens=1, do_sample=False, **under)
@@ -181,7 +181,7 @@ def answers(model, tokenizer, keys: list[str], context: Sequence[int] = (), **un
 def right_answers(
     reader: PeftModel, window: PeftModel, tokenizer, messages: list[dict], facts: dict[str, str]
 ) -> dict[str, list[bool]]:
-    """Of every fact, whether the state answers it, LoRA or the bare base from the window, and whether that holds it."""
+    """For each method, which facts it answers right; also, which facts are still in the window."""
     keys, end = list(facts), end_of(messages, tokenizer)
     state = reader.adapt(chunk_examples([{"messages": messages}], tokenizer, chunk_size=CHUNK), parallel=16)
     found = {
@@ -197,7 +197,7 @@ def right_answers(
 
 @app.command()
 def evaluate(seeds: str = "0", num: int = 50, work: Path = WORK) -> None:
-    """Exact match of all facts against the length of the conversation."""
+    """Measure the exact match of all facts against the length of the conversation."""
     tokenizer, rows = chat_tokenizer(), []
     for seed in map(int, seeds.split(",")):
         reader, window = (
@@ -232,7 +232,7 @@ def draw(rows: list[dict], path: Path) -> None:
 
 @app.command()
 def talk(seed: int = 0, num_chunks: int = 24, work: Path = WORK) -> None:
-    """One conversation: the state after every 8 chunks is asked for every fact."""
+    """Show one conversation: after every 8 chunks, ask for every fact."""
     tokenizer = chat_tokenizer()
     model = AutoPeftModelForCausalLM.from_pretrained(work / f"reader-{seed}" / "adapter").eval()
     messages, facts = conversation(np.random.default_rng(5), tokenizer, num_chunks)

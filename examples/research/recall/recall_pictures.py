@@ -15,7 +15,7 @@ NAMES = {"delta": "delta rule", "average": "average alone"}
 
 
 def points_of(rows: list[dict], by: str = "num_chunks") -> Points:
-    """Exact match over seeds at each value of `by`: mean, less and plus the standard deviation."""
+    """Exact match at each value of `by`: mean over seeds, and mean minus and plus the standard deviation."""
     return with_deviation(grouped(rows, "exact_match", by))
 
 

@@ -31,9 +31,9 @@ def recall_episode(
     num_keys: int = NUM_KEYS,
     num_values: int = NUM_VALUES,
 ) -> dict:
-    """One task: `support`, all that is written; `query`, an example `key value` for each key, newest values.
+    """One task: `support` holds all writes, `query` an example `key value` for each key with its newest value.
 
-    `num_chunks` is what the support fills; `rewritten` says of each query whether its key was written twice, `age` how
+    `num_chunks`: the chunks of the support. `rewritten`: for each query, whether its key was written twice. `age`: how
     many chunks before the query its newest value was written, from 1.
 
     Raises:
@@ -88,9 +88,9 @@ def recall_episodes(num: int, num_pairs: int = PAIRS, rewrite_rate: float = 0.0,
 def growing_episodes(
     num: int, num_pairs: int, rewrite_rate: float, num_asked: int, seed: int, growth: float = 0.5, **sizes
 ) -> Iterator:
-    """A stream for training: the most pairs grows over a share `growth` of it; of the larger tasks, 3 in 4 rewrite.
+    """A stream for training. The most pairs grow over a share `growth` of it; 3 of 4 larger tasks have rewrites.
 
-    Of a task's keys `num_asked` are asked, those that were rewritten first.
+    A task asks for `num_asked` of its keys, first those that were rewritten.
     """
     for i in range(num):
         rng = np.random.default_rng((seed, i))

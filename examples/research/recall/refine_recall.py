@@ -104,13 +104,13 @@ def counts_of(tasks: list[dict]) -> list[int]:
 
 
 def tensors(tasks: list[dict]) -> tuple[torch.Tensor, torch.Tensor]:
-    """What is written (E, W), and the pairs that are asked (E, Q, 2)."""
+    """The writes (E, W), and the asked pairs (E, Q, 2)."""
     written = torch.tensor([task["support"][0]["input_ids"] for task in tasks])
     return written, torch.tensor([[query["input_ids"] for query in task["query"]] for task in tasks])
 
 
 def by_refining(model: PeftModel, tasks: list[dict], batch_size: int = 8) -> dict[int, np.ndarray]:
-    """Number of chunks -> (E, Q), which queries are right after the first so many chunks."""
+    """n -> which queries (E, Q) are right after the first n chunks."""
     written, asked = tensors(tasks)
     found: dict[int, list] = {n: [] for n in counts_of(tasks)}
     for texts, pairs in tqdm(zip(written.split(batch_size), asked.split(batch_size), strict=True), leave=False):
@@ -124,7 +124,7 @@ def by_refining(model: PeftModel, tasks: list[dict], batch_size: int = 8) -> dic
 
 @torch.no_grad()
 def in_full_context(base, tasks: list[dict]) -> dict[int, np.ndarray]:
-    """The same of the bare base, which sees the first so many chunks at once."""
+    """The same for the bare base with the first n chunks in its context."""
     written, asked = tensors(tasks)
     found: dict[int, list] = {n: [] for n in counts_of(tasks)}
     for text, pairs in tqdm(zip(written, asked, strict=True), total=len(tasks), desc="full context", leave=False):
@@ -136,7 +136,7 @@ def in_full_context(base, tasks: list[dict]) -> dict[int, np.ndarray]:
 
 
 def rows_of(found: dict[int, np.ndarray], tasks: list[dict], **names) -> list[dict]:
-    """Exact match of all keys, and, after all chunks, of those that were written twice; intervals over tasks."""
+    """Exact match of all keys and, after all chunks, of the keys that were written twice; intervals over tasks."""
     rewritten, rows = np.array([task["rewritten"] for task in tasks]), []
     for n, right in found.items():
         groups = {"all": np.ones_like(rewritten)}
@@ -149,7 +149,7 @@ def rows_of(found: dict[int, np.ndarray], tasks: list[dict], **names) -> list[di
 
 @app.command()
 def evaluate(base: Base, num_tasks: int = 64, work: Path = WORK) -> None:
-    """Every adapter under `work`, the same before training, and full context, on tasks that no training has seen."""
+    """Test every adapter under `work`, untrained ones, and full context on tasks that no training has seen."""
     bare, rows = AutoModelForCausalLM.from_pretrained(base).eval(), []
     untrained = {f"{prediction}, untrained": make_model(base, prediction).eval() for prediction in PREDICTIONS}
     folders = sorted(path.parent for path in work.glob("*-*/adapter"))
