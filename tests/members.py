@@ -30,9 +30,9 @@ from tiny import (
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
-from hf_iai import batch_chunks, export_classifier, export_to_peft, vector_base
+from hf_iai import TaskState, batch_chunks, export_classifier, export_to_peft, vector_base
 
-SIZES = (8, 8, 5)  # tokens or examples of the chunks of a stream
+SIZES = (8, 5)  # tokens or examples of the chunks of a stream
 LENGTH = 6  # tokens of a query or of a labelled text
 
 Inputs = dict[str, Tensor]
@@ -96,10 +96,9 @@ def vector_stream(likelihood: str) -> Stream:
     def stream(seed: int, sizes: Sequence[int]) -> list[Inputs]:
         x, _ = vector_examples(sum(sizes), likelihood, seed)
         y = _labels(likelihood, sum(sizes), seed)
-        parts = zip(x.split(list(sizes)), y.split(list(sizes)), strict=True)
-        return [
-            {"inputs_embeds": x[None], "attention_mask": torch.ones(1, len(x)), "labels": y[None]} for x, y in parts
-        ]
+        mask = [torch.ones(1, size, dtype=torch.long) for size in sizes]
+        parts = zip(x[None].split(list(sizes), 1), mask, y[None].split(list(sizes), 1), strict=True)
+        return [dict(zip(("inputs_embeds", "attention_mask", "labels"), part, strict=True)) for part in parts]
 
     return stream
 
@@ -227,7 +226,7 @@ class Member:
     family: str = "llama"
     slow: bool = False
     rounding: float = 1e-5
-    half: float = 0.08
+    half: float = 0.05
     unreached: str = "$^"
 
     @property
@@ -273,22 +272,35 @@ class Member:
             del queries["labels"]
         return queries
 
-    def answers(self, model, chunks: Iterable[Inputs], queries: Inputs, state=None) -> list[Tensor]:
-        """`scores` before the first chunk and after each. `state`: where to go on, of one that reads states."""
+    def answers(self, model, chunks: Iterable[Inputs], queries: Inputs) -> list[Tensor]:
+        """`scores` before the first chunk and after each."""
         with torch.no_grad():
             if self.kind.refines:
                 return [self.scores(logits) for logits in model.refine(chunks, queries, with_start=True)]
             chunks = list(chunks)
-            start = state or model.initial_state(len(chunks[0]["labels"]) if chunks else 1)
-            states = [start, *model.adapt_steps(chunks, state)]
-            return [self.scores(model(**queries, task_state=state).logits) for state in states]
+            states = [self._start(model, chunks), *model.adapt_steps(chunks)]
+            return [self.answer_under(model, state, queries) for state in states]
+
+    def answer(self, model, chunks: Iterable[Inputs], queries: Inputs) -> Tensor:
+        """The last of `answers`."""
+        if self.kind.refines:
+            return self.answers(model, chunks, queries)[-1]
+        chunks = list(chunks)
+        return self.answer_under(model, model.adapt(chunks) if chunks else self._start(model, chunks), queries)
+
+    def answer_under(self, model, state: TaskState, queries: Inputs) -> Tensor:
+        with torch.no_grad():
+            return self.scores(model(**queries, task_state=state).logits)
+
+    def _start(self, model, chunks: list[Inputs]) -> TaskState:
+        return model.initial_state(len(chunks[0]["labels"]) if chunks else 1)
 
     def scores(self, logits: Tensor) -> Tensor:
         """What is equal where answers are: refined logits are not normalised."""
         refined_classes = self.kind.refines and self.kind.values.get("likelihood") != "gaussian"
         return logits.log_softmax(-1) if refined_classes else logits
 
-    def episode(self, num_chunks: int = 3, num_queries: int = 2) -> Inputs:
+    def episode(self, num_chunks: int = 2, num_queries: int = 2) -> Inputs:
         """Two tasks, each of chunks of six tokens or examples."""
         streams = [self.stream(seed, (6,) * max(1, num_chunks)) for seed in (1, 2)]
         names = [name for name, t in streams[0][0].items() if isinstance(t, Tensor)]
@@ -301,7 +313,7 @@ class Member:
 
 SLOT_STATES = ("prefix", "prompt", "lora")
 HEADS = ("learned_optimizer", "sgd", "meta_sgd", "path_aware")
-_LORA = {"state_r": 2, "state_target_modules": "all-linear"}
+_LORA = {"state_r": 2, "state_target_modules": ["v_proj", "down_proj"]}
 _RATE = {"initial_rate": 0.3}
 _SIGNALS = {
     "observations": {},
@@ -312,13 +324,13 @@ _SIGNALS["path_aware"] |= {"path_window": 2}
 
 
 def _text_member(state: str, signal: str, regime: str) -> Member:
-    """Fast: each state with its default heads, and each head with the smallest state."""
+    """Fast: each state with its default heads; the other heads are with the smallest state, an mlp of vectors."""
     values = {"state_type": state, "regime": regime} | _SIGNALS[signal] | (_LORA if state == "lora" else {})
-    explicit, usual = regime == "explicit", signal in ("observations", "learned_optimizer", "both")
-    fast = signal == "observations" or (usual or state == "prompt" if explicit else (state, usual) == ("prompt", True))
+    usual, observed = signal in ("observations", "learned_optimizer", "both"), signal == "observations"
+    fast = usual if regime == "explicit" else observed and state != "lora"
     if signal in HEADS and state == "lora":
         values["num_state_tokens"] = None  # gradients need no slots to read out
-    family = "llama" if explicit else "gpt2" if state == "prompt" else "qwen3"
+    family = "llama" if regime == "explicit" else "gpt2" if state == "prompt" else "qwen3"
     # Learned steps divide by gradients that are nearly 0, rounding and all; that differs between processors.
     rounding = 2e-4 if signal == "learned_optimizer" else 1e-5
     return Member(TEXT, f"{state}-{signal}-{regime}", values, family, slow=not fast, rounding=rounding)
@@ -327,27 +339,32 @@ def _text_member(state: str, signal: str, regime: str) -> Member:
 def _vector_member(name: str, values: Mapping, likelihood: str) -> Member:
     family = "llama" if likelihood == "softmax" else "gpt2"
     fast = likelihood == "softmax" or "head" not in values
-    half = 0.3 if name == "mlp" else 0.08  # what was rounded is the weights that answer
+    half = 0.3 if name == "mlp" else 0.05  # the weights that answer are what was rounded
     return Member(VECTORS[likelihood], f"{name}-{likelihood}", values, family, slow=not fast, half=half)
 
 
-_TEXT = (
+_TEXT = (  # name, values, family, slow
     ("kept", {"num_kept_tokens": 2}),
     ("kept-parametric", {"num_kept_tokens": 2, "regime": "parametric"}, "gpt2"),
-    ("delta", {"delta_rule": True}),
+    ("delta", {"delta_rule": True}, "llama", True),
     ("delta-parametric", {"delta_rule": True, "regime": "parametric"}, "qwen3"),
-    ("delta-both", {"delta_rule": True, "signal": "both"}),
+    ("delta-both", {"delta_rule": True, "signal": "both"}, "llama", True),
     ("recent", {"accumulation": "recent"}),
     ("recent-prompt", {"accumulation": "recent", "state_type": "prompt", "regime": "parametric"}),
     ("recent-bos", {"accumulation": "recent", "pin_bos": True}, "gpt2"),
-    ("uncorrected-prompt", {"correction": False, "state_type": "prompt"}, "qwen3"),
-    ("uncorrected-lora", {"correction": False, "state_type": "lora", **_LORA}),
-    ("second-order", {"signal": "gradients", "head": "sgd", "second_order": True, **_RATE}),
-    ("second-order-both", {"signal": "both", "state_type": "prompt", "second_order": True}),
+    ("uncorrected-prompt", {"correction": False, "state_type": "prompt"}, "qwen3", True),
+    ("uncorrected-lora", {"correction": False, "state_type": "lora", **_LORA}, "llama", True),
+    ("second-order", {"signal": "gradients", "head": "sgd", "second_order": True, **_RATE}, "llama", True),
+    ("second-order-both", {"signal": "both", "state_type": "prompt", "second_order": True}, "llama", True),
     ("recurrent", {"state_type": "prompt"}, "mamba"),
-    ("hybrid-gradients", {"state_type": "lora", "signal": "gradients", "num_state_tokens": None, **_LORA}, "jamba"),
+    (
+        "hybrid-gradients",
+        {"state_type": "lora", "signal": "gradients", "num_state_tokens": None, **_LORA},
+        "jamba",
+        True,
+    ),
 )
-_REFINED_TEXT = (
+_REFINED_TEXT = (  # name, values, family, slow
     ("logits", {}),
     ("probabilities", {"prediction": "probabilities"}, "qwen3"),
     ("latent", {"prediction": "latent"}, "gpt2"),
@@ -375,7 +392,7 @@ MEMBERS = [
     Member(CLASSES_OF_TEXTS, "parametric", {}, "bert"),
     Member(CLASSES_OF_TEXTS, "explicit", {"regime": "explicit", "pooling": "cls"}, "modernbert"),
     Member(CLASSES_OF_GIVEN, "given-vectors", {}),
-    Member(TARGETS_OF_TEXTS, "parametric", {"pooling": "cls"}, "roberta"),
+    Member(TARGETS_OF_TEXTS, "parametric", {"pooling": "cls"}, "roberta", half=0.15),
     Member(TARGETS_OF_TEXTS, "explicit", {"regime": "explicit"}, "distilbert"),
     Member(TARGETS_OF_GIVEN, "given-vectors", {}),
     Member(TARGETS_OF_GIVEN, "given-vectors-no-intercept", {"fit_intercept": False}),
