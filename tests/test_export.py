@@ -411,7 +411,7 @@ def test_peft_still_generates_wrongly_on_mamba():
     config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, num_attention_heads=1)
     model = get_peft_model(base, config).eval()
     cached, plain = (model.generate(input_ids=ids(2, 9), use_cache=cache, **GREEDY) for cache in (True, False))
-    assert not torch.equal(cached, plain), "PEFT can do Mamba now: see WRONG_IN_PEFT in hf_iai/export.py"
+    assert not torch.equal(cached, plain), "PEFT can do Mamba now: see WRONG_IN_PEFT in hf_iai/export/peft.py"
 
 
 def test_bases_that_cannot_be_written(tmp_path):

@@ -1,7 +1,7 @@
 """Does this tree say what an earlier commit says? Keys, fingerprints, states, logits and training of every member.
 
-    python examples/maintain/compare_trees.py --commit SHA                  # about 4 minutes on two idle cores
-    python examples/maintain/compare_trees.py --commit SHA --only "text llama prefix" --no-training
+    python -m examples.maintain.compare_trees --commit SHA                  # about 4 minutes on two idle cores
+    python -m examples.maintain.compare_trees --commit SHA --only "text llama prefix" --no-training
 
 Both trees are probed at the same time, with one thread each, by the same file: `probe_tree.py`, which says what the
 members are. All that is found must be equal bitwise, but what training gives: that may differ by 1e-6. It ends with
