@@ -9,7 +9,7 @@ from ..registry import SIGNALS
 from ..signals import read_gradients
 from ..state import TaskState
 from .average import AverageCore
-from .core import Core, full_precision, tokens_of
+from .core import full_precision, tokens_of
 
 
 @SIGNALS.register("both")
@@ -35,14 +35,6 @@ class BothCore(AverageCore):
             )
         if not config.correction:
             raise ValueError("signal='both' uses gradients in the correction, got correction=False: leave it True")
-
-    @classmethod
-    def make(cls, base: Base, config: IAIConfig) -> Core:
-        return cls(base, config)
-
-    @classmethod
-    def reads_out(cls, config: IAIConfig) -> bool:
-        return True
 
     def _make_correction(self, num_layers: int, num_heads: int, width: int) -> Correction:
         return Correction(num_layers, num_heads, width, gradients=True)

@@ -18,7 +18,7 @@ from ..predictions.queries import Queries, prompts_of
 from ..registry import TASKS, Part
 from ..tensors import NO_LOSS
 from .inputs import Inputs
-from .task import Task, is_linear
+from .task import Task, is_linear, is_of_vectors
 
 Labels = Sequence[Sequence[int]]  # the token ids of each label
 
@@ -163,7 +163,7 @@ class RefinedText(Task):
 
     @classmethod
     def matches(cls, config: IAIConfig) -> bool:
-        return config.regime == "implicit" and config.vector_width is None and config.num_outputs is None
+        return config.regime == "implicit" and not is_of_vectors(config)
 
     @classmethod
     def complete(cls, config: IAIConfig) -> None:

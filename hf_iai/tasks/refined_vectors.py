@@ -3,10 +3,7 @@
 Axes: B tasks, N queries, w width, o outputs.
 """
 
-from typing import Any
-
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from ..bases.base import Base
 from ..config import IAIConfig
@@ -18,19 +15,8 @@ from ..registry import TASKS
 from .classification import CHUNK_SIZE
 from .inputs import Inputs
 from .refined_text import ImplicitInputs, Labels, RefinedText
-from .vectors import (
-    CARD_CLASSES,
-    CARD_DATA,
-    CARD_TARGETS,
-    REFUSED,
-    VectorExamples,
-    check_sizes,
-    describe_answers,
-    metric_of,
-    pipeline_tag_of,
-    scored_vectors,
-    vector_collator,
-)
+from .task import is_of_vectors
+from .vectors import CARD_CLASSES, CARD_DATA, CARD_TARGETS, REFUSED, VectorExamples, VectorTask
 
 
 class RefinedVectorInputs(VectorExamples, ImplicitInputs):
@@ -72,24 +58,20 @@ for logits in model.refine(chunk_vectors(vectors, labels), {{"inputs_embeds": ve
 
 
 @TASKS.register("refined_vectors")
-class RefinedVectors(RefinedText):
+class RefinedVectors(VectorTask, RefinedText):
     """`regime="implicit"` for vectors: examples refine each query's own class or real targets."""
 
     asked_for_by = "regime='implicit' with vector_width"
     fields = RefinedText.fields | {"vector_width", "num_outputs", "likelihood"}
-    fingerprint_if_changed = frozenset({"likelihood"})
-    likelihoods = ("softmax", "gaussian")
-    reads_vectors = True
     refuses = RefinedText.refuses | REFUSED
 
     @classmethod
     def matches(cls, config: IAIConfig) -> bool:
-        return config.regime == "implicit" and (config.vector_width is not None or config.num_outputs is not None)
+        return config.regime == "implicit" and is_of_vectors(config)
 
     @classmethod
     def check(cls, config: IAIConfig) -> None:
         super().check(config)
-        check_sizes(config)
         if config.likelihood == "gaussian" and config.prediction != "logits":
             raise ValueError(
                 f"likelihood='gaussian' keeps natural parameters, got prediction={config.prediction!r}: leave it out"
@@ -101,24 +83,6 @@ class RefinedVectors(RefinedText):
     def inputs(self, base: Base, core: Core) -> Inputs:
         return RefinedVectorInputs(base, core)
 
-    def collator(self, tokenizer: PreTrainedTokenizerBase | None, chunk_size: int) -> Any:
-        return vector_collator(self.config, tokenizer, chunk_size)
-
-    def scored(self, batch: dict[str, Tensor]) -> Tensor:
-        return scored_vectors(batch)
-
-    @property
-    def metric(self) -> str:
-        return metric_of(self.config)
-
-    @property
-    def pipeline_tag(self) -> str:
-        return pipeline_tag_of(self.config)
-
     @property
     def card_example(self) -> str:
-        regression = self.config.likelihood == "gaussian"
-        return CARD_DATA + (CARD_TARGETS + CARD_MEANS if regression else CARD_CLASSES + CARD_LOGITS)
-
-    def describe(self) -> list[str]:
-        return [*super().describe(), describe_answers(self.config)]
+        return CARD_DATA + (CARD_CLASSES + CARD_LOGITS if self.has_classes else CARD_TARGETS + CARD_MEANS)

@@ -185,6 +185,11 @@ def is_linear(config: IAIConfig) -> bool:
     return config.state_type == "linear" or config.task_type == "SEQ_CLS"
 
 
+def is_of_vectors(config: IAIConfig) -> bool:
+    """Whether a configuration asks for vectors, by either of the two fields that go together."""
+    return config.vector_width is not None or config.num_outputs is not None
+
+
 def task_of(config: IAIConfig) -> Task:
     """The task that a configuration describes.
 

@@ -5,7 +5,7 @@ from ..config import IAIConfig
 from ..cores import Core
 from ..registry import SIGNALS, TASKS
 from .inputs import Inputs
-from .task import Task, is_linear
+from .task import Task, is_linear, is_of_vectors
 
 CARD_EXAMPLE = """\
 import hf_iai  # registers the method with PEFT
@@ -35,8 +35,7 @@ class Text(Task):
 
     @classmethod
     def matches(cls, config: IAIConfig) -> bool:
-        of_vectors = config.vector_width is not None or config.num_outputs is not None
-        return config.regime != "implicit" and not of_vectors and not is_linear(config)
+        return config.regime != "implicit" and not is_of_vectors(config) and not is_linear(config)
 
     def core(self, base: Base) -> Core:
         return SIGNALS[self.config.signal].make(base, self.config)

@@ -3,8 +3,6 @@
 Axes: B tasks, n examples, N queries, w width, o outputs.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -20,7 +18,7 @@ from ..registry import TASKS
 from ..tensors import NO_LOSS
 from .classification import CHUNK_SIZE
 from .inputs import Inputs
-from .task import Task
+from .task import Task, is_of_vectors
 
 
 class VectorExamples(Inputs):
@@ -162,27 +160,74 @@ print(model(inputs_embeds=vectors[:3], task_state=state).logits)  # {meaning}
 """
 
 
+class VectorTask(Task):
+    """What both kinds of task over vectors share."""
+
+    fingerprint_if_changed = frozenset({"likelihood"})
+    likelihoods = ("softmax", "gaussian")
+    reads_vectors, has_teacher = True, False
+
+    @classmethod
+    def check(cls, config: IAIConfig) -> None:
+        super().check(config)
+        width, num = config.vector_width, config.num_outputs
+        if width is None or num is None or width < 1 or num < 1:
+            raise ValueError(
+                f"vector_width and num_outputs must both be at least 1, or both None for text, got {width} and {num}"
+            )
+
+    @property
+    def has_classes(self) -> bool:
+        """Whether a vector's target is a class, or a real number."""
+        return self.config.likelihood == "softmax"
+
+    def collator(self, tokenizer: PreTrainedTokenizerBase | None, chunk_size: int) -> VectorEpisodeCollator:
+        """The collator for vectors.
+
+        Raises:
+            ValueError: if there is a tokenizer, which vectors do not need.
+        """
+        if tokenizer is not None:
+            raise ValueError(
+                f"vector_width={self.config.vector_width} is trained on vectors: leave processing_class out"
+            )
+        return VectorEpisodeCollator(chunk_size, num_classes=self.config.num_outputs if self.has_classes else None)
+
+    def scored(self, batch: dict[str, Tensor]) -> Tensor:  # (B, Q)
+        """Which queries have a loss. For real targets the mask says it."""
+        labels = batch["labels"]
+        return batch["attention_mask"] != 0 if labels.is_floating_point() else labels != NO_LOSS
+
+    @property
+    def metric(self) -> str:
+        return "accuracy" if self.has_classes else "squared_error"
+
+    @property
+    def pipeline_tag(self) -> str:
+        return "tabular-classification" if self.has_classes else "tabular-regression"
+
+    def describe(self) -> list[str]:
+        targets = "classes" if self.has_classes else "real targets"
+        reads = f"Reads vectors of {self.config.vector_width} numbers; answers: {self.config.num_outputs} {targets}"
+        return [*super().describe(), reads]
+
+
 @TASKS.register("vectors")
-class Vectors(Task):
+class Vectors(VectorTask):
     """A state of vectors: slots or a LoRA under which a base reads queries, or the weights of a small network."""
 
     asked_for_by = "vector_width"
     fields = frozenset({"regime", "state_type", "signal", "vector_width", "num_outputs", "likelihood"})
     fingerprint = frozenset({"vector_width", "num_outputs"})
-    fingerprint_if_changed = frozenset({"likelihood"})
-    likelihoods = ("softmax", "gaussian")
-    reads_vectors, has_teacher = True, False
     refuses = Task.refuses | REFUSED | NOT_FOR_PEFT
 
     @classmethod
     def matches(cls, config: IAIConfig) -> bool:
-        of_vectors = config.vector_width is not None or config.num_outputs is not None
-        return config.regime != "implicit" and of_vectors and config.state_type != "linear"
+        return config.regime != "implicit" and is_of_vectors(config) and config.state_type != "linear"
 
     @classmethod
     def check(cls, config: IAIConfig) -> None:
         super().check(config)
-        check_sizes(config)
         if (config.regime == "parametric") != (config.state_type == "mlp"):
             raise ValueError(
                 f"vector_width={config.vector_width} with regime={config.regime!r} and state_type="
@@ -206,79 +251,16 @@ class Vectors(Task):
     def inputs(self, base: Base, core: Core) -> Inputs:
         return VectorInputs(base, core)
 
-    def collator(self, tokenizer: PreTrainedTokenizerBase | None, chunk_size: int) -> Any:
-        return vector_collator(self.config, tokenizer, chunk_size)
-
-    def scored(self, batch: dict[str, Tensor]) -> Tensor:
-        return scored_vectors(batch)
-
-    @property
-    def metric(self) -> str:
-        return metric_of(self.config)
-
-    @property
-    def pipeline_tag(self) -> str:
-        return pipeline_tag_of(self.config)
-
     @property
     def unit(self) -> str:
-        answers_by_itself = self.config.state_type == "mlp" and self.config.likelihood == "gaussian"
+        answers_by_itself = self.config.state_type == "mlp" and not self.has_classes
         return "half the squared error per target" if answers_by_itself else "nats per prediction"
 
     @property
     def card_example(self) -> str:
-        if self.config.likelihood == "gaussian":
-            return CARD_DATA + CARD_TARGETS + CARD_ANSWER.replace("{labels}", "targets").replace("{meaning}", "means")
-        classes = CARD_ANSWER.replace("{labels}", "labels").replace("{meaning}", "of the classes")
-        return CARD_DATA + CARD_CLASSES + classes
-
-    def describe(self) -> list[str]:
-        return [*super().describe(), describe_answers(self.config)]
+        labels, meaning = ("labels", "of the classes") if self.has_classes else ("targets", "means")
+        answer = CARD_ANSWER.replace("{labels}", labels).replace("{meaning}", meaning)
+        return CARD_DATA + (CARD_CLASSES if self.has_classes else CARD_TARGETS) + answer
 
     def who_answers(self) -> str:
         return "a query is answered by the state" if self.config.state_type == "mlp" else super().who_answers()
-
-
-def check_sizes(config: IAIConfig) -> None:
-    """Check `vector_width` and `num_outputs`.
-
-    Raises:
-        ValueError: if only one of the two is set, or one is below 1.
-    """
-    width, num = config.vector_width, config.num_outputs
-    if width is None or num is None or width < 1 or num < 1:
-        raise ValueError(
-            f"vector_width and num_outputs must both be at least 1, or both None for text, got {width} and {num}"
-        )
-
-
-def vector_collator(
-    config: IAIConfig, tokenizer: PreTrainedTokenizerBase | None, chunk_size: int
-) -> VectorEpisodeCollator:
-    """The collator for vectors.
-
-    Raises:
-        ValueError: if there is a tokenizer, which vectors do not need.
-    """
-    if tokenizer is not None:
-        raise ValueError(f"vector_width={config.vector_width} is trained on vectors: leave processing_class out")
-    return VectorEpisodeCollator(chunk_size, num_classes=config.num_outputs if config.likelihood == "softmax" else None)
-
-
-def scored_vectors(batch: dict[str, Tensor]) -> Tensor:  # (B, Q)
-    """Which queries have a loss. For real targets the mask says it."""
-    labels = batch["labels"]
-    return batch["attention_mask"] != 0 if labels.is_floating_point() else labels != NO_LOSS
-
-
-def metric_of(config: IAIConfig) -> str:
-    return "squared_error" if config.likelihood == "gaussian" else "accuracy"
-
-
-def pipeline_tag_of(config: IAIConfig) -> str:
-    return "tabular-regression" if config.likelihood == "gaussian" else "tabular-classification"
-
-
-def describe_answers(config: IAIConfig) -> str:
-    targets = {"softmax": "classes", "gaussian": "real targets"}[config.likelihood]
-    return f"Reads vectors of {config.vector_width} numbers; answers: {config.num_outputs} {targets}"
