@@ -6,7 +6,8 @@ from itertools import product
 
 import pytest
 import torch
-from members import READING, TEXT, every
+from kinds import TEXT
+from members import READING, every
 from peft import LoraConfig, get_peft_model
 from tiny import REGIMES, chunks, gradient_model, ids, largest_difference, lora_state_model, make_base
 from torch.nn.functional import cross_entropy, rms_norm
