@@ -132,43 +132,63 @@ class IAIConfig(LoraConfig):
     """
 
     regime: str | None = field(
-        default=None, metadata={"help": "parametric, explicit or implicit; None: the state type's default"}
+        default=None, metadata={"help": "who answers: parametric, explicit or implicit; None: the state type's default"}
     )
     prediction: str | None = field(
-        default=None, metadata={"help": "regime implicit keeps it as: logits (None: this), probabilities or latent"}
+        default=None,
+        metadata={"help": "form of a prediction (regime implicit): logits (default), probabilities, latent"},
     )
     state_type: str = field(
-        default="prefix", metadata={"help": "what the task state is: prefix, prompt, lora, linear or mlp"}
+        default="prefix", metadata={"help": "form of the task state: prefix, prompt, lora, linear or mlp"}
     )
-    signal: str = field(default="observations", metadata={"help": "learned from: observations, gradients or both"})
-    head: str | None = field(default=None, metadata={"help": "how the state is refined; None: the signal's default"})
-    second_order: bool = field(default=False, metadata={"help": "differentiate through the chunks' gradients"})
-    initial_rate: float | None = field(default=None, metadata={"help": "learned rates start here; None: measured"})
+    signal: str = field(
+        default="observations", metadata={"help": "what a chunk is learned from: observations, gradients or both"}
+    )
+    head: str | None = field(default=None, metadata={"help": "how the state is updated; None: the signal's default"})
+    second_order: bool = field(
+        default=False, metadata={"help": "training differentiates through the chunks' gradients"}
+    )
+    initial_rate: float | None = field(
+        default=None, metadata={"help": "initial value of the learned rates; None: a measured value"}
+    )
     learned_optimizer: dict | None = field(
-        default=None, metadata={"help": "constants of the learned_optimizer head; what is missing: the defaults"}
+        default=None, metadata={"help": "hyperparameters of the learned_optimizer head; missing keys get defaults"}
     )
-    path_window: int = field(default=5, metadata={"help": "w, chunks between skips of the path_aware head"})
+    path_window: int = field(
+        default=5, metadata={"help": "w of the path_aware head: it mixes in an older state every w chunks"}
+    )
     state_r: int = field(default=8, metadata={"help": "rank of a lora state"})
     state_target_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "what a lora state updates; None: PEFT's choice for the family"}
+        default=None, metadata={"help": "modules that a lora state updates; None: PEFT's choice for the family"}
     )
     vector_width: int | None = field(
-        default=None, metadata={"help": "observations are vectors of this width; None: text"}
+        default=None, metadata={"help": "width of examples and queries that are vectors; None: text"}
     )
-    num_outputs: int | None = field(default=None, metadata={"help": "of vectors: number of classes, or of targets"})
+    num_outputs: int | None = field(
+        default=None, metadata={"help": "number of classes, or of real targets, of vectors"}
+    )
     num_state_tokens: int | None = field(
-        default=None, metadata={"help": "m, the number of slots of the state; None: 16, or none of a linear state"}
+        default=None, metadata={"help": "number m of slots of the state; None: 16 (a linear state has none)"}
     )
-    accumulation: str = field(default="average", metadata={"help": "backbone of the state: average or recent"})
-    num_kept_tokens: int = field(default=0, metadata={"help": "K, slots of an average prefix that keep single tokens"})
-    correction: bool = field(default=True, metadata={"help": "learned precisions and correction of the average"})
-    delta_rule: bool = field(default=False, metadata={"help": "what a token replaces is taken out of the average"})
-    pin_bos: bool = field(default=False, metadata={"help": "keep a BOS token in slot 0 (recent only)"})
-    pooling: str = field(default="mean", metadata={"help": "hidden states to one vector (linear only): mean or cls"})
+    accumulation: str = field(
+        default="average",
+        metadata={"help": "what is kept: the average of all chunks, or the recent tokens (a control)"},
+    )
+    num_kept_tokens: int = field(default=0, metadata={"help": "number of slots of a prefix that keep single tokens"})
+    correction: bool = field(
+        default=True, metadata={"help": "the average has learned weights and a learned correction"}
+    )
+    delta_rule: bool = field(
+        default=False, metadata={"help": "the value that a token replaces is taken out of the average"}
+    )
+    pin_bos: bool = field(default=False, metadata={"help": "keep a BOS token in slot 0 (accumulation recent only)"})
+    pooling: str = field(
+        default="mean", metadata={"help": "how a linear state makes one vector of a text: mean or cls"}
+    )
     likelihood: str = field(
-        default="softmax", metadata={"help": "of targets, linear states and vectors: softmax or gaussian"}
+        default="softmax", metadata={"help": "targets of vectors and linear states: softmax (classes) or gaussian"}
     )
-    fit_intercept: bool = field(default=True, metadata={"help": "of a linear regression (gaussian linear state)"})
+    fit_intercept: bool = field(default=True, metadata={"help": "a linear regression has an intercept"})
 
     def __post_init__(self) -> None:
         saved = self.peft_version is not None  # PEFT fills it in; in a new configuration it is still open

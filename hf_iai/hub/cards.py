@@ -29,7 +29,7 @@ LABELS = {
     "fewer_shots": "fewer shots: bare base, sees as many of the latest tokens as the state has slots",
     "last_chunk": "the state after the last chunk alone",
     "full_context": "bare base, sees all of it, as far as its window goes",
-    "static_state": "static state: trained alike, reads nothing",
+    "static_state": "static state: trained in the same way, reads nothing",
 }
 
 
