@@ -24,8 +24,7 @@ class IAITrainingArguments(TrainingArguments):
         curriculum: share of the steps over which the limit grows, 0 to 1; 0: none.
         halve_chunks: probability of a step in which every chunk is cut in two, so that the length of chunks varies too.
         objective, truncation_window, scored_states, kl_weight: see `hf_iai.objectives.Objective`.
-        learning_rate: peak learning rate, 1e-3 by default. The default of `transformers.TrainingArguments`, 5e-5, suits
-            the training of whole models and hardly moves an adapter.
+        learning_rate: peak learning rate, 1e-3 by default. The default of `transformers.TrainingArguments` is 5e-5.
         state_learning_rate: learning rate of theta(0). Prefixes and soft prompts need a larger one than LoRA. None:
             `learning_rate`.
         eval_chunks: the numbers of chunks n at which `evaluate` logs `eval_loss_at_chunks_{n}`. Numbers larger than an

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from ..bases.base import Base, Prefix
 from ..bases.low_rank import linear_modules, low_rank_updates
+from ..config import IAIConfig
 from ..signals import Reading
-from .slots import SlotState
+from .slots import SlotState, first_slots
 
 CODE_WIDTH = 64
 
@@ -33,6 +34,10 @@ class HypernetworkState(SlotState):
     """
 
     packed_name = "code"
+
+    @classmethod
+    def make(cls, base: Base, config: IAIConfig, *, reads: bool) -> "HypernetworkState":
+        return cls(base, first_slots(base, config), config.state_r, config.state_target_modules)
 
     def __init__(self, base: Base, token_ids: Tensor, rank: int, target_modules: str | list[str]) -> None:
         super().__init__()

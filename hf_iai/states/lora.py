@@ -52,9 +52,9 @@ class LoraState(SlotState):
 
     @classmethod
     def make(cls, base: Base, config: IAIConfig, *, reads: bool) -> SlotState:
-        token_ids = first_slots(base, config)  # drawn even if unused, so that a seed gives the same weights
         if reads:
-            return HypernetworkState(base, token_ids, config.state_r, config.state_target_modules)
+            return HypernetworkState.make(base, config, reads=reads)
+        first_slots(base, config)  # drawn though unused, so that a seed gives the same weights as before
         return cls(base, config.state_r, config.state_target_modules)
 
     @classmethod

@@ -3,6 +3,8 @@
 Axes: B tasks, P slots, d width of embeddings.
 """
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import Tensor, nn
 
@@ -12,7 +14,7 @@ from ..predictions.likelihoods import LIKELIHOODS, Likelihood
 from ..registry import Part
 
 
-class SlotState(nn.Module, Part):
+class SlotState(nn.Module, Part, ABC):
     """A state type. Its tensors are those of theta(0), `start`: name -> (...), to which a state adds the axis of tasks.
 
     Attributes:
@@ -33,6 +35,7 @@ class SlotState(nn.Module, Part):
     start: nn.ParameterDict
 
     @classmethod
+    @abstractmethod
     def make(cls, base: Base, config: IAIConfig, *, reads: bool) -> "SlotState":
         """Make the state type of an adapter.
 
@@ -41,7 +44,6 @@ class SlotState(nn.Module, Part):
             config: the adapter's configuration.
             reads: whether the base reads chunks out into slots.
         """
-        raise NotImplementedError
 
     @classmethod
     def default_regime(cls) -> str:
