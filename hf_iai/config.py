@@ -9,12 +9,13 @@ from peft import LoraConfig
 from .bases.compat import UNUSED_CLASSIFIER
 from .bases.registration import IAIType
 from .embedded import EMBEDDED_NAME, embedded_base, is_embedded_base
-from .registry import HEADS, SIGNALS, STATES, TASKS, kind_of, own_fields, owners, unused_fields
+from .registry import HEADS, SIGNALS, STATES, TASKS, defaults_of, kind_of, owners, unused_fields
 
 # Values of the fields that have no registry; and values that are planned, but not available in this version.
 CHOICES = {
     "regime": ("parametric", "explicit", "implicit"),
-    "accumulation": ("average", "recent"),
+    "accumulation": ("average", "recent", "attention", "surprisal", None),
+    "read_behind": ("state", "start"),
     "pooling": ("mean", "cls"),
     "prediction": ("logits", "probabilities", "latent", None),
 }
@@ -139,10 +140,11 @@ class IAIConfig(LoraConfig):
         metadata={"help": "form of a prediction (regime implicit): logits (default), probabilities, latent"},
     )
     state_type: str = field(
-        default="prefix", metadata={"help": "form of the task state: prefix, prompt, lora, linear or mlp"}
+        default="prefix", metadata={"help": "form of the task state: prefix, prefix+lora, prompt, lora, linear or mlp"}
     )
-    signal: str = field(
-        default="observations", metadata={"help": "what a chunk is learned from: observations, gradients or both"}
+    signal: str | None = field(
+        default=None,
+        metadata={"help": "what a chunk is learned from: observations, gradients or both; None: the state's default"},
     )
     head: str | None = field(default=None, metadata={"help": "how the state is updated; None: the signal's default"})
     second_order: bool = field(
@@ -170,10 +172,14 @@ class IAIConfig(LoraConfig):
     num_state_tokens: int | None = field(
         default=None, metadata={"help": "number m of slots of the state; None: 16 (a linear state has none)"}
     )
-    accumulation: str = field(
-        default="average",
-        metadata={"help": "what is kept: the average of all chunks, or the recent tokens (a control)"},
+    accumulation: str | None = field(
+        default=None,
+        metadata={"help": "what slots hold: average, recent, attention or surprisal; None: the state's default"},
     )
+    read_behind: str = field(
+        default="state", metadata={"help": "what a chunk is read behind: the current state, or start, for merging"}
+    )
+    write_steps: int = field(default=1, metadata={"help": "gradient steps per chunk of a prefix+lora state"})
     num_kept_tokens: int = field(default=0, metadata={"help": "number of slots of a prefix that keep single tokens"})
     correction: bool = field(
         default=True, metadata={"help": "the average has learned weights and a learned correction"}
@@ -193,6 +199,8 @@ class IAIConfig(LoraConfig):
     def __post_init__(self) -> None:
         saved = self.peft_version is not None  # PEFT fills it in; in a new configuration it is still open
         self._check_choices()
+        for name, value in STATES[self.state_type].defaults.items():
+            setattr(self, name, value if getattr(self, name) is None else getattr(self, name))
         task = kind_of(self)
         self.regime = task.default_regime(self) if self.regime is None else self.regime
         task.check(self)
@@ -211,8 +219,8 @@ class IAIConfig(LoraConfig):
 
     def _check_choices(self) -> None:
         tasks = TASKS.values()
-        choices = CHOICES | {registry.field: tuple(registry) for registry in (STATES, SIGNALS)}
-        choices |= {"head": (None, *HEADS), "regime": (None, *CHOICES["regime"])}
+        choices = CHOICES | {"state_type": tuple(STATES)}
+        choices |= {"head": (None, *HEADS), "regime": (None, *CHOICES["regime"]), "signal": (None, *SIGNALS)}
         choices["likelihood"] = tuple(dict.fromkeys(name for task in tasks for name in task.likelihoods))
         choices["task_type"] = tuple(dict.fromkeys(task.task_type for task in tasks))
         for name, values in choices.items():
@@ -230,7 +238,7 @@ class IAIConfig(LoraConfig):
             users = f"; it is for {' or '.join(owners(name))}" if owners(name) else ""
             message = (
                 f"{name}={getattr(self, name)!r} has no meaning for {task.called(self)}: "
-                f"leave it {own_fields(self)[name]!r}{users}"
+                f"leave it {defaults_of(self)[name]!r}{users}"
             )
             if not (saved and name in ACCEPTED_BEFORE):
                 raise ValueError(message)

@@ -28,7 +28,7 @@ class Part:
     @classmethod
     def is_default(cls, config: Any, name: str) -> bool:
         """Whether a field has its default value."""
-        return getattr(config, name) == own_fields(config)[name]
+        return getattr(config, name) == defaults_of(config)[name]
 
     @classmethod
     def check(cls, config: Any) -> None:
@@ -97,10 +97,15 @@ def own_fields(config: Any) -> dict[str, Any]:
     return {field.name: field.default for field in dataclass_fields(config) if field.name not in inherited}
 
 
+def defaults_of(config: Any) -> dict[str, Any]:
+    """The defaults of the fields, with what the state type fills in for those left None."""
+    return own_fields(config) | STATES[config.state_type].defaults
+
+
 def unused_fields(config: Any, parts: list[type[Part]]) -> list[str]:
     """The names of fields that were set although none of the chosen parts uses them."""
     used = frozenset().union(*(part.fields for part in parts))
-    given = (name for name, default in own_fields(config).items() if getattr(config, name) != default)
+    given = (name for name, default in defaults_of(config).items() if getattr(config, name) != default)
     return [name for name in given if name not in used]
 
 

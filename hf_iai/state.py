@@ -5,6 +5,7 @@ import os
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,8 +16,10 @@ from torch import Tensor
 
 from .bases.hub_ids import is_hub_id
 from .heads import KEPT, followed_by, same_outputs
+from .heads.chosen import with_later
 from .label_names import Names, in_order, union, with_classes
 
+KEPT_BY = "kept by "  # then the rule by which slots hold tokens of chunks that were read apart
 FORMAT = "hf_iai.task_state.v1"
 WEIGHTS, CONFIG = "task_state.safetensors", "config.json"
 
@@ -173,16 +176,17 @@ class TaskState:
         equals reading in sequence. The learned corrections and example weights of a classifier depend on what was read
         before, so there it is equal only without them.
 
+        Slots that hold tokens (`accumulation="attention"` or `"surprisal"`, with `read_behind="start"`) keep the tokens
+        that they would have kept in sequence. Fast weights of a prefix+lora state become the mean over all chunks.
+
         Raises:
-            ValueError: if there is no state, adapters or batch sizes differ, or the accumulation is neither `"average"`
-                nor `"sums"`.
+            ValueError: if there is no state, adapters or batch sizes differ, or the states cannot be merged.
         """
         first = _same_kind(states)
-        if first.accumulation not in ("average", "sums"):
-            raise ValueError(f"only states of accumulation 'average' or 'sums' merge, got {first.accumulation!r}")
+        merge_two = _merge_of(first.accumulation)
         if len({s.batch_size for s in states}) > 1:
             raise ValueError(f"states of different batches cannot be merged: {[s.batch_size for s in states]}")
-        merged, merge_two = first, _merge_two if first.accumulation == "average" else _add_two
+        merged = first
         for other in states[1:]:
             merged = merge_two(merged, other)
         return merged
@@ -282,6 +286,25 @@ def _same_kind(states: Sequence[TaskState]) -> TaskState:
         if state.identity != states[0].identity:
             raise ValueError(f"states of different adapters: {states[0].identity.name!r} and {state.identity.name!r}")
     return states[0]
+
+
+def _merge_of(accumulation: str) -> Callable[[TaskState, TaskState], TaskState]:
+    """How two states are merged."""
+    if accumulation.startswith(KEPT_BY):
+        return partial(_keep_of_two, rule=accumulation.removeprefix(KEPT_BY))
+    if accumulation not in ("average", "sums"):
+        why = ": it was read behind earlier chunks; set read_behind='start'" if accumulation == "memory" else ""
+        raise ValueError(f"only states of accumulation 'average' or 'sums' merge, got {accumulation!r}{why}")
+    return _merge_two if accumulation == "average" else _add_two
+
+
+def _keep_of_two(a: TaskState, b: TaskState, rule: str) -> TaskState:
+    kept = with_later(a.tensors, b.tensors, b.num_tokens, rule)
+    step = a.step + b.step
+    share = b.step / step.clamp_min(1)  # fast weights and their averages: the mean over all chunks
+    others = [name for name in a.tensors if name not in kept]
+    tensors = {n: a.tensors[n] + _times(b.tensors[n] - a.tensors[n], share) for n in others}
+    return replace(a, tensors=kept | tensors, step=step, num_tokens=a.num_tokens + b.num_tokens)
 
 
 def _merge_two(a: TaskState, b: TaskState) -> TaskState:

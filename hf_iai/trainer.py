@@ -73,7 +73,7 @@ class IAITrainer(Trainer):
         task.check_training(args.kl_weight, args.state_learning_rate)
         if args.state_learning_rate is not None and kwargs.get("optimizers", (None, None))[0] is not None:
             raise ValueError("state_learning_rate was given, but optimizers= brings its own rates: pass one of the two")
-        collator = task.collator(processing_class, args.chunk_size or model.max_chunk_size)
+        collator = task.collator(processing_class, args.chunk_size or model.usual_chunk_size)
         kwargs.setdefault("data_collator", collator)
         super().__init__(model=model, args=args, processing_class=processing_class, **kwargs)
         # The loss is a mean over query tokens already, so Trainer must not rescale it by its own count of labels.

@@ -137,6 +137,15 @@ class IAITuner(LoraModel):
         return self.reader.inputs.max_chunk_size
 
     @property
+    def usual_chunk_size(self) -> int:
+        """The chunk size that is used if none is given: `max_chunk_size`, or m tokens for a prefix+lora state.
+
+        Raises:
+            ValueError: as `max_chunk_size`.
+        """
+        return self.reader.inputs.usual_chunk_size
+
+    @property
     def identity(self) -> Identity:
         """The fingerprint and name of the active adapter. It is recomputed only after a weight has changed."""
         name = self.active_adapters[0]

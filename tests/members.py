@@ -80,13 +80,15 @@ class Member:
     @property
     def merges(self) -> bool:
         """Whether states that were read apart make one."""
-        averages = self.values.get("accumulation", "average") == "average"
-        return not self.kind.refines and averages and self.values.get("signal", "observations") == "observations"
+        if self.kind.refines or self.values.get("state_type") == "prefix+lora":
+            return False
+        apart = self.values.get("accumulation", "average") == "average" or self.values.get("read_behind") == "start"
+        return apart and self.values.get("signal", "observations") == "observations"
 
     @property
     def has_order(self) -> bool:
         """Whether the order of the chunks counts before anything is learned."""
-        return not (self.merges or self.kind.refines) or "num_kept_tokens" in self.values
+        return not (self.merges or self.kind.refines) or {"num_kept_tokens", "read_behind"} & self.values.keys()
 
     @property
     def exports(self) -> bool:
@@ -179,6 +181,14 @@ _TEXT = (  # name, values, family, slow
     ("delta", {"delta_rule": True}, "llama", True),
     ("delta-parametric", {"delta_rule": True, "regime": "parametric"}, "qwen3"),
     ("delta-both", {"delta_rule": True, "signal": "both"}, "llama", True),
+    ("attention", {"accumulation": "attention"}),
+    ("attention-start", {"accumulation": "attention", "read_behind": "start"}, "qwen3"),
+    ("surprisal-start", {"accumulation": "surprisal", "read_behind": "start"}, "gpt2", True),
+    ("memory", {"state_type": "prefix+lora", **_LORA}),
+    ("memory-parametric", {"state_type": "prefix+lora", "regime": "parametric", **_LORA}, "qwen3"),
+    ("memory-steps", {"state_type": "prefix+lora", "write_steps": 2, "accumulation": "surprisal", **_LORA}),
+    ("memory-learned", {"state_type": "prefix+lora", "head": "learned_optimizer", **_RATE, **_LORA}, "llama", True),
+    ("memory-gpt2", {"state_type": "prefix+lora", "accumulation": "recent", "state_r": 2}, "gpt2", True),
     ("recent", {"accumulation": "recent"}),
     ("recent-prompt", {"accumulation": "recent", "state_type": "prompt", "regime": "parametric"}),
     ("recent-bos", {"accumulation": "recent", "pin_bos": True}, "gpt2"),

@@ -319,7 +319,7 @@ def test_a_tokenizer_without_an_end_adds_none():
     ],
 )
 def test_the_length_of_a_chunk(tokenizer, chunks_of):
-    model = SimpleNamespace(max_chunk_size=5)
+    model = SimpleNamespace(usual_chunk_size=5)
     assert next(chunks_of(tokenizer, model=model))["input_ids"].shape == (1, 5)
     assert next(chunks_of(tokenizer, model=model, chunk_size=3))["input_ids"].shape == (1, 3)
     with pytest.raises(ValueError, match="give chunk_size"):

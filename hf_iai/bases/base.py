@@ -32,6 +32,19 @@ KeysValues = list[tuple[Tensor, Tensor]]  # keys and values of every layer, (B, 
 Prefix = KeysValues | Tensor  # what stands in front of a text; for a `RecurrentBase` embeddings (B, m, d)
 
 
+class MaskedPrefix(list[tuple[Tensor, Tensor]]):
+    """A prefix of which some slots are empty. No text attends to those, and they take no positions.
+
+    Args:
+        keys_values: keys and values of every layer, (B, H, m, D) each.
+        mask: 1 for slots that hold something, 0 for empty ones, (B, m).
+    """
+
+    def __init__(self, keys_values: KeysValues, mask: Tensor) -> None:
+        super().__init__(keys_values)
+        self.mask = mask
+
+
 class Base:
     """Runs a decoder on text after a key/value prefix at positions 0..m-1, with LoRA on or off.
 
@@ -139,6 +152,11 @@ class Base:
         """m, the number of slots of a prefix."""
         return prefix[0][0].shape[-2]
 
+    def next_position(self, prefix: Prefix, rows: int) -> Tensor | int:  # (rows, 1)
+        """The position of the first token behind a prefix, for each row of a text."""
+        mask = _mask_of(prefix, rows)
+        return self.num_slots(prefix) if mask is None else mask.sum(1, keepdim=True)
+
     def rotate(self, keys: Tensor, positions: Tensor) -> Tensor:  # (B, L, H, T, D), (B, T) or (1, T)
         """Move keys by a number of positions. Moving a key by minus its own position brings it to position 0.
 
@@ -163,7 +181,6 @@ class Base:
         mask: Tensor,  # (B, T)
         positions: Tensor,  # (B, T)
         record: int,
-        prefix_mask: Tensor | None = None,  # (B, m)
     ) -> tuple[Tensor, KeysValues]:
         """One pass over embeddings after a prefix.
 
@@ -174,7 +191,6 @@ class Base:
             mask: 1 for real tokens, 0 for padding.
             positions: position of each token; the prefix has 0..m-1.
             record: how many of the last positions to return.
-            prefix_mask: 0 for slots of the prefix that must not be attended to; all are by default.
 
         Returns:
             Last hidden states (B, record, d), and keys and values of the same positions for every layer.
@@ -183,7 +199,7 @@ class Base:
         prepare_checkpointing(self.model)
         hidden = self.model.base_model(
             inputs_embeds=embeddings.to(self.model.get_input_embeddings().weight.dtype),
-            attention_mask=_behind_prefix(mask, cache, prefix_mask),
+            attention_mask=_behind_prefix(mask, prefix),
             position_ids=positions,
             past_key_values=cache,
             use_cache=False,
@@ -219,8 +235,8 @@ class Base:
         prepare_checkpointing(self.model)
         return self.model(
             input_ids=ids,
-            attention_mask=_behind_prefix(mask, cache),
-            position_ids=positions_of(mask) + cache.get_seq_length(),
+            attention_mask=_behind_prefix(mask, prefix),
+            position_ids=positions_of(mask) + self.next_position(prefix, len(ids)),
             past_key_values=cache,
             use_cache=False,
             labels=None if labels is None else without_first(labels, mask),
@@ -237,7 +253,7 @@ class Base:
             self._check_stays_within_window(self.num_slots(prefix), ids.shape[1], kwargs)
         if self.num_slots(prefix):
             kwargs["past_key_values"] = self._written_to_by_generate(prefix, len(ids), kwargs)
-        kwargs["attention_mask"] = torch.cat([mask.new_ones(len(mask), self.num_slots(prefix)), mask], 1)
+        kwargs["attention_mask"] = _behind_prefix(mask, prefix)
         kwargs["use_cache"] = True  # the prefix lies in the cache
         return self.model.generate(ids, **kwargs)
 
@@ -280,11 +296,19 @@ def ages_of(mask: Tensor) -> Tensor:  # (B, T) -> (B, T)
     return mask.flip(1).cumsum(1).flip(1) - mask
 
 
-def _behind_prefix(mask: Tensor, cache: PrefixCache, prefix_mask: Tensor | None = None) -> Tensor:
+def _mask_of(prefix: Prefix, rows: int) -> Tensor | None:  # (rows, m)
+    """The mask of a prefix's slots in front of each row of a text; None: all slots hold something."""
+    if not isinstance(prefix, MaskedPrefix):
+        return None
+    return prefix.mask.repeat_interleave(rows // len(prefix.mask), 0)
+
+
+def _behind_prefix(mask: Tensor, prefix: KeysValues) -> Tensor:
     """Extend a mask of the text to one of prefix and text, (B, T) -> (B, m + T)."""
-    if prefix_mask is None:
-        prefix_mask = mask.new_ones(len(mask), cache.get_seq_length())
-    return torch.cat([prefix_mask.repeat_interleave(len(mask) // len(prefix_mask), 0), mask], 1)
+    slots = _mask_of(prefix, len(mask))
+    if slots is None:
+        slots = mask.new_ones(len(mask), Base.num_slots(prefix))
+    return torch.cat([slots.to(mask.dtype), mask], 1)
 
 
 def _match_rows(prefix: KeysValues, rows: int) -> KeysValues:

@@ -13,7 +13,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-Updates = Mapping[nn.Module, tuple[Tensor, Tensor]]  # module -> A (N, r, I) and B (N, O, r)
+Updates = Mapping[nn.Module, tuple[Tensor, Tensor]]  # module -> A (N, r, I) and B (N, O, r); N = 1: all tasks share it
 
 _active: ContextVar[Updates] = ContextVar("low_rank_updates", default={})  # noqa: B039, the default is never changed
 _hooked: WeakSet[nn.Module] = WeakSet()
@@ -32,7 +32,7 @@ def low_rank_updates(updates: Updates) -> Iterator[None]:
     inside itself or later, as gradient checkpointing does when it recomputes a layer.
 
     Args:
-        updates: module -> A (N, r, I) and B (N, O, r).
+        updates: module -> A (N, r, I) and B (N, O, r); with N = 1 it serves all rows.
     """
     new = [module for module in updates if module not in _hooked]
     hooks = [module.register_forward_hook(_add_update) for module in new]
@@ -50,10 +50,18 @@ def low_rank_updates(updates: Updates) -> Iterator[None]:
 def _add_update(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
     if module not in (updates := _active.get()):
         return output
-    down, up = (t.to(inputs[0].dtype) for t in updates[module])
-    # Tokens come as (rows, T, I) or, in some model families, as (rows * T, I). A task's rows are consecutive in both.
-    tokens = inputs[0].reshape(len(down), -1, down.shape[-1])
-    return output + (tokens @ down.mT @ up.mT).view(output.shape).to(output.dtype)
+    tokens = inputs[0]
+    for weight in updates[module]:
+        tokens = _of_each_task(tokens, weight.to(tokens.dtype))
+    return output + tokens.to(output.dtype)
+
+
+def _of_each_task(tokens: Tensor, weight: Tensor) -> Tensor:  # (..., I), (N, O, I) -> (..., O)
+    """Each task's tokens times its own weight. They come as (rows, T, I) or, in some families, as (rows * T, I)."""
+    if len(weight) == 1:
+        return nn.functional.linear(tokens, weight[0])
+    grouped = tokens.reshape(len(weight), -1, tokens.shape[-1])  # a task's rows are consecutive
+    return (grouped @ weight.mT).view(*tokens.shape[:-1], -1)
 
 
 def linear_modules(

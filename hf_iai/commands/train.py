@@ -42,7 +42,7 @@ def train(data: Path, output: Path, base: str, config: dict, arguments: dict) ->
     )
     torch.manual_seed(args.seed)
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), reader)
-    chunk_size = args.chunk_size or model.max_chunk_size
+    chunk_size = args.chunk_size or model.usual_chunk_size
     episodes = episodes_from_documents(
         documents(data), tokenizer, chunk_size=chunk_size, num_chunks=args.max_chunks, seed=args.seed
     )

@@ -13,6 +13,7 @@ from ..state import TaskState
 from .core import Core, full_precision, tokens_of
 from .recent import RecentCore
 from .signal import SignalCore
+from .tokens import TokensCore
 
 
 @SIGNALS.register("observations")
@@ -24,7 +25,9 @@ class AverageCore(SignalCore):
 
     @classmethod
     def make(cls, base: Base, config: IAIConfig) -> Core:
-        return RecentCore(base, config) if config.accumulation == "recent" else super().make(base, config)
+        if config.accumulation == "average":
+            return super().make(base, config)
+        return RecentCore(base, config) if config.accumulation == "recent" else TokensCore(base, config)
 
     @classmethod
     def reads_out(cls, config: IAIConfig) -> bool:

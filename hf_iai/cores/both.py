@@ -5,11 +5,12 @@ from torch import Tensor
 from ..bases.base import Base
 from ..config import IAIConfig
 from ..heads import Correction
-from ..registry import SIGNALS
+from ..registry import SIGNALS, STATES
 from ..signals import read_gradients
 from ..state import TaskState
 from .average import AverageCore
-from .core import full_precision, tokens_of
+from .core import Core, full_precision, tokens_of
+from .memory import MemoryCore
 
 
 @SIGNALS.register("both")
@@ -27,7 +28,19 @@ class BothCore(AverageCore):
     fingerprint = frozenset({"head", "initial_rate", "path_window"})
 
     @classmethod
+    def make(cls, base: Base, config: IAIConfig) -> Core:
+        return MemoryCore(base, config) if STATES[config.state_type].writes else super().make(base, config)
+
+    @classmethod
+    def reads_out(cls, config: IAIConfig) -> bool:
+        return not STATES[config.state_type].writes and super().reads_out(config)
+
+    @classmethod
     def check(cls, config: IAIConfig) -> None:
+        if STATES[config.state_type].writes:
+            if config.second_order:
+                raise ValueError("second_order=True is not for state_type='prefix+lora', which writes in one pass")
+            return
         if (config.accumulation, config.num_kept_tokens) != ("average", 0):
             raise ValueError(
                 f"accumulation='recent' and num_kept_tokens need signal='observations', got signal='both' "

@@ -95,6 +95,14 @@ class Core(nn.Module, ABC):
         """Make room in the state for new classes. Only linear states have any."""
         return state
 
+    def usual_chunk_size(self, longest: int) -> int:
+        """The size of chunks if none is given.
+
+        Args:
+            longest: the longest chunk that fits.
+        """
+        return longest
+
     def check_answers_without_state(self, *, disabled: bool) -> None:
         """Refuse a query without a state, if the base has no answer.
 

@@ -40,7 +40,7 @@ class GradientCore(SignalCore):
     def __init__(self, base: Base, config: IAIConfig) -> None:
         super().__init__(base, config, reads=False)
         if config.initial_rate is None:  # the rate is saved with the adapter, since learned rates are relative to it
-            config.initial_rate = self.state.initial_rate
+            config.initial_rate = HEADS[config.head].first_rate(self.state)
         self.head = HEADS[config.head].make(self.state, config)
 
     def _initial(self, base: Base, batch_size: int) -> dict[str, Tensor]:

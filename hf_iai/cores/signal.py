@@ -35,8 +35,11 @@ class SignalCore(StateCore, Part):
         Raises:
             ValueError: if the head does not belong to this signal.
         """
-        heads = [name for name, head in HEADS.items() if config.signal in head.signals]
+        heads = [name for name, head in HEADS.items() if head.fits(config)]
         heads.sort(key=lambda name: name != cls.default_head)
         config.head = cls.default_head if config.head is None else config.head
         if config.head not in heads:
-            raise ValueError(f"signal={config.signal!r} has the heads {heads}, got head={config.head!r}")
+            raise ValueError(
+                f"signal={config.signal!r} with state_type={config.state_type!r} has the heads {heads}, got "
+                f"head={config.head!r}"
+            )

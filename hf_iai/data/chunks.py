@@ -30,7 +30,7 @@ def chunk_text(
         text: a string, or its pieces in order.
         tokenizer: the base model's tokenizer; no special tokens are added.
         chunk_size: tokens per chunk (C); the last chunk may be shorter. By default as many as `model` can read at once.
-        model: an IAI model. Its `max_chunk_size` is used if `chunk_size` is None.
+        model: an IAI model. Its `usual_chunk_size` is used if `chunk_size` is None.
 
     Returns:
         A generator of `{"input_ids", "attention_mask", "labels"}`, each a long tensor (1, C). Every token has a loss.
@@ -74,7 +74,7 @@ def chunk_examples(
             of a plain example.
         chunk_size: tokens per chunk (C), or labelled examples per chunk (n); the last chunk may be shorter. By default
             as many as `model` can read at once, or 20 examples if it has a linear state.
-        model: an IAI model. Its `max_chunk_size` is used if `chunk_size` is None.
+        model: an IAI model. Its `usual_chunk_size` is used if `chunk_size` is None.
 
     Returns:
         A generator of `{"input_ids", "attention_mask", "labels"}`, each a long tensor (1, C). For labelled rows, ids
@@ -156,7 +156,7 @@ def split_tokens(tokens: Iterable[Tokens], chunk_size: int) -> Iterator[Tokens]:
 def _chunk_size(chunk_size: int | None, model: Any) -> int:
     if chunk_size is None and model is None:
         raise ValueError("the length of a chunk is unknown: give chunk_size (tokens), or the model that will read it")
-    size = model.max_chunk_size if chunk_size is None else chunk_size
+    size = model.usual_chunk_size if chunk_size is None else chunk_size
     check_at_least(1, chunk_size=size)
     return size
 

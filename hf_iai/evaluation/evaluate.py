@@ -64,7 +64,7 @@ def evaluate_curve(
             `fewer_shots` in regime implicit), `nearest_class_mean` and `logistic_regression` for classes, `ridge` for
             real targets.
         tokenizer: the base's tokenizer; not needed if the examples are tokenised (`{"input_ids"}`).
-        chunk_size: tokens or examples per chunk. None: `model.max_chunk_size`.
+        chunk_size: tokens or examples per chunk. None: `model.usual_chunk_size`.
         batch_size: episodes per batch, for text. It changes only speed and memory. None: 16.
         seed: the training seed of `model`, which labels its rows. `Curve.concat` joins curves of several seeds.
         method: the name of the model's rows.
@@ -96,7 +96,7 @@ def evaluate_curve(
         (('fewer_shots', 1, 0), (1, 7))
     """
     task = model.base_model.task
-    chunk_size = model.max_chunk_size if chunk_size is None else chunk_size
+    chunk_size = model.usual_chunk_size if chunk_size is None else chunk_size
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
     options = {"tokenizer": tokenizer, "chunk_size": chunk_size, "batch_size": batch_size, "static_model": static_model}

@@ -9,6 +9,7 @@ from .gaussian_rows import GaussianRows, same_outputs, with_outputs
 from .guards import bounded
 from .kept import KEPT, NEVER, followed_by, keep_tokens, trace
 from .learned_step import LearnedStep
+from .normalized import NormalizedStep
 from .step_settings import LearnedStepSettings
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "LearnedStep",
     "LearnedStepSettings",
     "MetaSGD",
+    "NormalizedStep",
     "PathAware",
     "RunningAverage",
     "bounded",

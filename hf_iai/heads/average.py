@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import IAIConfig
-from ..registry import HEADS, Part
+from ..registry import HEADS, STATES, Part
 from ..tensors import clamp_with_gradient
 
 MAX_LOG_PRECISION = 6.0  # so one chunk outweighs another by at most exp(2 * 6)
@@ -37,6 +37,11 @@ class RunningAverage(nn.Module, Part):
 
     signals = frozenset({"observations", "both"})
     fields = frozenset({"accumulation", "correction", "pin_bos"})
+
+    @classmethod
+    def fits(cls, config: IAIConfig) -> bool:
+        """Whether this head can update such a state."""
+        return config.signal in cls.signals and not STATES[config.state_type].writes
 
     @classmethod
     def check(cls, config: IAIConfig) -> None:

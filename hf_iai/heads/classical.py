@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import IAIConfig
-from ..registry import HEADS, Part
+from ..registry import HEADS, STATES, Part
 from ..tensors import clamp_with_gradient
 
 # Rates are learned as logarithms. The factor lets them train well at the learning rate of the weight matrices.
@@ -27,6 +27,16 @@ class GradientHead(nn.Module, Part):
     """Base of the heads that move a state by the gradients of its chunks."""
 
     signals = frozenset({"gradients"})
+
+    @classmethod
+    def fits(cls, config: IAIConfig) -> bool:
+        """Whether this head can update such a state."""
+        return config.signal in cls.signals or (config.signal == "both" and STATES[config.state_type].writes)
+
+    @classmethod
+    def first_rate(cls, state: nn.Module) -> float:
+        """The initial value of the rates, if the configuration names none."""
+        return state.initial_rate
 
     @classmethod
     def make(cls, state: nn.Module, config: IAIConfig) -> "GradientHead":

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..bases.base import Base, ages_of, positions_of
+from ..bases.base import Base, MaskedPrefix, ages_of, positions_of
 from ..tensors import NO_LOSS
 
 
@@ -47,12 +47,12 @@ class Queries:
         text = torch.cat([prompts, embeddings.to(prompts.dtype)], 1).take_along_dim(order, 1)
         mask = mask.gather(1, order.squeeze(-1))
         if chunk is None:
-            prefix, seen, num_read = base.no_prefix(len(self)), None, 0
+            prefix = base.no_prefix(len(self))
         else:
-            prefix = list(zip(chunk["key"].unbind(1), chunk["value"].unbind(1), strict=True))
-            seen = chunk["mask"]
-            num_read = seen.sum(1, keepdim=True).repeat_interleave(len(self) // len(seen), 0)  # (N, 1)
-        hidden, _ = base.read(prefix, text, mask, positions_of(mask) + num_read, text.shape[1], seen)
+            layers = list(zip(chunk["key"].unbind(1), chunk["value"].unbind(1), strict=True))
+            prefix = MaskedPrefix(layers, chunk["mask"])
+        positions = positions_of(mask) + base.next_position(prefix, len(self))
+        hidden, _ = base.read(prefix, text, mask, positions, text.shape[1])
         own = self.mask.sum(1, keepdim=True) + torch.arange(num, device=mask.device)  # (N, S)
         return tuple(hidden.take_along_dim(at.unsqueeze(-1), 1) for at in (own - 1, own))
 

@@ -5,7 +5,9 @@ from .linear import LinearState
 from .lora import LoraState
 from .mlp import MLPState
 from .prefix import PrefixState
+from .prefix_lora import PrefixLoraState
 from .prompt import PromptState
 from .slots import SlotState
+from .token_slots import TokenSlots
 
-__all__ = ["HypernetworkState", "LinearState", "LoraState", "MLPState", "PrefixState", "PromptState", "SlotState"]
+__all__ = ["HypernetworkState", "LinearState", "LoraState", "MLPState", "PrefixLoraState", "PrefixState", "PromptState", "SlotState", "TokenSlots"]

@@ -12,6 +12,9 @@ from ..heads import KEPT, NEVER, WRITES, keep_tokens, trace
 from ..registry import STATES
 from ..signals import Reading, TokenPooling
 from .slots import SlotState, check_slots, first_slots
+from .token_slots import TokenSlots, check_token_slots
+
+TOKEN_RULES = ("attention", "surprisal")  # how `TokenSlots` choose; "recent" encodes the latest tokens anew instead
 
 
 @STATES.register("prefix")
@@ -30,8 +33,9 @@ class PrefixState(SlotState):
         reads: whether there are read-out slots.
     """
 
-    fields = frozenset({"num_state_tokens", "num_kept_tokens", "delta_rule"})
+    fields = frozenset({"num_state_tokens", "num_kept_tokens", "delta_rule", "read_behind"})
     fingerprint = frozenset({"num_state_tokens", "num_kept_tokens"})
+    fingerprint_if_changed = frozenset({"read_behind"})
     needs = KEYS_VALUES
     initial_rate = 30.0
     exports = ("PREFIX_TUNING", "CARTRIDGE")
@@ -40,6 +44,12 @@ class PrefixState(SlotState):
     def check(cls, config: IAIConfig) -> None:
         check_slots(config)
         averages = config.accumulation == "average"
+        if config.accumulation in TOKEN_RULES:
+            check_token_slots(config)
+        elif config.read_behind != "state":
+            raise ValueError(
+                f"read_behind={config.read_behind!r} needs accumulation in {TOKEN_RULES}, got {config.accumulation!r}"
+            )
         if not 0 <= config.num_kept_tokens < config.num_state_tokens:
             raise ValueError(
                 f"num_kept_tokens must be from 0 to num_state_tokens - 1 = {config.num_state_tokens - 1}, "
@@ -56,7 +66,9 @@ class PrefixState(SlotState):
             )
 
     @classmethod
-    def make(cls, base: Base, config: IAIConfig, *, reads: bool) -> "PrefixState":
+    def make(cls, base: Base, config: IAIConfig, *, reads: bool) -> SlotState:
+        if config.accumulation in TOKEN_RULES:
+            return TokenSlots.make(base, config, reads=reads)
         return cls(base, first_slots(base, config), config.num_kept_tokens, reads=reads)
 
     @classmethod

@@ -4,6 +4,8 @@ Axes: B tasks, P slots, d width of embeddings.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,18 +21,22 @@ class SlotState(nn.Module, Part, ABC):
 
     Attributes:
         needs: what the base must offer, see `bases.base`.
+        defaults: the values of fields of the configuration that were left None.
         num_slots_in_front: number of positions that the state takes before a text.
         initial_rate: initial value of the rates of gradient steps; measured with the embedded base (docs/gradients.md).
         exports: names of the PEFT methods that a state can be exported to, the default first.
         updates_weights: whether it is an update of the base's weights, in place of slots in front of a text.
+        writes: whether observations write slots in front of a text, and gradients an update of the base's weights.
         packed_name: name of the only tensor (B, 1, 1, P, d), for states that have just one.
     """
 
     needs = TOKENS
+    defaults: Mapping[str, Any] = {"signal": "observations", "accumulation": "average"}
     num_slots_in_front = 0
     initial_rate = 1.0
     exports: tuple[str, ...] = ()
     updates_weights = False
+    writes = False
     packed_name: str | None = None
     start: nn.ParameterDict
 

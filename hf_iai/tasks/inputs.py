@@ -57,6 +57,11 @@ class Inputs:
             raise ValueError(f"{kind!r} has no window that a chunk could fill: pass chunk_size")
         return self.base.window - self.slots_around
 
+    @property
+    def usual_chunk_size(self) -> int:
+        """The size of chunks if none is given."""
+        return self.core.usual_chunk_size(self.max_chunk_size)
+
     def tokens(self, ids: Tensor | None, vectors: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """The input, `input_ids` or `inputs_embeds`, and its mask, which is 1 by default."""
         if ids is None or vectors is not None:

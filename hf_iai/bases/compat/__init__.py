@@ -1,5 +1,6 @@
 """Every touch of a private or fragile API of PEFT and transformers; tests/test_compat.py has a canary for each."""
 
+from .attention import AttentionReceived
 from .caches import PrefixCache, PrefixLayer
 from .families import (
     READ_BY_WEIGHT,
@@ -22,6 +23,7 @@ from .hooks import allow_no_layers, carry_cards
 from .passes import check_double_backward, inner_backward, lora_enabled, math_attention, prepare_checkpointing
 
 __all__ = [
+    "AttentionReceived",
     "PrefixCache",
     "PrefixLayer",
     "READ_BY_WEIGHT",

@@ -1,0 +1,54 @@
+"""Memory with two speeds: slots for what was just said, and fast weights that each chunk's gradient moves."""
+
+from torch import Tensor
+
+from ..bases.base import Base
+from ..config import IAIConfig
+from ..heads import bounded
+from ..registry import HEADS
+from ..state import TaskState
+from .core import full_precision
+from .tokens import TokensCore
+
+
+class MemoryCore(TokensCore):
+    """A state of slots and fast weights. A chunk is read in one pass behind the slots, under the fast weights:
+
+        slots(i+1)        = the tokens to keep of slots(i) and chunk(i)
+        fast weights(i+1) = head(fast weights(i), d loss(chunk(i) | state(i)) / d fast weights(i))
+
+    With `write_steps` above 1 the chunk is read again for each further step, behind the same slots.
+    """
+
+    uses_labels = True
+
+    def __init__(self, base: Base, config: IAIConfig) -> None:
+        super().__init__(base, config)
+        if config.initial_rate is None:  # the rate is saved with the adapter, since learned rates are relative to it
+            config.initial_rate = HEADS[config.head].first_rate(self.state)
+        self.head = HEADS[config.head].make(self.state, config)
+
+    def usual_chunk_size(self, longest: int) -> int:
+        """As many tokens as there are slots: every chunk is a step of the fast weights, so short ones are better."""
+        return min(longest, self.state.num_slots_in_front)
+
+    def _initial(self, base: Base, batch_size: int) -> dict[str, Tensor]:
+        tensors = super()._initial(base, batch_size)
+        return tensors | self.head.initial(self._theta(tensors))
+
+    def _theta(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The fast weights."""
+        return {name: tensors[name] for name in self.state.start}
+
+    def _next(self, base: Base, state: TaskState, evidence: dict[str, Tensor]) -> dict[str, Tensor]:
+        start, theta = dict(self.state.start.items()), self._theta(state.tensors)
+        kept = {name: state.tensors[name] for name in self.head.initial(theta)}
+        slots = None
+        for number in range(self.config.write_steps):
+            reading = self._read(base, state, theta, evidence)
+            slots = self._kept(state, reading, evidence["mask"]) if slots is None else slots
+            count = state.step * self.config.write_steps + number
+            with full_precision(state.step):
+                theta, kept = self.head(theta, kept, reading.gradient, count, start)
+                theta = bounded(theta, start)
+        return slots | theta | kept
