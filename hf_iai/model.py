@@ -1,6 +1,6 @@
 """IAIModel: reads chunks into a task state, and answers queries under it or refines their predictions."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from operator import length_hint
 from typing import Any
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
+from transformers import Cache
 
 from .bases.recurrent import base_of
 from .data.examples import Chunk
@@ -118,6 +119,13 @@ class IAIModel(IAITuner):
         state = None if state is None else self.checked_state(state)
         first = self.initial_state if state is None else lambda batch_size: state
         yield from self.reader.states(checked_chunks(chunks), first, parallel)
+
+    def state_of_cache(
+        self, cache: Cache, attention_mask: Tensor | None = None, attentions: Sequence[Tensor] | None = None
+    ) -> TaskState:
+        """`TaskState.from_past_key_values`; see there."""
+        self._refuse_when_disabled("a task state")
+        return self.reader.state_of_cache(cache, attention_mask, attentions, self.identity)
 
     # ---------------------------------------------------------------- refining
 

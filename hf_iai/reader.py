@@ -3,16 +3,18 @@
 A state is a `TaskState`, or a `Prediction` for each query in regime `implicit`.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import Cache
 
 from .bases.base import Base
-from .cores import Core, EpisodeBatch, State
+from .bases.compat import attention_received, key_value_shape, keys_values_of
+from .cores import Core, EpisodeBatch, State, TokensCore
 from .cores.core import Chunks
 from .data.examples import Chunk
 from .predictions.answers import Answers
@@ -64,6 +66,30 @@ class Reader:
                 states = self._read_group(group, state)
             state = states[-1]
             yield from states
+
+    def state_of_cache(
+        self, cache: Cache, mask: Tensor | None, attentions: Sequence[Tensor] | None, identity: Identity
+    ) -> TaskState:
+        """The state of B texts whose keys and values are in a cache; see `TaskState.from_past_key_values`."""
+        layers, expected = keys_values_of(cache), key_value_shape(self.base.config)
+        keys = layers[0][0]  # (B, H, T, D)
+        if not isinstance(self.core, TokensCore):
+            raise ValueError(
+                f"{self.task.called(self.task.config)} keeps no tokens: use state_type='prefix+lora', or 'prefix' with "
+                "accumulation='attention'"
+            )
+        if (len(layers), keys.shape[1], keys.shape[3]) != expected:
+            raise ValueError(
+                f"the cache has (layers, heads, width) {(len(layers), keys.shape[1], keys.shape[3])}, and the base "
+                f"{expected}: pass a cache of this base"
+            )
+        shape = (len(keys), keys.shape[2])
+        mask = torch.ones(shape, dtype=torch.long, device=keys.device) if mask is None else mask.long()
+        if mask.shape != shape:
+            raise ValueError(f"attention_mask has shape {tuple(mask.shape)}, and the cache {shape} texts and tokens")
+        received = None if attentions is None else attention_received(attentions, keys.shape[1])
+        with torch.no_grad(), self.frozen():
+            return self.core.of_cache(self.base, self.initial_state(len(keys), identity), layers, mask, received)
 
     def _read_group(self, group: list[tuple[Tensor, ...]], state: State) -> list[State]:
         group, classes = self.inputs.align_labels(group, state)

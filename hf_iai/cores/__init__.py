@@ -8,7 +8,9 @@ from .gradient import GradientCore
 from .implicit import ImplicitCore
 from .implicit_vectors import ImplicitVectorCore
 from .linear import LinearCore
+from .memory import MemoryCore
 from .recent import RecentCore
+from .tokens import TokensCore
 from .vectors import ExplicitVectorCore, MLPCore, MLPGradientCore
 
 __all__ = [
@@ -24,7 +26,9 @@ __all__ = [
     "LinearCore",
     "MLPCore",
     "MLPGradientCore",
+    "MemoryCore",
     "RecentCore",
     "State",
     "StateCore",
+    "TokensCore",
 ]

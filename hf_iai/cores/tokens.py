@@ -1,9 +1,11 @@
 """Slots that hold single tokens: what was just said, and what was attended to."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from ..bases.base import Base, ages_of
+from ..bases.base import Base, KeysValues, ages_of, positions_of
 from ..config import IAIConfig
 from ..heads.chosen import CHOSEN, with_later
 from ..heads.kept import NEVER, trace
@@ -58,7 +60,46 @@ class TokensCore(StateCore):
             age = ages_of(mask)[:, None, None, :, None].masked_fill(padding, NEVER).expand(*shape, -1, -1)
             worth = worth[..., num_slots:, :].masked_fill(padding, 0)
             chunk = {"key": reading.key, "value": reading.value, "worth": worth, "age": age}
-            return with_later(before, chunk, mask.sum(1), self.config.accumulation)
+            kept = with_later(before, chunk, mask.sum(1), self.config.accumulation)
+        return kept | {"loss": reading.loss}
+
+    def of_cache(
+        self, base: Base, state: TaskState, layers: KeysValues, mask: Tensor, received: Tensor | None
+    ) -> TaskState:
+        """The state of a text whose keys and values are at hand.
+
+        Args:
+            base: the pretrained model.
+            state: the state before, which has read nothing.
+            layers: keys and values of the text, (B, H, T, D) for each layer.
+            mask: 1 for real tokens, (B, T).
+            received: the attention that each token received, (B, L, H, T). None: it is not known.
+
+        Raises:
+            ValueError: if some tokens must be left out, and it is not known which.
+        """
+        (keys, values), num_slots = (
+            (torch.stack(t, 1).float() for t in zip(*layers, strict=True)),
+            state.tensors["key"].shape[-2],
+        )
+        rule = self.config.accumulation
+        if received is None and rule != "recent" and keys.shape[-2] > num_slots:
+            raise ValueError(
+                f"{keys.shape[-2]} tokens do not fit {num_slots} slots, and accumulation={rule!r} cannot choose from a "
+                "cache alone: pass attentions= of a pass with output_attentions=True, or use accumulation='recent'"
+            )
+        shape = state.tensors["worth"].shape
+        received = keys.new_zeros(1) if received is None else torch.nn.functional.pad(received, (num_slots, 0))
+        reading = OnePass(
+            base.rotate(keys, -positions_of(mask)),
+            values,
+            received.expand(*shape[:3], num_slots + mask.shape[1]),
+            state.tensors["loss"],
+            None,
+            {},
+        )
+        tensors = state.tensors | self._kept(state, reading, mask)
+        return replace(state, tensors=tensors, step=state.step + 1, num_tokens=mask.sum(1))
 
     def _worth(self, reading: OnePass, num_slots: int) -> Tensor:  # (B, L or 1, H or 1, m + C)
         """What the chunk adds to the worth of the slots' tokens, and the worth of its own."""

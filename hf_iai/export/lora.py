@@ -16,8 +16,8 @@ Pair = tuple[Tensor, Tensor]  # A (r, I), B (O, r)
 
 
 @torch.no_grad()
-def lora_adapters(tuner: IAIModel, state: TaskState) -> tuple[LoraConfig, list[dict[str, Tensor]]]:
-    """PEFT's configuration, and the LoRA weights of each task.
+def lora_adapters(tuner: IAIModel, state: TaskState) -> list[tuple[LoraConfig, dict[str, Tensor]]]:
+    """PEFT's configuration and the LoRA weights of each task.
 
     In regime explicit the predictor's LoRA and the task's update are joined, with their ranks side by side:
 
@@ -34,10 +34,11 @@ def lora_adapters(tuner: IAIModel, state: TaskState) -> tuple[LoraConfig, list[d
     predictor = _predictor(tuner) if tuner.task.config.lora_answers else {}
     tasks = []
     for task in range(state.batch_size):
-        own = {path: (down[task], up[task]) for path, (down, up) in updates.items()}
+        # One `down` may serve all tasks.
+        own = {path: (down.expand(len(up), -1, -1)[task], up[task]) for path, (down, up) in updates.items()}
         paths = [*predictor, *(path for path in own if path not in predictor)]
         tasks.append({path: _side_by_side([p[path] for p in (predictor, own) if path in p]) for path in paths})
-    return _config(tuner, tasks[0]), [_weights(pairs) for pairs in tasks]
+    return [(_config(tuner, pairs), _weights(pairs)) for pairs in tasks]
 
 
 def _predictor(tuner: IAIModel) -> dict[str, Pair]:

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
+from ..bases.base import MaskedPrefix
 from ..bases.compat import has_recurrent_layers, key_value_shape
 from ..bases.hub_ids import is_hub_id
 from ..config import IAIConfig
@@ -31,6 +32,8 @@ CONFIGS = {
 # Their cache has another name, so PEFT takes every step of generate for the first one.
 WRONG_IN_PEFT = ("mamba", "mamba2", "falcon_mamba")
 CARD, BASE = "README.md", "base"
+PARTS = ("lora", "prefix")  # the folders of a state of two parts
+Adapter = tuple[PeftConfig, dict[str, Tensor]]
 
 
 def export_to_peft(
@@ -44,13 +47,17 @@ def export_to_peft(
     merged), on the embedded base, or on a base that is neither a folder nor on the Hub. With a lora state, regime
     explicit needs no `path/base`, since the adapter itself contains the predictor's LoRA.
 
+    A prefix+lora state becomes two adapters, `path/lora` and `path/prefix`: the base takes up the first, and then the
+    second, as `path/README.md` shows.
+
     Args:
         model: the IAI model that made the state. It does not change.
         state: the state of B tasks.
         path: a folder that is new, empty or an earlier export. An earlier export is replaced when the new one is
             complete.
-        peft_type: `"PROMPT_TUNING"` (prompt states), `"PREFIX_TUNING"` or `"CARTRIDGE"` (prefix and prompt states), or
-            `"LORA"` (lora states). None: the first of them that is possible for the state type.
+        peft_type: `"PROMPT_TUNING"` (prompt states), `"PREFIX_TUNING"` or `"CARTRIDGE"` (prefix and prompt states, and
+            the slots of a prefix+lora state), or `"LORA"` (lora states). None: the first of them that is possible for
+            the state type.
 
     Raises:
         ValueError: if the model is no IAI model, the state belongs to another base or adapter, the state cannot become
@@ -80,11 +87,7 @@ def export_to_peft(
         )
     peft_type = _checked_type(peft_type, config, tuner.model.config)
     _check_free(path)
-    if peft_type == "LORA":
-        adapter, tasks = lora_adapters(tuner, state)
-    else:
-        tables = _virtual_tokens(tuner, state, peft_type)
-        adapter, tasks = _adapter_config(tuner, peft_type, tables), [{"prompt_embeddings": table} for table in tables]
+    adapters = _adapters(tuner, state, peft_type)
     name = _name_of_base(config)
     if name is None:
         _check_writable(tuner, config)
@@ -96,11 +99,16 @@ def export_to_peft(
             _write_base(tuner, config, new / BASE)
         # With an absolute path, the export loads from any working directory on this machine.
         named = os.path.abspath(name) if name and os.path.isdir(name) else name
-        adapter.base_model_name_or_path = named or str(path / BASE)
-        adapter.revision = config.revision if name else None
-        _write_adapters(adapter, tasks, new)
-        dtype = str(next(iter(tasks[0].values())).dtype).removeprefix("torch.")
-        export_card(config, adapter, state, name=path.name, dtype=dtype, has_base=name is None).save(new / CARD)
+        for folder, tasks in adapters.items():
+            for adapter, _ in tasks:
+                adapter.base_model_name_or_path = named or str(path / BASE)
+                adapter.revision = config.revision if name else None
+            _write_adapters(tasks, new / folder)
+        (adapter, weights), *slots = (tasks[-1] for tasks in adapters.values())
+        dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
+        slots = slots[0][0] if slots else None
+        card = export_card(config, adapter, state, name=path.name, dtype=dtype, has_base=name is None, slots=slots)
+        card.save(new / CARD)
         _put_in_place(new, path, Path(temporary, "old"))
 
 
@@ -118,7 +126,7 @@ def _put_in_place(new: Path, path: Path, old: Path) -> None:
 
 def _checked_type(peft_type: str | None, config: IAIConfig, base: PreTrainedConfig) -> str:
     possible = STATES[config.state_type].exports
-    of_tokens = not STATES[config.state_type].updates_weights
+    of_tokens = possible != ("LORA",)
     if base.model_type in WRONG_IN_PEFT and of_tokens:
         raise ValueError(
             f"PEFT generates wrongly behind virtual tokens on {base.model_type!r}: answer with hf_iai instead"
@@ -145,15 +153,26 @@ def _is_export(path: Path) -> bool:
     """Whether the folder contains nothing but an earlier export."""
     names = {entry.name for entry in path.iterdir() if not entry.name.isdigit()}
     ours = CARD in names and MARK.encode() in (path / CARD).read_bytes()
-    return ours and names <= {CARD, CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, BASE}
+    return ours and names <= {CARD, CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, BASE, *PARTS}
 
 
 # ---------------------------------------------------------------- the adapter
 
 
+def _adapters(tuner: IAIModel, state: TaskState, peft_type: str) -> dict[str, list[Adapter]]:
+    """The adapter of each task, by the folder inside the export: "." unless a state has two parts."""
+    parts = {}
+    if STATES[tuner.task.config.state_type].updates_weights:
+        parts["lora"] = lora_adapters(tuner, state)
+    if peft_type != "LORA":
+        tables = _virtual_tokens(tuner, state, peft_type)
+        parts["prefix"] = [(_adapter_config(tuner, peft_type, t), {"prompt_embeddings": t}) for t in tables]
+    return parts if len(parts) == len(PARTS) else {".": next(iter(parts.values()))}
+
+
 @torch.no_grad()
-def _virtual_tokens(tuner: IAIModel, state: TaskState, peft_type: str) -> Tensor:  # (B, m, columns)
-    """PEFT's `prompt_embeddings` for every task, in the type in which the base reads them."""
+def _virtual_tokens(tuner: IAIModel, state: TaskState, peft_type: str) -> list[Tensor]:  # B of (m, columns)
+    """PEFT's `prompt_embeddings` for every task, in the type in which the base reads them, without empty slots."""
     state, reader = tuner.checked_state(state), tuner.reader
     base = reader.base
     with reader.frozen(), base.lora(tuner.task.config.lora_answers):
@@ -163,11 +182,15 @@ def _virtual_tokens(tuner: IAIModel, state: TaskState, peft_type: str) -> Tensor
             with tuner.core.under(base, state) as prefix:
                 layers = [torch.stack(pair, 1) for pair in prefix]  # (B, 2, H, m, D) each
             rows = torch.stack(layers, 1).permute(0, 4, 1, 2, 3, 5).flatten(2)  # (B, m, L * 2 * H * D)
-    return rows.to("cpu", tuner.model.dtype).contiguous()
+            if isinstance(prefix, MaskedPrefix):
+                rows = [row[filled != 0] for row, filled in zip(rows, prefix.mask, strict=True)]
+    if not all(map(len, rows)):
+        raise ValueError("a task has read nothing, so none of its slots can be exported: let it read a chunk first")
+    return [row.to("cpu", tuner.model.dtype).contiguous() for row in rows]
 
 
-def _adapter_config(tuner: IAIModel, peft_type: str, tables: Tensor) -> PromptLearningConfig:  # (B, m, columns)
-    own = {"token_dim": tables.shape[2]}
+def _adapter_config(tuner: IAIModel, peft_type: str, table: Tensor) -> PromptLearningConfig:  # (m, columns)
+    own = {"token_dim": table.shape[1]}
     if peft_type != "PROMPT_TUNING":
         num_layers, num_heads, width = key_value_shape(tuner.model.config)
         own = {"num_layers": num_layers, "num_attention_heads": num_heads, "token_dim": num_heads * width}
@@ -176,14 +199,14 @@ def _adapter_config(tuner: IAIModel, peft_type: str, tables: Tensor) -> PromptLe
     return CONFIGS[peft_type](
         task_type="CAUSAL_LM",
         inference_mode=True,
-        num_virtual_tokens=tables.shape[1],
+        num_virtual_tokens=len(table),
         num_transformer_submodules=1,
         **own,
     )
 
 
-def _write_adapters(adapter: PeftConfig, tasks: list[dict[str, Tensor]], folder: Path) -> None:
-    for index, weights in enumerate(tasks):
+def _write_adapters(tasks: list[Adapter], folder: Path) -> None:
+    for index, (adapter, weights) in enumerate(tasks):
         own = folder if len(tasks) == 1 else folder / str(index)
         adapter.save_pretrained(own)
         save_file(weights, own / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})

@@ -42,7 +42,7 @@ RULES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def choose_tokens(tokens: dict[str, Tensor], num_slots: int, rule: str) -> dict[str, Tensor]:
-    """Choose the K tokens to keep: the first one that was read, the latest K / 2, and those that the rule ranks highest.
+    """Choose the K tokens to keep: the first one read, the latest K / 2, and those that the rule ranks highest.
 
     Most models attend to the first token wherever else they have nothing to attend to, so it is never dropped.
 

@@ -33,7 +33,10 @@ class NormalizedStep(SGD):
     def initial(self, theta: Tensors) -> Tensors:
         kept = first_trust(next(iter(theta.values())))
         for name, t in theta.items():
-            kept |= {f"row_{name}": t.new_zeros(t.shape[:-1]), f"column_{name}": t.new_zeros(*t.shape[:-2], t.shape[-1])}
+            kept |= {
+                f"row_{name}": t.new_zeros(t.shape[:-1]),
+                f"column_{name}": t.new_zeros(*t.shape[:-2], t.shape[-1]),
+            }
         return kept
 
     def forward(

@@ -24,6 +24,7 @@ class OnePass:
     key: Tensor  # (B, L, H, C, D) of the chunk, at position 0; 0 for padding
     value: Tensor  # (B, L, H, C, D)
     received: Tensor | None  # (B, L, H, m + C) attention that slots and chunk received; None if it was not asked for
+    loss: Tensor  # (B,) mean of -log p(label) over the labelled tokens, in nats; 0 without labels
     surprisal: Tensor  # (B, C) -log p(token | slots, tokens before it) in nats; 0 for the first token and padding
     gradient: Tensors  # of each task's loss with respect to `theta`
 
@@ -60,13 +61,14 @@ def read_in_one_pass(
             with recording:
                 hidden, keys_values = base.read(prefix, base.embed(ids), seen, positions, record=ids.shape[1])
             losses = _losses(base, hidden, torch.where(labels == NO_LOSS, ids, labels))
-        gradient = _gradient(base, _mean(losses, labels, mask), leaves, keep=outer)
+        loss = _mean(losses, labels, mask)
+        gradient = _gradient(base, loss, leaves, keep=outer)
     received = recording.check_complete(len(keys_values), base.config._attn_implementation) if attention else None
     keys, values = (torch.stack(t, 1).float() for t in zip(*keys_values, strict=True))
     real = mask[:, None, None, :, None] != 0
     keys, values = (t if outer else t.detach() for t in (base.rotate(keys, -positions), values))
     surprisal = losses.detach().masked_fill(without_first(mask, mask) <= 0, 0)
-    return OnePass(keys.where(real, 0), values.where(real, 0), received, surprisal, gradient)
+    return OnePass(keys.where(real, 0), values.where(real, 0), received, loss.detach(), surprisal, gradient)
 
 
 def _losses(base: Base, hidden: Tensor, targets: Tensor) -> Tensor:  # (B, C, d), (B, C) -> (B, C)

@@ -10,4 +10,14 @@ from .prompt import PromptState
 from .slots import SlotState
 from .token_slots import TokenSlots
 
-__all__ = ["HypernetworkState", "LinearState", "LoraState", "MLPState", "PrefixLoraState", "PrefixState", "PromptState", "SlotState", "TokenSlots"]
+__all__ = [
+    "HypernetworkState",
+    "LinearState",
+    "LoraState",
+    "MLPState",
+    "PrefixLoraState",
+    "PrefixState",
+    "PromptState",
+    "SlotState",
+    "TokenSlots",
+]

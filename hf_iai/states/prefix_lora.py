@@ -40,7 +40,7 @@ class PrefixLoraState(LoraState):
     fingerprint = fields
     defaults = {"signal": "both", "accumulation": "attention", "head": "normalized"}
     needs = KEYS_VALUES
-    exports = ("LORA",)
+    exports = ("PREFIX_TUNING", "CARTRIDGE")
     writes = True
 
     @classmethod

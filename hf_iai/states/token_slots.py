@@ -19,8 +19,10 @@ from .slots import SlotState
 class TokenSlots(SlotState):
     """State tensors `key` and `value` (B, L, H, m, D), keys at position 0, and `worth` and `age` (B, L, H, m, 1).
 
-    See `heads.chosen`. Slots are filled from the right. Empty ones are masked, so a state that has read nothing takes no
-    place in front of a text. theta(0) has no learned tensors.
+    See `heads.chosen`. `loss` (B,) is the loss of the last chunk, in nats per token, before it was learned from.
+
+    Slots are filled from the right. Empty ones are masked, so a state that has read nothing takes no place in front of
+    a text. theta(0) has no learned tensors.
 
     Args:
         base: the pretrained model.
@@ -46,7 +48,8 @@ class TokenSlots(SlotState):
         """Empty slots of B tasks."""
         empty = self.empty.float().expand(batch_size, *self.empty.shape)
         one = empty[..., :1]
-        return {"key": empty, "value": empty, "worth": one, "age": torch.full_like(one, NEVER, dtype=torch.long)}
+        age, loss = torch.full_like(one, NEVER, dtype=torch.long), one.new_zeros(batch_size)
+        return {"key": empty, "value": empty, "worth": one, "age": age, "loss": loss}
 
     def visible(self, base: Base, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """`key` and `value` of the slots, with the keys at their places 0, 1, ..., and `mask` (B, m), 0 where empty."""

@@ -1,7 +1,7 @@
 """Every touch of a private or fragile API of PEFT and transformers; tests/test_compat.py has a canary for each."""
 
-from .attention import AttentionReceived
-from .caches import PrefixCache, PrefixLayer
+from .attention import AttentionReceived, attention_received
+from .caches import PrefixCache, PrefixLayer, keys_values_of
 from .families import (
     READ_BY_WEIGHT,
     RECURRENT,
@@ -30,6 +30,7 @@ __all__ = [
     "RECURRENT",
     "UNUSED_CLASSIFIER",
     "allow_no_layers",
+    "attention_received",
     "carry_cards",
     "check_double_backward",
     "check_supported",
@@ -41,6 +42,7 @@ __all__ = [
     "inner_backward",
     "is_classifier",
     "key_value_shape",
+    "keys_values_of",
     "leave_out_classifier",
     "lora_enabled",
     "math_attention",

@@ -3,7 +3,7 @@
 Axes: B rows, H key/value heads, G query heads, T tokens of the text, S places that they attend to, D head width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,15 @@ from torch.overrides import TorchFunctionMode
 
 SOFTMAX = {nn.functional.softmax, torch.softmax, Tensor.softmax}
 EVERY = 4  # every fourth token is asked what it attends to: nearly the same choice of slots at a quarter of the cost
+
+
+def attention_received(attentions: Sequence[Tensor], num_heads: int) -> Tensor:  # L of (B, G, T, S) -> (B, L, H, S)
+    """What `AttentionReceived` would have recorded of a pass without padding, from its `output_attentions`."""
+    return (
+        torch.stack([t[:, :, EVERY - 1 :: EVERY].float().sum(2) * EVERY for t in attentions], 1)
+        .unflatten(2, (num_heads, -1))
+        .mean(3)
+    )
 
 
 class AttentionReceived(TorchFunctionMode):

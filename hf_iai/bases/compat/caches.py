@@ -49,6 +49,24 @@ class PrefixLayer(CacheLayerMixin):
         return -1
 
 
+def keys_values_of(cache: Cache) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values of every layer of a cache, (B, H, T, D) each.
+
+    Raises:
+        ValueError: if the cache is empty, or its layers hold different numbers of tokens.
+    """
+    layers = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in cache.layers]
+    if not layers or any(not isinstance(t, Tensor) or t.dim() != 4 for pair in layers for t in pair):
+        raise ValueError(
+            f"{type(cache).__name__} holds no keys and values in some layer: pass the cache of a forward pass"
+        )
+    if len(lengths := {keys.shape[-2] for keys, _ in layers}) > 1:
+        raise ValueError(
+            f"layers of the cache hold {sorted(lengths)} tokens: sliding-window layers forget, so read the text instead"
+        )
+    return layers
+
+
 class PrefixCache(Cache):
     """A cache with one `PrefixLayer` per layer of the model.
 

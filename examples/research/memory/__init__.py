@@ -1,0 +1,1 @@
+"""Memory of a real language model, before any training."""

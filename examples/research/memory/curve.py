@@ -1,0 +1,191 @@
+"""Loss of each chunk before it is learned from, against the number of chunks read, beside baselines that read the same.
+
+    python -m examples.research.memory.curve measure memory --text windows     # half an hour on two cores
+    python -m examples.research.memory.curve report --text windows
+
+`measure` adds a text at a time to `work/memory/TEXT/METHOD.json`, and goes on where it was stopped. Methods:
+
+    memory          a prefix+lora state, untrained        none           the chunk alone
+    slots           its slots alone: H2O                  fewer          the latest m tokens
+    recent          slots that hold the latest tokens     fewer_bytes    as many as fit the bytes of the saved memory
+    full            all tokens, at 1, 2, 4, 8 and 16      adam, sgd      a plain LoRA that takes a step on each chunk
+"""
+
+import json
+import math
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from examples.research.common import plots
+from examples.research.common.bases import SMOLLM2, BaseOption
+from examples.research.common.files import write_json
+from examples.research.common.provenance import recipe
+from examples.research.memory import methods, texts
+from hf_iai.evaluation import bootstrap_mean
+
+app = typer.Typer(no_args_is_help=True)
+WORK = Path("work/memory")
+COUNTS = (1, 2, 4, 8, 16)
+BLOCKS = {"1": (1, 1), "2": (2, 2), "4": (4, 4), "8": (8, 8), "16": (16, 16), "9-16": (9, 16)}
+BLOCKS |= {"17-32": (17, 32), "33-64": (33, 64)}
+
+
+class Kind(StrEnum):
+    """What is read: windows of 17 chunks, streams of 65, or windows of books."""
+
+    windows = "windows"
+    streams = "streams"
+    books = "books"
+
+
+NUM = {Kind.windows: 48, Kind.streams: 16, Kind.books: 24}
+CHUNKS = {Kind.windows: 17, Kind.streams: 65, Kind.books: 17}
+
+
+def method_of(name: str, base, slots: int, values: dict, *, rate: float, begin: bool) -> methods.Method:
+    """The method of that name; `values` are fields of the memory's configuration."""
+    if name == "memory":
+        return methods.memory(base, slots=slots, **values)[0]
+    if name == "slots":
+        return methods.memory(base, slots=slots, state_type="prefix", accumulation="attention")[0]
+    if name == "recent":
+        return methods.memory(base, slots=slots, accumulation="recent", initial_rate=1e-30)[0]
+    if name in ("adam", "sgd"):
+        return methods.dynamic_evaluation(base, slots, rate, name, begin=begin)
+    if name == "full":
+        return methods.full_context(base, (0, *COUNTS), begin=begin)
+    if name == "fewer_bytes":
+        _, model = methods.memory(base, slots=slots, **values)
+        slots = methods.state_bytes(model)["all"] // methods.slot_bytes(base)
+        model.unload()
+        return methods.context(base, slots, (0, *COUNTS), begin=begin)
+    return methods.context(base, {"none": 0, "fewer": slots}[name], begin=begin)
+
+
+@app.command()
+def measure(
+    method: str,
+    text: Annotated[Kind, typer.Option(help="What is read.")] = Kind.windows,
+    base: BaseOption = SMOLLM2,
+    size: Annotated[int, typer.Option(help="C, tokens of a chunk, and m, slots of the state.")] = 256,
+    num: Annotated[int | None, typer.Option(help="How many texts; by default 48 windows, 16 streams.")] = None,
+    chunks: Annotated[int | None, typer.Option(help="Chunks of each text; by default 17 or 65.")] = None,
+    values: Annotated[str, typer.Option(help="Fields of the memory's configuration, as JSON.")] = "{}",
+    rate: Annotated[float, typer.Option(help="Rate of adam and sgd.")] = 1e-3,
+    begin: Annotated[bool, typer.Option(help="Whether baselines see a beginning token.")] = False,
+    dtype: str = "float32",
+    data: Annotated[Path, typer.Option(help="Folder of books.")] = Path("../shared/data/text"),
+    validation: Annotated[bool, typer.Option(help="Read the packages for choosing settings.")] = False,
+    label: Annotated[str | None, typer.Option(help="Name of the result; by default that of the method.")] = None,
+    work: Path = WORK,
+) -> None:
+    """Measure one method."""
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    length, num = (chunks or CHUNKS[text]) * size, num or NUM[text]
+    sources = texts.books(data) if text is Kind.books else texts.packages(validation)
+    draw = texts.streams if text is Kind.streams else texts.windows
+    drawn = draw(sources, tokenizer, length, num)
+    path = work / ("validation" if validation else "") / text / f"{label or method}.json"
+    done = json.loads(path.read_text()) if path.exists() else {"losses": [], "groups": []}
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, dtype)).eval()
+    read = method_of(method, model, size, json.loads(values), rate=rate, begin=begin)
+    settings = {"base": base, "size": size, "values": values, "rate": rate, "begin": begin, "dtype": dtype}
+    for found in tqdm(drawn[len(done["losses"]) :], method, disable=None):
+        losses = read(torch.tensor([found.ids]), size)
+        done["losses"].append([None if math.isnan(loss) else round(loss, 5) for loss in losses])
+        done["groups"].append(found.group)
+        command = f"research.memory.curve measure {method} --text {text}"
+        write_json({"recipe": recipe(command, **settings), **done}, path, indent=None)
+
+
+def load(folder: Path, method: str) -> tuple[np.ndarray, np.ndarray]:  # (N, n), (N,)
+    """The losses of a method and the groups of its texts."""
+    found = json.loads((folder / f"{method}.json").read_text())
+    return np.array(found["losses"], dtype=float), np.array(found["groups"])
+
+
+def block(losses: np.ndarray, first: int, last: int) -> np.ndarray:  # (N, n) -> (N, k)
+    """The losses after `first` to `last` chunks."""
+    return losses[:, first : last + 1]
+
+
+@app.command()
+def report(
+    text: Annotated[Kind, typer.Option(help="What was read.")] = Kind.windows,
+    against: Annotated[str, typer.Option(help="The method to compare with.")] = "fewer",
+    method: str = "memory",
+    validation: bool = False,
+    work: Path = WORK,
+) -> None:
+    """Print every method's loss, and the paired difference of `method` to the others, clustered by package or book."""
+    folder = work / ("validation" if validation else "") / text
+    found = {path.stem: load(folder, path.stem) for path in sorted(folder.glob("*.json")) if path.stem != "report"}
+    ours, groups = found[method]
+    blocks = {name: b for name, b in BLOCKS.items() if b[1] < ours.shape[1]}
+    table = Table("nats per token, after chunks", "0", *blocks, title=f"{text}: {len(ours)} texts")
+    rows, reports = [], []
+    for name, (losses, _) in found.items():
+        rows.append([name, f"{np.nanmean(losses[:, 0]):.3f}", *(_mean(block(losses, *b)) for b in blocks.values())])
+    for name, (losses, _) in found.items():
+        if name == method:
+            continue
+        num, entry = min(len(losses), len(ours)), {"against": name}
+        for at, b in blocks.items():
+            paired = block(ours[:num], *b) - block(losses[:num], *b)
+            entry[at] = None if np.isnan(paired).all() else bootstrap_mean(paired, groups[:num])
+        reports.append(entry | {"slope": slope(ours[:num] - losses[:num], groups[:num])})
+        cells = ["" if entry[at] is None else "{:+.3f} ({:+.3f}, {:+.3f})".format(*entry[at]) for at in blocks]
+        rows.append([f"{method} - {name}", "", *cells])
+    for row in rows:
+        table.add_row(*row)
+    Console(width=200).print(table)
+    for entry in reports:
+        if entry["slope"] is not None:
+            mean, low, high = entry["slope"]
+            name = f"{method} - {entry['against']}"
+            print(f"slope of {name} on log2(chunks), 1 to 16: {mean:+.4f} ({low:+.4f}, {high:+.4f})")
+    draw(found, method, folder / "report.png", str(text))
+    write_json({"differences": reports}, folder / "report.json")
+
+
+def slope(difference: np.ndarray, groups: np.ndarray) -> tuple[float, float, float] | None:  # (N, n), (N,)
+    """The slope of a paired difference on log2 of the chunks read, from 1 to 16, and its interval."""
+    counts = np.arange(1, min(17, difference.shape[1]))
+    counts = counts[~np.isnan(difference[:, counts]).any(0)]
+    if len(counts) < 3:
+        return None
+    x = np.log2(counts)
+    x = (x - x.mean()) / np.square(x - x.mean()).sum()
+    return bootstrap_mean((difference[:, counts] @ x)[:, None], groups)
+
+
+def _mean(losses: np.ndarray) -> str:
+    return "" if np.isnan(losses).all() else f"{np.nanmean(losses):.3f}"
+
+
+def draw(found: dict, method: str, path: Path, title: str) -> None:
+    """The difference to the latest m tokens, smoothed over doubling blocks."""
+    base, _ = found["fewer"] if "fewer" in found else found[method]
+    figure, (axes,) = plots.panels([f"{title}: loss less that of fewer shots"], size=(7, 4.5))
+    for number, (name, (losses, _)) in enumerate(found.items()):
+        num = min(len(losses), len(base))
+        difference = losses[:num] - base[:num]
+        at = [n for n in (1, 2, 4, 8, 16, 32, 64) if n < difference.shape[1]]
+        values = [np.nanmean(difference[:, n // 2 + 1 : n + 1]) if n > 1 else np.nanmean(difference[:, 1]) for n in at]
+        plots.draw_curve(axes, at, values, color=f"C{number}", marker="o", label=name)
+    plots.doubling_axis(axes, at)
+    plots.finish(axes, xlabel="chunks read", ylabel="nats per token")
+    plots.save(figure, path)
+
+
+if __name__ == "__main__":
+    app()
