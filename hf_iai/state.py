@@ -337,6 +337,7 @@ def _keep_of_two(a: TaskState, b: TaskState, rule: str) -> TaskState:
     kept = with_later(a.tensors, b.tensors, b.num_tokens, rule)
     step = a.step + b.step
     share = b.step / step.clamp_min(1)  # fast weights and their averages: the mean over all chunks
+    kept["loss"] = torch.where(b.step > 0, b.tensors["loss"], a.tensors["loss"])
     others = [name for name in a.tensors if name not in kept]
     tensors = {n: a.tensors[n] + _times(b.tensors[n] - a.tensors[n], share) for n in others}
     return replace(a, tensors=kept | tensors, step=step, num_tokens=a.num_tokens + b.num_tokens)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..bases.base import Base, KeysValues, ages_of, positions_of
 from ..config import IAIConfig
-from ..heads.chosen import CHOSEN, with_later
+from ..heads.chosen import CHOSEN, by_attention, with_later
 from ..heads.kept import NEVER, trace
 from ..signals.one_pass import OnePass, read_in_one_pass
 from ..state import KEPT_BY, TaskState
@@ -25,8 +25,19 @@ class TokensCore(StateCore):
         super().__init__(base, config, reads=False)
 
     @property
+    def read_apart(self) -> bool:
+        """Whether chunks are read behind nothing, so that states can be merged."""
+        return self.config.read_behind == "start"
+
+    @property
+    def rule(self) -> str:
+        """The rule by which tokens are chosen. If later chunks do not see a token, only its own chunk attends to it."""
+        by_own_chunk = self.read_apart and self.config.accumulation == "attention"
+        return "worth" if by_own_chunk else self.config.accumulation
+
+    @property
     def accumulation(self) -> str:
-        return KEPT_BY + self.config.accumulation if self.config.read_behind == "start" else "memory"
+        return KEPT_BY + self.rule if self.read_apart else "memory"
 
     def _initial(self, base: Base, batch_size: int) -> dict[str, Tensor]:
         return self.state.initial(batch_size)
@@ -36,7 +47,7 @@ class TokensCore(StateCore):
 
     def _read(self, base: Base, state: TaskState, theta: dict[str, Tensor], evidence: dict[str, Tensor]) -> OnePass:
         """Read the chunk in one pass; `theta` are the tensors to differentiate with respect to."""
-        slots = state.tensors if self.config.read_behind == "state" else self.state.initial(state.batch_size)
+        slots = self.state.initial(state.batch_size) if self.read_apart else state.tensors
         seen = self.state.visible(base, slots | theta)
         chunk = tuple(evidence[name] for name in ("ids", "mask", "labels"))
         with base.lora(self.config.lora_answers):
@@ -54,13 +65,15 @@ class TokensCore(StateCore):
             before = {name: state.tensors[name] for name in CHOSEN}
             num_slots, shape = before["key"].shape[-2], before["worth"].shape[:3]
             worth = self._worth(reading, num_slots).expand(*shape, -1).unsqueeze(-1)  # (B, L, H, m + C, 1)
-            if self.config.read_behind == "state":
+            if not self.read_apart:
                 before["worth"] = before["worth"] + worth[..., :num_slots, :]
             padding = mask[:, None, None, :, None] == 0
             age = ages_of(mask)[:, None, None, :, None].masked_fill(padding, NEVER).expand(*shape, -1, -1)
             worth = worth[..., num_slots:, :].masked_fill(padding, 0)
             chunk = {"key": reading.key, "value": reading.value, "worth": worth, "age": age}
-            kept = with_later(before, chunk, mask.sum(1), self.config.accumulation)
+            if self.rule == "worth":
+                chunk["worth"] = by_attention(chunk["worth"], age)
+            kept = with_later(before, chunk, mask.sum(1), self.rule)
         return kept | {"loss": reading.loss}
 
     def of_cache(

@@ -24,6 +24,11 @@ def by_attention(worth: Tensor, age: Tensor) -> Tensor:
     return worth / (age + 1)
 
 
+def by_worth(worth: Tensor, age: Tensor) -> Tensor:
+    """`worth` itself: for chunks that were read apart, the mean attention from the tokens of the same chunk."""
+    return worth
+
+
 def by_surprisal(worth: Tensor, age: Tensor) -> Tensor:
     """The trace of the surprisal, `heads.kept.trace`, less what a token loses by age; `worth` is the trace."""
     return worth - FORGETTING * age
@@ -38,6 +43,7 @@ RULES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "attention": by_attention,
     "surprisal": by_surprisal,
     "recent": by_age,
+    "worth": by_worth,
 }
 
 

@@ -41,8 +41,10 @@ class LoraState(SlotState):
         check_slots(config)
         if config.state_r < 1:
             raise ValueError(f"state_r must be at least 1, got {config.state_r}")
-        if config.accumulation == "recent":
-            raise ValueError("accumulation='recent' keeps tokens, which state_type='lora' cannot: use 'average'")
+        if config.accumulation != "average":
+            raise ValueError(
+                f"accumulation={config.accumulation!r} keeps tokens, which state_type='lora' cannot: use 'average'"
+            )
 
     @classmethod
     def complete_for_base(cls, config: IAIConfig, base_config) -> None:

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from ..bases.base import KEYS_VALUES, Base, Prefix
 from ..bases.compat import window_of
 from ..config import IAIConfig
-from ..heads.chosen import RULES
 from ..registry import STATES
 from .lora import LoraState
 from .token_slots import TokenSlots, check_token_slots
@@ -46,10 +45,10 @@ class PrefixLoraState(LoraState):
     @classmethod
     def check(cls, config: IAIConfig) -> None:
         check_token_slots(config)
-        if config.accumulation not in RULES:
+        if config.accumulation == "average":
             raise ValueError(
-                f"state_type='prefix+lora' keeps tokens, accumulation must be one of {list(RULES)}, got "
-                f"{config.accumulation!r}"
+                "state_type='prefix+lora' keeps tokens, got accumulation='average': use 'attention', 'surprisal' or "
+                "'recent'"
             )
         if config.state_r < 1:
             raise ValueError(f"state_r must be at least 1, got {config.state_r}")

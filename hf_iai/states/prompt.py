@@ -35,6 +35,11 @@ class PromptState(SlotState):
     @classmethod
     def check(cls, config: IAIConfig) -> None:
         check_slots(config)
+        if config.accumulation not in ("average", "recent"):
+            raise ValueError(
+                f"accumulation={config.accumulation!r} keeps keys and values, which state_type='prompt' cannot: use "
+                "state_type='prefix'"
+            )
 
     @classmethod
     def make(cls, base: Base, config: IAIConfig, *, reads: bool) -> "PromptState":

@@ -1,0 +1,257 @@
+"""The prefix+lora state and slots that hold tokens, each against a reference.
+
+Axes: B tasks, L layers, H key/value heads, m slots, C tokens of a chunk.
+"""
+
+import pytest
+import torch
+from tiny import SLOTS, chunks, ids, largest_difference, make_base, make_model
+from torch.nn.functional import cross_entropy
+
+from hf_iai import IAIConfig, TaskState
+from hf_iai.bases.compat import AttentionReceived
+from hf_iai.bases.compat.attention import EVERY
+from hf_iai.heads import NormalizedStep
+from hf_iai.heads.chosen import choose_tokens, with_later
+from hf_iai.heads.kept import NEVER
+
+FEW = {"state_r": 2, "state_target_modules": ["v_proj", "down_proj"]}
+
+
+def memory(base="llama", **values):
+    return make_model(base, trained=False, state_type="prefix+lora", **(FEW | values))
+
+
+def slots(base="llama", **values):
+    return make_model(base, trained=False, state_type="prefix", **({"accumulation": "attention"} | values))
+
+
+# ---------------------------------------------------------------- the configuration
+
+
+def test_unset_fields():
+    config = IAIConfig(task_type="CAUSAL_LM", state_type="prefix+lora")
+    found = {name: getattr(config, name) for name in ("regime", "signal", "accumulation", "head", "state_r")}
+    assert found == {
+        "regime": "explicit", "signal": "both", "accumulation": "attention", "head": "normalized", "state_r": 8
+    }  # fmt: skip
+    model = make_model("llama", trained=False, state_type="prefix+lora", num_state_tokens=None)
+    config = model.active_peft_config
+    assert (config.num_state_tokens, config.state_target_modules) == (32, "all-linear")  # a quarter of the window
+    assert model.usual_chunk_size == 32 and model.max_chunk_size == 64
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"signal": "observations"}, "signal='observations' with state_type='prefix\\+lora' has the heads"),
+        ({"accumulation": "average"}, "keeps tokens, got accumulation='average': use 'attention'"),
+        ({"write_steps": 0}, "write_steps must be at least 1, got 0"),
+        ({"num_state_tokens": 1}, "num_state_tokens must be at least 2"),
+        ({"head": "gated"}, "has the heads"),
+        ({"second_order": True}, "second_order"),
+        ({"state_type": "prefix", "read_behind": "start"}, "read_behind='start' needs accumulation"),
+        ({"state_type": "prefix", "write_steps": 2}, "write_steps=2 has no meaning"),
+        ({"state_type": "lora", "accumulation": "attention"}, "accumulation"),
+        ({"read_behind": "nothing"}, "read_behind must be one of"),
+    ],
+)
+def test_bad_values_are_named(values, message):
+    with pytest.raises(ValueError, match=message):
+        IAIConfig(**({"task_type": "CAUSAL_LM", "state_type": "prefix+lora"} | values))
+
+
+# ---------------------------------------------------------------- slots
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "qwen3"])
+def test_attention_received_is_that_of_the_weights(family, attention):
+    base, text = make_base(family, attention), ids(2, 16)
+    mask = torch.ones_like(text)
+    mask[0, :4] = 0
+    heads = getattr(base.config, "num_key_value_heads", base.config.num_attention_heads)
+    with AttentionReceived(mask, heads) as recording:
+        base(input_ids=text, attention_mask=mask)
+    found = recording.check_complete(base.config.num_hidden_layers, attention)
+    plain = make_base(family, "eager")
+    weights = plain(input_ids=text, attention_mask=mask, output_attentions=True).attentions
+    for row, first in ((0, 4), (1, 0)):
+        asked = [w[row, :, first + EVERY - 1 :: EVERY].sum(1) * EVERY for w in weights]  # (G, S)
+        expected = torch.stack(asked).unflatten(1, (heads, -1)).mean(2)
+        assert (found[row] - expected).abs().max() < 1e-4
+
+
+def test_attention_that_no_kernel_shows_is_refused():
+    recording = AttentionReceived(torch.ones(1, 4), 1)
+    with pytest.raises(ValueError, match="saw the attention of 0 of 3 layers.*'flash_attention_2'.*'recent'"):
+        recording.check_complete(3, "flash_attention_2")
+
+
+def test_as_many_slots_as_tokens_are_the_full_context():
+    model, text, query = slots(num_state_tokens=24), ids(2, 20), ids(2, 6, seed=1)
+    for sizes in ([20], [8, 12], [3, 3, 14]):
+        state = model.adapt([{"input_ids": part} for part in text.split(sizes, 1)])
+        with model.disable_adapter():
+            expected = model(input_ids=torch.cat([text, query], 1)).logits[:, -6:]
+        assert (model(input_ids=query, task_state=state).logits - expected).abs().max() < 1e-4
+
+
+def test_a_state_that_has_read_nothing_is_no_state():
+    for model in (memory(), slots(), memory("gpt2", state_target_modules="all-linear")):
+        query = ids(2, 6)
+        found = model(input_ids=query, task_state=model.initial_state()).logits
+        assert (found - model(input_ids=query).logits).abs().max() < 1e-5
+
+
+def tokens(worth: list[float], ages: list[int]) -> dict:
+    """One head; a key says which token it is."""
+    shape = (1, 1, 1, len(worth), 1)
+    age = torch.tensor(ages).view(shape)
+    key = torch.arange(len(worth)).float().view(shape)
+    return {"key": key, "value": key, "worth": torch.tensor(worth).view(shape), "age": age}
+
+
+def test_what_is_kept():
+    """The first token, the latest half, and what was attended to most, on average over the tokens after it."""
+    text = tokens([0.0, 5, 9, 4, 2, 0, 0, 0], list(range(7, -1, -1)))
+    assert choose_tokens(text, 4, "attention")["key"].flatten().tolist() == [0, 2, 6, 7]
+    assert choose_tokens(text, 4, "recent")["key"].flatten().tolist() == [0, 5, 6, 7]
+    assert choose_tokens(text, 5, "attention")["key"].flatten().tolist() == [0, 2, 5, 6, 7]
+    empty = tokens([0.0, 0, 3], [NEVER, NEVER, 0])
+    assert choose_tokens(empty, 2, "attention")["age"].flatten().tolist() == [NEVER, 0]
+    later = with_later(empty, tokens([1.0, 1], [1, 0]), torch.tensor([2]), "attention")
+    assert later["age"].flatten().tolist() == [2, 1, 0]
+
+
+def test_each_head_keeps_its_own_tokens():
+    state = slots(num_state_tokens=8).adapt([{"input_ids": text} for text in ids(1, 60).split(12, 1)])
+    ages = state.tensors["age"][0, :, :, :, 0].flatten(0, 1)  # (L * H, m)
+    assert len({tuple(row.tolist()) for row in ages}) > 2
+    assert (ages[:, 0] == 59).all() and all(set(range(4)) <= set(row.tolist()) for row in ages)
+
+
+def test_slots_read_from_the_start_merge_exactly():
+    model, stream = slots(read_behind="start"), chunks(4)
+    halves = [model.adapt(stream[:2]), model.adapt(stream[2:])]
+    merged, whole = TaskState.merge(halves), model.adapt(stream)
+    assert torch.equal(merged.tensors["age"], whole.tensors["age"])
+    assert largest_difference(merged, whole) < 1e-5
+
+
+# ---------------------------------------------------------------- fast weights
+
+
+def test_one_pass_is_the_gradient_of_the_loss_behind_the_slots():
+    """The first step against autograd through a plain forward of the full text, which the slots all hold."""
+    model = memory(num_state_tokens=24, head="sgd", initial_rate=0.5)
+    first, second = ids(1, 8), ids(1, 9, seed=1)
+    before = model.adapt([{"input_ids": first}])
+    after = model.adapt([{"input_ids": second}], state=before)
+    core, reader = model.base_model.core, model.base_model.reader
+    theta = {n: before.tensors[n].clone().requires_grad_() for n in core.state.start}
+    seen = core.state.visible(reader.base, before.tensors | theta)
+    with core.state.under(reader.base, seen) as prefix:
+        logits = reader.base.answer(prefix, second, torch.ones_like(second)).logits
+    loss = cross_entropy(logits[0, :-1], second[0, 1:])
+    gradient = torch.autograd.grad(loss, list(theta.values()))
+    assert abs(float(after.tensors["loss"]) - float(loss)) < 1e-5
+    for (name, t), g in zip(theta.items(), gradient, strict=True):
+        assert (after.tensors[name] - (t - 0.5 * g)).abs().max() < 1e-5
+    assert any(g.abs().max() > 1e-4 for g in gradient)
+
+
+def test_labels_say_what_is_written():
+    model, text = memory(), ids(1, 8)
+    state = model.adapt([{"input_ids": text, "labels": torch.full_like(text, -100)}])
+    assert all(not state.tensors[name].any() for name in model.base_model.core.state.start)
+    assert (state.tensors["age"] != NEVER).any()
+
+
+def test_more_steps_lower_the_loss_of_the_chunk_more():
+    losses = []
+    for steps in (1, 4):
+        model = memory(write_steps=steps, initial_rate=0.01)
+        chunk = {"input_ids": ids(1, 30)}
+        losses.append(float(model(**chunk, labels=chunk["input_ids"], task_state=model.adapt([chunk])).loss))
+    assert losses[1] < losses[0]
+
+
+def test_normalized_step_does_not_depend_on_the_size_of_the_gradient():
+    head, start = NormalizedStep({"x": torch.zeros(3, 2)}, 0.1), {"x": torch.zeros(3, 2)}
+    theta = {"x": torch.zeros(2, 3, 2)}
+    gradient = torch.tensor([[[1.0, 2], [3, 4], [5, 6]]])
+    both = {"x": torch.cat([gradient, 1000 * gradient])}
+    after, kept = head(theta, head.initial(theta), both, torch.zeros(2), start)
+    assert torch.allclose(after["x"][0], after["x"][1], rtol=1e-4)
+    square = gradient[0].square()
+    second = square.mean(1, keepdim=True) * square.mean(0, keepdim=True) / square.mean()
+    u = gradient[0] / second.sqrt()
+    assert torch.allclose(after["x"][0], -0.1 * u / max(1.0, u.square().mean().sqrt().item()), rtol=1e-4)
+    none, _ = head(after, kept, {"x": 0 * gradient.expand(2, 3, 2)}, torch.ones(2), start)
+    assert torch.equal(none["x"], after["x"])
+
+
+def test_the_guard_takes_back_steps_that_hurt():
+    """The loss of every new chunk rises in the direction that the steps have taken."""
+    head, start = NormalizedStep({"x": torch.zeros(4, 3)}, 0.01), {"x": torch.zeros(4, 3)}
+    theta = {"x": torch.ones(1, 4, 3)}
+    kept = head.initial(theta)
+    for number in range(8):
+        theta, kept = head(theta, kept, {"x": theta["x"]}, torch.tensor([number]), start)
+    assert float(kept["trust"]) < 0.5 and theta["x"].abs().max() < 0.5  # the steps alone lead to 0.92
+
+
+def test_fast_weights_of_merged_states_are_the_mean_over_chunks():
+    model, stream = memory(read_behind="start"), chunks(3)
+    one, two = model.adapt(stream[:1]), model.adapt(stream[1:])
+    merged = TaskState.merge([one, two])
+    assert merged.step.tolist() == [3, 3] and merged.num_tokens.tolist() == [30, 30]
+    for name in model.base_model.core.state.start:
+        expected = (one.tensors[name] + 2 * two.tensors[name]) / 3
+        assert (merged.tensors[name] - expected).abs().max() < 1e-6
+    assert model(input_ids=ids(2, 5), task_state=merged).logits.isfinite().all()
+    with pytest.raises(ValueError, match="got 'memory': it was read behind earlier chunks; set read_behind='start'"):
+        TaskState.merge([memory().adapt(stream), memory().adapt(stream)])
+
+
+# ---------------------------------------------------------------- a state from a cache
+
+
+def test_a_whole_cache_is_the_full_context():
+    base, text, query = make_base(), ids(2, 20), ids(2, 6, seed=1)
+    cache = base(text, use_cache=True).past_key_values
+    expected = base(torch.cat([text, query], 1)).logits[:, -6:]
+    state = TaskState.from_past_key_values(cache, memory(base, num_state_tokens=20))
+    model = memory(num_state_tokens=20)
+    assert state.num_tokens.tolist() == [20, 20]
+    assert (model(input_ids=query, task_state=state).logits - expected).abs().max() < 1e-4
+
+
+def test_a_compacted_cache_has_our_own_slots():
+    base, text = make_base("llama", "eager"), ids(2, 40)
+    out = base(text, use_cache=True, output_attentions=True)
+    model = memory(num_state_tokens=8)
+    found = TaskState.from_past_key_values(out.past_key_values, model, attentions=out.attentions)
+    expected = model.adapt([{"input_ids": text}])
+    for name in ("key", "value", "worth", "age"):
+        assert (found.tensors[name] - expected.tensors[name]).abs().max() < 1e-5
+    recent = memory(num_state_tokens=8, accumulation="recent")
+    found = TaskState.from_past_key_values(out.past_key_values, recent)
+    assert torch.equal(found.tensors["age"], recent.adapt([{"input_ids": text}]).tensors["age"])
+
+
+def test_caches_that_do_not_fit_are_refused():
+    base, text = make_base(), ids(1, 20)
+    cache = base(text, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="20 tokens do not fit 4 slots.*pass attentions="):
+        TaskState.from_past_key_values(cache, memory())
+    with pytest.raises(ValueError, match="keeps no tokens: use state_type='prefix\\+lora'"):
+        TaskState.from_past_key_values(cache, make_model(trained=False))
+    with pytest.raises(ValueError, match="attention_mask has shape \\(1, 3\\), and the cache \\(1, 20\\)"):
+        TaskState.from_past_key_values(cache, memory(num_state_tokens=SLOTS), attention_mask=torch.ones(1, 3))
+    with pytest.raises(ValueError, match="and the base"):
+        TaskState.from_past_key_values(make_base("qwen3")(text, use_cache=True).past_key_values, memory())
+    sliding = make_base("gemma3")(ids(1, 60), use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="sliding-window layers forget"):
+        TaskState.from_past_key_values(sliding, memory("gemma3", state_target_modules="all-linear"))
