@@ -68,7 +68,9 @@ def method_of(name: str, base, slots: int, values: dict, *, rate: float, begin: 
         slots = methods.state_bytes(model)["all"] // methods.slot_bytes(base)
         model.unload()
         return methods.context(base, slots, (0, *COUNTS), begin=begin)
-    return methods.context(base, {"none": 0, "fewer": slots}[name], begin=begin)
+    if name == "none":
+        return methods.context(base, 0, (0, *COUNTS), begin=begin)
+    return methods.context(base, slots, begin=begin)
 
 
 @app.command()
