@@ -28,7 +28,7 @@ class NormalizedStep(SGD):
 
     @classmethod
     def first_rate(cls, state: nn.Module) -> float:
-        return 3e-3
+        return 6e-3
 
     def initial(self, theta: Tensors) -> Tensors:
         kept = first_trust(next(iter(theta.values())))
@@ -51,7 +51,8 @@ class NormalizedStep(SGD):
             means = {f"row_{name}": square.mean(-1), f"column_{name}": square.mean(-2)}
             means = {n: torch.lerp(kept[n], now, _like(share, now).expand_as(now)) for n, now in means.items()}
             u = _direction(g, *means.values())
-            after[name] = trusted(theta[name], theta[name] - self.rate(name) * u, start[name], less, trust["trust"])
+            moved = theta[name] - self.rate(name) * u
+            after[name] = trusted(theta[name], moved, start[name], less, trust["trust"])
             kept_after |= means
         return after, kept_after
 

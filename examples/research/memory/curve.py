@@ -36,7 +36,7 @@ app = typer.Typer(no_args_is_help=True)
 WORK = Path("work/memory")
 COUNTS = (1, 2, 4, 8, 16)
 BLOCKS = {"1": (1, 1), "2": (2, 2), "4": (4, 4), "8": (8, 8), "16": (16, 16), "9-16": (9, 16)}
-BLOCKS |= {"17-32": (17, 32), "33-64": (33, 64)}
+BLOCKS |= {"17-32": (17, 32), "33-64": (33, 64), "64": (64, 64)}
 
 
 class Kind(StrEnum):
