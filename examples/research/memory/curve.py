@@ -51,7 +51,7 @@ NUM = {Kind.windows: 48, Kind.streams: 16, Kind.books: 24}
 CHUNKS = {Kind.windows: 17, Kind.streams: 65, Kind.books: 17}
 
 
-def method_of(name: str, base, slots: int, values: dict, *, rate: float, begin: bool) -> methods.Method:
+def method_of(name: str, base, slots: int, values: dict, *, rate: float, begin: bool, every: int) -> methods.Method:
     """The method of that name; `values` are fields of the memory's configuration."""
     if name == "memory":
         return methods.memory(base, slots=slots, **values)[0]
@@ -70,7 +70,8 @@ def method_of(name: str, base, slots: int, values: dict, *, rate: float, begin: 
         return methods.context(base, slots, (0, *COUNTS), begin=begin)
     if name == "none":
         return methods.context(base, 0, (0, *COUNTS), begin=begin)
-    return methods.context(base, slots, begin=begin)
+    asked = None if every == 1 else range(0, max(CHUNKS.values()), every)
+    return methods.context(base, slots, asked, begin=begin)
 
 
 @app.command()
@@ -84,6 +85,7 @@ def measure(
     values: Annotated[str, typer.Option(help="Fields of the memory's configuration, as JSON.")] = "{}",
     rate: Annotated[float, typer.Option(help="Rate of adam and sgd.")] = 1e-3,
     begin: Annotated[bool, typer.Option(help="Whether baselines see a beginning token.")] = False,
+    every: Annotated[int, typer.Option(help="fewer is asked after every so many chunks.")] = 1,
     dtype: str = "float32",
     data: Annotated[Path, typer.Option(help="Folder of books.")] = Path("../shared/data/text"),
     validation: Annotated[bool, typer.Option(help="Read the packages for choosing settings.")] = False,
@@ -99,7 +101,7 @@ def measure(
     path = work / ("validation" if validation else "") / text / f"{label or method}.json"
     done = json.loads(path.read_text()) if path.exists() else {"losses": [], "groups": []}
     model = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, dtype)).eval()
-    read = method_of(method, model, size, json.loads(values), rate=rate, begin=begin)
+    read = method_of(method, model, size, json.loads(values), rate=rate, begin=begin, every=every)
     settings = {"base": base, "size": size, "values": values, "rate": rate, "begin": begin, "dtype": dtype}
     for found in tqdm(drawn[len(done["losses"]) :], method, disable=None):
         losses = read(torch.tensor([found.ids]), size)
