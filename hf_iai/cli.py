@@ -74,15 +74,20 @@ def demo(
         "demo_output"
     ),
     task: Annotated[Task, typer.Option(help="code: read a package; digits: read images of digits.")] = Task.code,
+    base: Annotated[
+        str | None, typer.Option(help="Hub id or folder of the base that reads the package.", show_default="embedded")
+    ] = None,
 ) -> None:
-    """Train a small adapter, let the published one read a package, and measure what it gained; or read digits."""
+    """Give a base a memory, let it read a package, measure what it gained, and train an adapter; or read digits."""
     with session():
         if task is Task.digits:
+            if base is not None:
+                raise ValueError(f"--task digits trains a base of its own, got --base {base}: leave it out")
             from hf_iai.commands.demo_digits import run
         else:
             from hf_iai.commands.demo_code import run
 
-        run(output)
+        run(output, **given(base=base))
 
 
 # Options without a value are not passed on. The defaults in the help are those of IAIConfig and IAITrainingArguments;
@@ -93,7 +98,7 @@ def train(
     output: Annotated[Path, typer.Option(help="Folder for the adapter.")],
     model: Annotated[str, typer.Option(help="Hub id or folder of the base.")] = "hf_iai:embedded",
     state_type: Annotated[
-        str | None, typer.Option(help="What the state is: prefix, prompt or lora.", show_default="prefix")
+        str | None, typer.Option(help="What the state is: prefix, prefix+lora, prompt or lora.", show_default="prefix")
     ] = None,
     num_state_tokens: Annotated[
         int | None, typer.Option(min=1, help="Size of the state, in tokens.", show_default="16")

@@ -75,8 +75,8 @@ def test_script_of_the_wheel_runs_the_package_that_comes_first(installed, tmp_pa
 
 def test_installed_wheel_runs_the_first_step_of_the_demo(installed, tmp_path):
     code = (
-        "import hf_iai; from hf_iai.commands.demo_code import load_published; print(hf_iai.__file__); "
-        "print(type(load_published()[0].base_model).__name__)"
+        "import hf_iai; from hf_iai.commands.demo_code import load_memory; print(hf_iai.__file__); "
+        "print(type(load_memory('hf_iai:embedded')[0].base_model).__name__)"
     )
     output = python("-c", code, cwd=tmp_path, env={"PYTHONPATH": str(installed), "HF_HUB_OFFLINE": "1"})
     assert str(installed) in output.splitlines()[0]
