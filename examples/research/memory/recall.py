@@ -1,0 +1,128 @@
+"""Facts told in ordinary sentences, and asked for after more and more chunks of other sentences.
+
+    python -m examples.research.memory.recall --base .bases/SmolLM2-135M-Instruct    # half an hour
+
+Every stream begins with facts, such as "The name of the baker is Martin.", and goes on with the weather of invented
+places. Trades and names are drawn anew for each stream. A question is the beginning of a fact after an empty line; an
+answer is right if the base, which picks the most likely token each time, continues it with the name. Writes
+`work/memory/recall.json`.
+"""
+
+import random
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from peft import get_peft_model
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from examples.research.common.bases import SMOLLM2, BaseOption
+from examples.research.common.rows import print_rows, write_rows
+from hf_iai import IAIConfig, TaskState
+
+TRADES = "baker mayor doctor teacher smith miller judge painter sailor tailor farmer hunter".split()
+NAMES = (
+    "Martin Alice Peter Julia Thomas Clara Robert Emma Walter Sophie Henry Laura Oscar Maria Victor Helen Simon Diana "
+    "Felix Irene Arthur Monica Daniel Rosa Leonard Grace Hugo Nora Philip Ruth Edgar Vera"
+).split()
+WEATHER = "rain snow fog hail wind sunshine".split()
+TIMES = ["in the morning", "at noon", "in the evening", "at night", "all day", "now and then"]
+COUNTS = (1, 4, 16, 64)
+STATES = {
+    "slots alone (H2O)": {"state_type": "prefix", "accumulation": "attention"},
+    "fast weights alone": {
+        "state_type": "lora", "signal": "gradients", "head": "normalized", "state_target_modules": "all-linear"
+    },
+    "both": {"state_type": "prefix+lora"},
+}  # fmt: skip
+
+
+def place(draw: random.Random) -> str:
+    """The name of a place that no text has."""
+    return "".join(draw.choice("bdfgklmnprstvz") + draw.choice("aeiou") for _ in range(3)).capitalize()
+
+
+def stream(seed: int, num_facts: int, num_chars: int) -> tuple[str, str, list[tuple[str, str]]]:
+    """The text with the facts, as many characters of sentences after it, and the questions with their answers."""
+    draw = random.Random(seed)
+    people = zip(draw.sample(TRADES, num_facts), draw.sample(NAMES, num_facts), strict=True)
+    facts = [(f"The name of the {trade} is", name) for trade, name in people]
+    told = " ".join(f"{question} {name}." for question, name in facts)
+    later = []
+    while sum(map(len, later)) < num_chars:
+        later.append(f" In {place(draw)} there is {draw.choice(WEATHER)} {draw.choice(TIMES)}.")
+    return told, "".join(later), facts
+
+
+def right(generate: Callable[[Tensor], Tensor], facts: list[tuple[str, str]], tokenizer) -> int:
+    """How many questions are answered with the right name."""
+    found = 0
+    for question, name in facts:
+        ids = tokenizer("\n\n" + question, return_tensors="pt")["input_ids"]
+        found += tokenizer.decode(generate(ids)[0]).strip().startswith(name)
+    return found
+
+
+def main(
+    base: BaseOption = SMOLLM2,
+    size: Annotated[int, typer.Option(help="C, tokens of a chunk, and m, slots of the state.")] = 128,
+    num_facts: int = 6,
+    streams: int = 2,
+    most: Annotated[int, typer.Option(help="Chunks after the facts, at most.")] = 64,
+    work: Path = Path("work/memory"),
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    counts = [n for n in COUNTS if n <= most]
+    methods = (*STATES, "full context")
+    scores: dict[str, dict[int, list[int]]] = {name: {n: [] for n in counts} for name in methods}
+    for method in methods:
+        model = reader(base, method, size)
+        for seed in tqdm(range(streams), method, disable=None):
+            told, later, facts = stream(seed, num_facts, 6 * size * (most + 1))
+            ids = tokenizer(told + later, return_tensors="pt")["input_ids"]
+            chunks, state = ids.split(size, 1)[: most + 1], None
+            for number, chunk in enumerate(chunks):
+                if method in STATES:
+                    state = model.adapt([{"input_ids": chunk}], state=state)
+                if number in counts:
+                    before = () if method in STATES else chunks[: number + 1]
+                    scores[method][number].append(right(partial(said, model, state, before), facts, tokenizer))
+            settings = {"base": base, "size": size, "num_facts": num_facts, "streams": streams}
+            rows = shares(scores, num_facts)
+            write_rows(rows, work / "recall.json", "research.memory.recall", settings, right=scores)
+    print_rows(rows)
+
+
+def reader(base: str, method: str, size: int):
+    """The bare base for full context, or an untrained adapter."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(base).eval()
+    if method not in STATES:
+        return model
+    slots = {} if STATES[method]["state_type"] == "lora" else {"num_state_tokens": size}
+    return get_peft_model(model, IAIConfig(task_type="CAUSAL_LM", **STATES[method], **slots)).eval()
+
+
+def said(model, state: TaskState | None, before: Sequence[Tensor], query: Tensor) -> Tensor:  # (1, T) -> (1, new)
+    """The tokens that follow a question, under a state or after all of the text."""
+    text = torch.cat([*before, query], 1)
+    under = {} if state is None else {"task_state": state}
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": model.config.eos_token_id}
+    return model.generate(text, attention_mask=torch.ones_like(text), **under, **options)[:, text.shape[1] :]
+
+
+def shares(scores: dict[str, dict[int, list[int]]], num_facts: int) -> list[dict]:
+    """The share of right answers of each method that was asked, after each number of chunks."""
+    return [
+        {"method": name, **{f"after {n}": sum(s) / (num_facts * len(s)) if s else None for n, s in at.items()}}
+        for name, at in scores.items()
+    ]
+
+
+if __name__ == "__main__":
+    typer.run(main)
