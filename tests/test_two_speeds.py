@@ -3,18 +3,23 @@
 Axes: B tasks, L layers, H key/value heads, m slots, C tokens of a chunk.
 """
 
+from pathlib import Path
+
 import pytest
 import torch
+from peft import get_peft_model
 from tiny import SLOTS, chunks, ids, largest_difference, make_base, make_model
 from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from hf_iai import IAIConfig, TaskState
+from hf_iai import IAIConfig, TaskState, chunk_text
 from hf_iai.bases.compat import AttentionReceived
 from hf_iai.bases.compat.attention import EVERY
 from hf_iai.heads import NormalizedStep
 from hf_iai.heads.chosen import choose_tokens, with_later
 from hf_iai.heads.kept import NEVER
 
+SMOLLM2 = Path(__file__).parents[1] / ".bases" / "SmolLM2-135M-Instruct"
 FEW = {"state_r": 2, "state_target_modules": ["v_proj", "down_proj"]}
 
 
@@ -255,3 +260,62 @@ def test_caches_that_do_not_fit_are_refused():
     sliding = make_base("gemma3")(ids(1, 60), use_cache=True).past_key_values
     with pytest.raises(ValueError, match="sliding-window layers forget"):
         TaskState.from_past_key_values(sliding, memory("gemma3", state_target_modules="all-linear"))
+
+
+# ---------------------------------------------------------------- any base
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "gemma3", "mistral", "phi3", "smollm3"])
+def test_families_read_and_answer(family):
+    model = memory(family, state_target_modules="all-linear", num_state_tokens=8)
+    state = model.adapt(chunks(3, size=12))
+    query = ids(2, 6)
+    answer = model(input_ids=query, task_state=state).logits
+    assert answer.isfinite().all()
+    expected = query
+    for _ in range(2):
+        logits = model(input_ids=expected, task_state=state).logits[:, -1:]
+        expected = torch.cat([expected, logits.argmax(-1)], 1)
+    few = {"max_new_tokens": 2, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    assert torch.equal(model.generate(query, task_state=state, **few), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "gemma3"])
+def test_states_stay_finite_for_512_chunks(family):
+    model, state = memory(family, state_target_modules="all-linear", num_state_tokens=8), None
+    draw = torch.Generator().manual_seed(0)
+    for number in range(512):
+        text = torch.randint(5, 97, (1, 16), generator=draw) if number % 2 else torch.full((1, 16), number % 90 + 5)
+        state = model.adapt([{"input_ids": text}], state=state)
+    assert all(t.isfinite().all() for t in state.tensors.values())
+    assert model(input_ids=ids(1, 6), task_state=state).logits.isfinite().all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantized_bases_stay_finite_for_512_chunks(bits, tmp_path):
+    make_base("llama_64").save_pretrained(tmp_path)
+    quantized = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=quantized, device_map="cpu").eval()
+    model, state = memory(base, num_state_tokens=8), None
+    for number in range(512):
+        state = model.adapt([{"input_ids": ids(1, 16, seed=number)}], state=state)
+    assert all(t.isfinite().all() for t in state.tensors.values())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not SMOLLM2.is_dir(), reason="make smollm2 makes the base")
+def test_a_real_base_remembers_untrained():
+    """After six chunks the next one is predicted better than with the latest tokens in context."""
+    tokenizer = AutoTokenizer.from_pretrained(SMOLLM2)
+    base = AutoModelForCausalLM.from_pretrained(SMOLLM2).eval()
+    text = Path(torch.nn.functional.__file__).read_text()
+    model = get_peft_model(base, IAIConfig(task_type="CAUSAL_LM", state_type="prefix+lora", num_state_tokens=64)).eval()
+    *read, query = list(chunk_text(text, tokenizer, chunk_size=64))[:7]
+    state = model.adapt(read)
+    under = float(model(**query, task_state=state).loss)
+    with model.disable_adapter(), torch.no_grad():
+        both = torch.cat([read[-1]["input_ids"], query["input_ids"]], 1)
+        logits = model(input_ids=both).logits[0, 64:-1]
+    assert under < float(cross_entropy(logits, query["input_ids"][0, 1:]))
