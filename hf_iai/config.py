@@ -121,8 +121,9 @@ class IAIConfig(LoraConfig):
         delta_rule: whether the value that a token replaces is subtracted from an averaged prefix before the token is
             added (`heads.delta`). Meant for text in which newer facts replace older ones. The order of chunks then
             matters, so `TaskState.merge`, which does not know it, leaves the rule out.
-        pin_bos: keep a begin-of-sequence token in slot 0, for bases that need an attention sink. Only with
-            `accumulation="recent"`.
+        pin_bos: keep a beginning token for bases that need an attention sink: in slot 0 if `accumulation="recent"`;
+            before the slots of an averaged prefix, where theta(0) is then hidden from queries. None: False, and for an
+            averaged prefix whether the base needs one, which is measured (`bases.Base.needs_sink`).
 
         pooling: how a linear state makes one vector of a text. `"mean"`: the mean of its last hidden states. `"cls"`:
             the last hidden state of its first token. For classes the vector is then centred and scaled to unit length;
@@ -201,7 +202,9 @@ class IAIConfig(LoraConfig):
     delta_rule: bool = field(
         default=False, metadata={"help": "the value that a token replaces is taken out of the average"}
     )
-    pin_bos: bool = field(default=False, metadata={"help": "keep a BOS token in slot 0 (accumulation recent only)"})
+    pin_bos: bool | None = field(
+        default=None, metadata={"help": "keep a beginning token before the slots; None: if an average's base needs it"}
+    )
     pooling: str = field(
         default="mean", metadata={"help": "how a linear state makes one vector of a text: mean or cls"}
     )

@@ -94,7 +94,7 @@ class AverageCore(SignalCore):
                 packed = self.state.pack(tensors)
                 weights, gradient = self._weights(state), self._gradient(state)
                 corrected = self.correction(packed, weights, state.step, state.num_tokens, gradient)
-                tensors = self.state.unpack(corrected)
+                tensors = tensors | self.state.unpack(corrected)
         return tensors
 
     def _gradient(self, state: TaskState) -> Tensor | None:  # (B, m, L, H, W)

@@ -45,8 +45,11 @@ class RunningAverage(nn.Module, Part):
 
     @classmethod
     def check(cls, config: IAIConfig) -> None:
-        if config.pin_bos and config.accumulation != "recent":
-            raise ValueError(f"pin_bos=True needs accumulation='recent', got accumulation={config.accumulation!r}")
+        if config.pin_bos and config.accumulation != "recent" and config.state_type != "prefix":
+            raise ValueError(
+                f"pin_bos=True needs a prefix or accumulation='recent', got state_type={config.state_type!r} and "
+                f"accumulation={config.accumulation!r}"
+            )
 
     @classmethod
     def describe(cls, config: IAIConfig) -> str:

@@ -72,10 +72,13 @@ def gradients_of(
     """
     twice = second_order and torch.is_grad_enabled()
     with torch.inference_mode(False), torch.enable_grad():
+        masks = {n: _usable(t) for n, t in tensors.items() if not t.is_floating_point()}
         tensors = {
-            n: t if twice and t.requires_grad else _usable(t).detach().requires_grad_() for n, t in tensors.items()
+            n: t if twice and t.requires_grad else _usable(t).detach().requires_grad_()
+            for n, t in tensors.items()
+            if n not in masks
         }
-        loss = losses(tensors, *map(_usable, chunk)).sum()
+        loss = losses(tensors | masks, *map(_usable, chunk)).sum()
         with around_backward:
             gradients = torch.autograd.grad(loss, list(tensors.values()), create_graph=twice)
     return dict(zip(tensors, gradients, strict=True))

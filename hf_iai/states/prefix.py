@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ..bases.base import KEYS_VALUES, Base, KeysValues, ages_of, positions_of
+from ..bases.base import KEYS_VALUES, Base, KeysValues, MaskedPrefix, ages_of, positions_of
 from ..config import IAIConfig
 from ..heads import KEPT, NEVER, WRITES, keep_tokens, trace
 from ..registry import STATES
@@ -31,6 +31,8 @@ class PrefixState(SlotState):
         token_ids: the m tokens.
         num_kept: K.
         reads: whether there are read-out slots.
+        pinned: whether a beginning token stands before the slots, which are then at positions 1..m. Queries see neither
+            it nor the slots before something was read, since theta(0) could harm such a base.
     """
 
     fields = frozenset({"num_state_tokens", "num_kept_tokens", "delta_rule", "read_behind"})
@@ -39,6 +41,7 @@ class PrefixState(SlotState):
     needs = KEYS_VALUES
     initial_rate = 30.0
     exports = ("PREFIX_TUNING", "CARTRIDGE")
+    defaults = {"signal": "observations", "accumulation": "average"}
 
     @classmethod
     def check(cls, config: IAIConfig) -> None:
@@ -69,17 +72,31 @@ class PrefixState(SlotState):
     def make(cls, base: Base, config: IAIConfig, *, reads: bool) -> SlotState:
         if config.accumulation in TOKEN_RULES:
             return TokenSlots.make(base, config, reads=reads)
-        return cls(base, first_slots(base, config), config.num_kept_tokens, reads=reads)
+        averages = config.accumulation == "average" and config.vector_width is None
+        if config.pin_bos is None:
+            config.pin_bos = averages and base.needs_sink()
+        pinned = config.pin_bos and averages
+        return cls(base, first_slots(base, config), config.num_kept_tokens, reads=reads, pinned=pinned)
 
     @classmethod
     def describe(cls, config: IAIConfig) -> str:
         kept = f", {config.num_kept_tokens} of which keep single tokens" if config.num_kept_tokens else ""
         return super().describe(config) + kept
 
-    def __init__(self, base: Base, token_ids: Tensor, num_kept: int, *, reads: bool) -> None:  # (m,)
+    def __init__(
+        self,
+        base: Base,
+        token_ids: Tensor,  # (m,)
+        num_kept: int,
+        *,
+        reads: bool,
+        pinned: bool = False,
+    ) -> None:
         super().__init__()
-        self.num_slots_in_front = len(token_ids)
-        self.num_kept = num_kept
+        self.num_slots_in_front = len(token_ids) + pinned
+        self.num_kept, self.pinned = num_kept, pinned
+        for name, t in (self.tensors_of(base.first_token()) if pinned else {}).items():
+            self.register_buffer(f"first_{name}", t.float(), persistent=False)  # (1, L, H, 1, D)
         num_pooled = len(token_ids) - num_kept
         embeddings = base.embed(token_ids)[None]  # (1, m, d)
         with torch.no_grad(), base.lora(False):
@@ -112,6 +129,14 @@ class PrefixState(SlotState):
 
     def visible(self, base: Base, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """`key` and `value` of all m slots, (B, L, H, m, D), to which a query attends. Empty slots show theta(0)."""
+        shown = self._shown(base, tensors)
+        if not self.pinned:
+            return shown
+        read = tensors["precision"].flatten(1).any(1)  # (B,)
+        return shown | {"mask": read[:, None].long().expand(-1, self.num_slots_in_front)}
+
+    def _shown(self, base: Base, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """All m slots."""
         if not self.num_kept:
             return {name: tensors[name] for name in ("key", "value")}
         num_pooled, num_slots = tensors["key"].shape[-2], tensors["key"].shape[-2] + self.num_kept
@@ -124,7 +149,13 @@ class PrefixState(SlotState):
     @contextmanager
     def under(self, base: Base, tensors: dict[str, Tensor]) -> Iterator[KeysValues]:
         """A context in which the base reads a text after the prefix that it yields."""
-        yield list(zip(tensors["key"].unbind(1), tensors["value"].unbind(1), strict=True))
+        key, value = tensors["key"], tensors["value"]
+        if self.pinned:
+            # The first token is at position 0, so the slots move on by one.
+            key = torch.cat([self.first_key.expand(len(key), *key.shape[1:3], -1, -1), base.rotate(key, _one(key))], -2)
+            value = torch.cat([self.first_value.expand(len(value), *value.shape[1:3], -1, -1), value], -2)
+        prefix = list(zip(key.unbind(1), value.unbind(1), strict=True))
+        yield MaskedPrefix(prefix, tensors["mask"]) if "mask" in tensors else prefix
 
     def read_out(self, base: Base, reading: Reading, rate: Tensor, *, writes: bool) -> tuple[dict[str, Tensor], Tensor]:
         """Pool the keys and values of a chunk into slots, and add a learned share of what the read-out slots hold.
@@ -173,3 +204,8 @@ class PrefixState(SlotState):
     def unpack(packed: Tensor) -> dict[str, Tensor]:  # (B, m, L, H, 2D)
         key, value = packed.permute(0, 2, 3, 1, 4).chunk(2, -1)
         return {"key": key, "value": value}
+
+
+def _one(keys: Tensor) -> Tensor:  # (B, L, H, m, D) -> (1, m)
+    """By one position, for every slot."""
+    return torch.ones(1, keys.shape[-2], dtype=torch.long, device=keys.device)

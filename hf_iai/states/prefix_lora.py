@@ -37,7 +37,7 @@ class PrefixLoraState(LoraState):
         "num_state_tokens state_r state_target_modules accumulation read_behind write_steps initial_rate".split()
     )
     fingerprint = fields
-    defaults = {"signal": "both", "accumulation": "attention", "head": "normalized"}
+    defaults = LoraState.defaults | {"signal": "both", "accumulation": "attention", "head": "normalized"}
     needs = KEYS_VALUES
     exports = ("PREFIX_TUNING", "CARTRIDGE")
     writes = True

@@ -31,7 +31,7 @@ class SlotState(nn.Module, Part, ABC):
     """
 
     needs = TOKENS
-    defaults: Mapping[str, Any] = {"signal": "observations", "accumulation": "average"}
+    defaults: Mapping[str, Any] = {"signal": "observations", "accumulation": "average", "pin_bos": False}
     num_slots_in_front = 0
     initial_rate = 1.0
     exports: tuple[str, ...] = ()

@@ -47,7 +47,7 @@ class Inputs:
     def slots_around(self) -> int:
         """Number of positions besides the chunk when it is read: those of theta(0), and at most m read-out slots."""
         if self.slots_in_front:
-            return 2 * self.config.num_state_tokens
+            return self.slots_in_front + self.config.num_state_tokens
         return self.config.num_state_tokens if self.reads_out else 0
 
     @property
@@ -164,7 +164,8 @@ class Inputs:
         window = self.base.window
         most = window - self.slots_around
         if length > most:
-            slots = f"2 x {self.config.num_state_tokens}" if self.slots_in_front else self.slots_around
+            twice = self.slots_in_front == self.config.num_state_tokens
+            slots = f"2 x {self.config.num_state_tokens}" if twice else self.slots_around
             raise ValueError(
                 f"a chunk of {length} tokens does not fit: window {window} - {slots} slots "
                 f"= {most}; pass chunk_size <= {most}"
