@@ -122,8 +122,9 @@ class IAIConfig(LoraConfig):
             added (`heads.delta`). Meant for text in which newer facts replace older ones. The order of chunks then
             matters, so `TaskState.merge`, which does not know it, leaves the rule out.
         pin_bos: keep a beginning token for bases that need an attention sink: in slot 0 if `accumulation="recent"`;
-            before the slots of an averaged prefix, where theta(0) is then hidden from queries. None: False, and for an
-            averaged prefix whether the base needs one, which is measured (`bases.Base.needs_sink`).
+            before the slots of an averaged prefix, where theta(0) is then hidden from queries. Read-outs of an averaged
+            prompt are then added to theta(0). None: False, and for averages whether the base needs a sink, which is
+            measured (`bases.Base.needs_sink`).
 
         pooling: how a linear state makes one vector of a text. `"mean"`: the mean of its last hidden states. `"cls"`:
             the last hidden state of its first token. For classes the vector is then centred and scaled to unit length;

@@ -178,6 +178,9 @@ def _vector_member(name: str, values: Mapping, likelihood: str) -> Member:
 _TEXT = (  # name, values, family, slow
     ("kept", {"num_kept_tokens": 2}),
     ("kept-parametric", {"num_kept_tokens": 2, "regime": "parametric"}, "gpt2"),
+    ("pinned", {"pin_bos": True}),
+    ("pinned-kept", {"pin_bos": True, "num_kept_tokens": 2}, "qwen3", True),
+    ("pinned-both", {"pin_bos": True, "signal": "both"}, "llama", True),
     ("delta", {"delta_rule": True}, "llama", True),
     ("delta-parametric", {"delta_rule": True, "regime": "parametric"}, "qwen3"),
     ("delta-both", {"delta_rule": True, "signal": "both"}, "llama", True),

@@ -85,7 +85,7 @@ def test_installed_wheel_runs_the_first_step_of_the_demo(installed, tmp_path):
 
 def test_readme_quickstart_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert "code-prefix" in QUICKSTART and "model.state_effect(" in ast.unparse(ast.parse(QUICKSTART).body[-1])
+    assert "prefix+lora" in QUICKSTART and "model.state_effect(" in ast.unparse(ast.parse(QUICKSTART).body[-1])
     exec(compile(QUICKSTART, "README.md", "exec"), {})
 
 

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import get_peft_model
-from tiny import SLOTS, chunks, ids, largest_difference, make_base, make_model
+from peft import PeftModel, get_peft_model
+from tiny import SLOTS, WINDOW, chunks, ids, largest_difference, make_base, make_model
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from hf_iai import IAIConfig, TaskState, chunk_text
+from hf_iai.bases.base import Base
 from hf_iai.bases.compat import AttentionReceived
 from hf_iai.bases.compat.attention import EVERY
 from hf_iai.heads import NormalizedStep
@@ -319,3 +320,30 @@ def test_a_real_base_remembers_untrained():
         both = torch.cat([read[-1]["input_ids"], query["input_ids"]], 1)
         logits = model(input_ids=both).logits[0, 64:-1]
     assert under < float(cross_entropy(logits, query["input_ids"][0, 1:]))
+
+
+# ---------------------------------------------------------------- bases that need an attention sink
+
+
+def test_an_averaged_prefix_gets_the_first_token_that_its_base_needs(monkeypatch, tmp_path):
+    assert not Base(make_base()).needs_sink()
+    assert make_model("llama", trained=False).active_peft_config.pin_bos is False
+    monkeypatch.setattr(Base, "needs_sink", lambda self: True)
+    model, query = make_model("llama", trained=False), ids(2, 6)
+    assert model.active_peft_config.pin_bos is True and model.max_chunk_size == WINDOW - 2 * SLOTS - 1
+    start = model(input_ids=query, task_state=model.initial_state()).logits
+    assert (start - model(input_ids=query).logits).abs().max() < 1e-5
+    state, base = model.adapt(chunks(2)), model.base_model.reader.base
+    with torch.no_grad(), model.base_model.core.under(base, state) as prefix:
+        first = base.first_token()
+        assert base.num_slots(prefix) == SLOTS + 1
+        assert all(torch.equal(k[:1, :, :1], f) for (k, _), (f, _) in zip(prefix, first, strict=True))
+    model.save_pretrained(tmp_path)
+    monkeypatch.setattr(Base, "needs_sink", lambda self: False)  # what was found out is saved
+    assert PeftModel.from_pretrained(make_base(), tmp_path).active_peft_config.pin_bos is True
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not SMOLLM2.is_dir(), reason="make smollm2 makes the base")
+def test_a_real_base_needs_a_sink():
+    assert Base(AutoModelForCausalLM.from_pretrained(SMOLLM2)).needs_sink()

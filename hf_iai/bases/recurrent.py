@@ -42,6 +42,10 @@ class RecurrentBase(Base):
             "regime='explicit' with state_type='prompt' or 'lora'"
         )
 
+    def needs_sink(self) -> bool:
+        """Never: not all layers are attention."""
+        return False
+
     def no_prefix(self, rows: int) -> Tensor:  # (B, 0, d)
         weight = self.model.get_input_embeddings().weight
         return weight.new_zeros(rows, 0, weight.shape[1])

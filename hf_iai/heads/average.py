@@ -45,11 +45,8 @@ class RunningAverage(nn.Module, Part):
 
     @classmethod
     def check(cls, config: IAIConfig) -> None:
-        if config.pin_bos and config.accumulation != "recent" and config.state_type != "prefix":
-            raise ValueError(
-                f"pin_bos=True needs a prefix or accumulation='recent', got state_type={config.state_type!r} and "
-                f"accumulation={config.accumulation!r}"
-            )
+        if config.pin_bos and config.state_type not in ("prefix", "prompt"):
+            raise ValueError(f"pin_bos=True needs state_type='prefix' or 'prompt', got {config.state_type!r}")
 
     @classmethod
     def describe(cls, config: IAIConfig) -> str:

@@ -61,14 +61,12 @@ def main(
 
 @torch.no_grad()
 def losses(model, ids: torch.Tensor, size: int) -> dict[int, float]:
-    """The loss of the last chunk, after the first n chunks before it."""
+    """The loss of the last chunk, after the n chunks right before it."""
     *chunks, query = ids.split(size, 1)
-    found, state = {}, model.initial_state()
-    for number in range(COUNTS[-1] + 1):
-        if number:
-            state = model.adapt([{"input_ids": chunks[number - 1 - COUNTS[-1]]}], state=state if number > 1 else None)
-        if number in COUNTS:
-            found[number] = float(model(input_ids=query, labels=query, task_state=state).loss)
+    found = {}
+    for n in COUNTS:
+        state = model.adapt({"input_ids": chunk} for chunk in chunks[-n:]) if n else model.initial_state()
+        found[n] = float(model(input_ids=query, labels=query, task_state=state).loss)
     return found
 
 
