@@ -105,7 +105,11 @@ def defaults_of(config: Any) -> dict[str, Any]:
 def unused_fields(config: Any, parts: list[type[Part]]) -> list[str]:
     """The names of fields that were set although none of the chosen parts uses them."""
     used = frozenset().union(*(part.fields for part in parts))
-    given = (name for name, default in defaults_of(config).items() if getattr(config, name) != default)
+    # A switch that is off was not set: saved configurations say so for one that is open in a new configuration.
+    values = {name: (getattr(config, name), default) for name, default in defaults_of(config).items()}
+    given = (
+        n for n, (value, default) in values.items() if value != default and not (default is None and value is False)
+    )
     return [name for name in given if name not in used]
 
 
@@ -118,5 +122,5 @@ def decisive_fields(config: Any, parts: list[type[Part]]) -> set[str]:
 def owners(field: str) -> list[str]:
     """The parts that use a field, as a configuration asks for them, such as `"state_type='lora'"`."""
     kinds = [kind.asked_for_by for kind in TASKS.values() if field in kind.fields]
-    parts = ((registry, name, part) for registry in (STATES, SIGNALS, HEADS) for name, part in registry.items())
+    parts = ((registry, name, part) for registry in (HEADS, SIGNALS, STATES) for name, part in registry.items())
     return kinds + [f"{registry.field}={name!r}" for registry, name, part in parts if field in part.fields]

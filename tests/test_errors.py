@@ -99,7 +99,7 @@ CAUSAL = {"task_type": "CAUSAL_LM"}
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"init_lora_weights": "pissa"}, "'pissa'"),
         ({"use_dora": True}, "use_dora=True"),
-        ({"pin_bos": True}, "pin_bos=True needs accumulation='recent'"),
+        ({"pin_bos": True, "state_type": "lora"}, "pin_bos=True needs state_type='prefix' or 'prompt', got 'lora'"),
         ({"task_type": "SEQ_2_SEQ_LM"}, "task_type='SEQ_2_SEQ_LM' is not available yet"),
         ({"task_type": None}, "task_type must be one of .*None"),
     ],

@@ -50,7 +50,7 @@ def test_unset_fields():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"signal": "observations"}, "signal='observations' with state_type='prefix\\+lora' has the heads"),
+        ({"signal": "observations"}, "state_type='prefix\\+lora' needs signal='both', got 'observations'"),
         ({"accumulation": "average"}, "keeps tokens, got accumulation='average': use 'attention'"),
         ({"write_steps": 0}, "write_steps must be at least 1, got 0"),
         ({"num_state_tokens": 1}, "num_state_tokens must be at least 2"),

@@ -38,8 +38,7 @@ class SignalCore(StateCore, Part):
         heads = [name for name, head in HEADS.items() if head.fits(config)]
         heads.sort(key=lambda name: name != cls.default_head)
         config.head = cls.default_head if config.head is None else config.head
+        if not heads:
+            raise ValueError(f"state_type={config.state_type!r} needs signal='both', got {config.signal!r}")
         if config.head not in heads:
-            raise ValueError(
-                f"signal={config.signal!r} with state_type={config.state_type!r} has the heads {heads}, got "
-                f"head={config.head!r}"
-            )
+            raise ValueError(f"signal={config.signal!r} has the heads {heads}, got head={config.head!r}")

@@ -72,7 +72,7 @@ class PrefixState(SlotState):
     def make(cls, base: Base, config: IAIConfig, *, reads: bool) -> SlotState:
         if config.accumulation in TOKEN_RULES:
             return TokenSlots.make(base, config, reads=reads)
-        averages = config.accumulation == "average" and config.vector_width is None
+        averages = reads and config.accumulation == "average" and config.vector_width is None
         if config.pin_bos is None:
             config.pin_bos = averages and base.needs_sink()
         pinned = config.pin_bos and averages

@@ -46,7 +46,7 @@ class PromptState(SlotState):
 
     @classmethod
     def make(cls, base: Base, config: IAIConfig, *, reads: bool) -> "PromptState":
-        averages = config.accumulation == "average" and config.vector_width is None
+        averages = reads and config.accumulation == "average" and config.vector_width is None
         if config.pin_bos is None:
             config.pin_bos = averages and base.needs_sink()
         return cls(base, first_slots(base, config), reads=reads, added=config.pin_bos and averages)

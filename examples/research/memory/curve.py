@@ -111,54 +111,64 @@ def measure(
         write_json({"recipe": recipe(command, **settings), **done}, path, indent=None)
 
 
-def load(folder: Path, method: str) -> tuple[np.ndarray, np.ndarray]:  # (N, n), (N,)
+def load(path: Path) -> tuple[np.ndarray, np.ndarray]:  # (N, n), (N,)
     """The losses of a method and the groups of its texts."""
-    found = json.loads((folder / f"{method}.json").read_text())
+    found = json.loads(path.read_text())
     return np.array(found["losses"], dtype=float), np.array(found["groups"])
-
-
-def block(losses: np.ndarray, first: int, last: int) -> np.ndarray:  # (N, n) -> (N, k)
-    """The losses after `first` to `last` chunks."""
-    return losses[:, first : last + 1]
 
 
 @app.command()
 def report(
     text: Annotated[Kind, typer.Option(help="What was read.")] = Kind.windows,
-    against: Annotated[str, typer.Option(help="The method to compare with.")] = "fewer",
-    method: str = "memory",
-    validation: bool = False,
+    method: Annotated[str, typer.Option(help="The method that is compared with all others.")] = "memory",
+    validation: Annotated[bool, typer.Option(help="Of the packages for choosing settings.")] = False,
     work: Path = WORK,
+    output: Annotated[Path, typer.Option(help="Folder for memory_TEXT.json and .png.")] = WORK,
 ) -> None:
     """Print every method's loss, and the paired difference of `method` to the others, clustered by package or book."""
     folder = work / ("validation" if validation else "") / text
-    found = {path.stem: load(folder, path.stem) for path in sorted(folder.glob("*.json")) if path.stem != "report"}
-    ours, groups = found[method]
-    blocks = {name: b for name, b in BLOCKS.items() if b[1] < ours.shape[1]}
-    table = Table("nats per token, after chunks", "0", *blocks, title=f"{text}: {len(ours)} texts")
-    rows, reports = [], []
-    for name, (losses, _) in found.items():
-        rows.append([name, f"{np.nanmean(losses[:, 0]):.3f}", *(_mean(block(losses, *b)) for b in blocks.values())])
-    for name, (losses, _) in found.items():
-        if name == method:
-            continue
-        num, entry = min(len(losses), len(ours)), {"against": name}
-        for at, b in blocks.items():
-            paired = block(ours[:num], *b) - block(losses[:num], *b)
-            entry[at] = None if np.isnan(paired).all() else bootstrap_mean(paired, groups[:num])
-        reports.append(entry | {"slope": slope(ours[:num] - losses[:num], groups[:num])})
-        cells = ["" if entry[at] is None else "{:+.3f} ({:+.3f}, {:+.3f})".format(*entry[at]) for at in blocks]
-        rows.append([f"{method} - {name}", "", *cells])
-    for row in rows:
-        table.add_row(*row)
-    Console(width=200).print(table)
-    for entry in reports:
-        if entry["slope"] is not None:
-            mean, low, high = entry["slope"]
-            name = f"{method} - {entry['against']}"
-            print(f"slope of {name} on log2(chunks), 1 to 16: {mean:+.4f} ({low:+.4f}, {high:+.4f})")
-    draw(found, method, folder / "report.png", str(text))
-    write_json({"differences": reports}, folder / "report.json")
+    found = {path.stem: load(folder / path.name) for path in sorted(folder.glob("*.json"))}
+    (ours, groups), num_chunks = found[method], found[method][0].shape[1]
+    blocks = {name: b for name, b in BLOCKS.items() if b[1] < num_chunks}
+    means = {name: _means(losses, {"0": (0, 0)} | blocks) for name, (losses, _) in found.items()}
+    differences = {
+        name: _differences(ours, losses, groups, blocks) for name, (losses, _) in found.items() if name != method
+    }
+    table = Table("nats per token, after chunks", "texts", "0", *blocks, title=str(text))
+    for name, of_blocks in means.items():
+        num = str(len(found[name][0]))
+        table.add_row(name, num, *("" if mean is None else f"{mean:.3f}" for mean in of_blocks.values()))
+    for name, of_blocks in differences.items():
+        cells = ["" if of_blocks[at] is None else "{:+.3f} ({:+.3f}, {:+.3f})".format(*of_blocks[at]) for at in blocks]
+        table.add_row(f"{method} - {name}", "", "", *cells)
+    Console(width=240).print(table)
+    for name, of_blocks in differences.items():
+        if of_blocks["slope"] is not None:
+            print(
+                "slope of {} - {} on log2(chunks): {:+.4f} ({:+.4f}, {:+.4f})".format(method, name, *of_blocks["slope"])
+            )
+    draw(found, method, output / f"memory_{text}.png", str(text))
+    recipes = {path.stem: json.loads(path.read_text())["recipe"] for path in sorted(folder.glob("*.json"))}
+    report = {"texts": {name: len(losses) for name, (losses, _) in found.items()}, "groups": sorted(set(groups))}
+    report |= {"means": means, "differences": differences, "measured": recipes}
+    write_json(
+        {"recipe": recipe(f"research.memory.curve report --text {text}"), **report}, output / f"memory_{text}.json"
+    )
+
+
+def _means(losses: np.ndarray, blocks: dict) -> dict[str, float | None]:
+    found = {name: losses[:, first : last + 1] for name, (first, last) in blocks.items() if first < losses.shape[1]}
+    return {name: None if np.isnan(part).all() else round(float(np.nanmean(part)), 4) for name, part in found.items()}
+
+
+def _differences(ours: np.ndarray, losses: np.ndarray, groups: np.ndarray, blocks: dict) -> dict:
+    """Paired, with intervals, over the texts and counts that both methods were measured at."""
+    num, length = min(len(losses), len(ours)), min(losses.shape[1], ours.shape[1])
+    paired, found = ours[:num, :length] - losses[:num, :length], {}
+    for name, (first, last) in blocks.items():
+        part = paired[:, first : last + 1]
+        found[name] = None if np.isnan(part).all() else bootstrap_mean(part, groups[:num])
+    return found | {"slope": slope(paired, groups[:num])}
 
 
 def slope(difference: np.ndarray, groups: np.ndarray) -> tuple[float, float, float] | None:  # (N, n), (N,)
@@ -170,10 +180,6 @@ def slope(difference: np.ndarray, groups: np.ndarray) -> tuple[float, float, flo
     x = np.log2(counts)
     x = (x - x.mean()) / np.square(x - x.mean()).sum()
     return bootstrap_mean((difference[:, counts] @ x)[:, None], groups)
-
-
-def _mean(losses: np.ndarray) -> str:
-    return "" if np.isnan(losses).all() else f"{np.nanmean(losses):.3f}"
 
 
 def draw(found: dict, method: str, path: Path, title: str) -> None:
