@@ -27,9 +27,9 @@ BEFORE, OTHER, AFTER = 64, 16, 8  # chunks
 def losses(model, chunks, state: TaskState | None) -> tuple[list[float], TaskState]:
     """The loss of each chunk before it is learned from, and the state after all."""
     found = []
-    for state in model.adapt_steps(({"input_ids": chunk} for chunk in chunks), state):
-        found.append(float(state.tensors["loss"]))
-    return found, state
+    for after in model.adapt_steps(({"input_ids": chunk} for chunk in chunks), state):
+        found.append(float(after.tensors["loss"]))
+    return found, after
 
 
 def main(
