@@ -61,6 +61,10 @@ def refused(*arguments) -> str:
     return " ".join(result.output.replace("│", " ").split())
 
 
+def test_digits_are_not_read_by_a_base_of_text(tmp_path):
+    assert "got --base x: leave it out" in refused("demo", "--task", "digits", "--base", "x", "--output", tmp_path)
+
+
 @pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)], ids=lambda command: "-".join(command))
 def test_help_loads_neither_torch_nor_transformers_nor_peft(command):
     output = script([*command, "--help"], forbidden=["torch", "transformers", "peft", "hf_iai"]).stdout

@@ -3,6 +3,7 @@
 Axes: B tasks, L layers, H key/value heads, m slots, C tokens of a chunk.
 """
 
+import re
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from tiny import SLOTS, WINDOW, chunks, ids, largest_difference, make_base, make
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from hf_iai import IAIConfig, TaskState, chunk_text
+from hf_iai import IAIConfig, TaskState, chunk_text, export_to_peft
 from hf_iai.bases.base import Base
 from hf_iai.bases.compat import AttentionReceived
 from hf_iai.bases.compat.attention import EVERY
@@ -261,6 +262,33 @@ def test_caches_that_do_not_fit_are_refused():
     sliding = make_base("gemma3")(ids(1, 60), use_cache=True).past_key_values
     with pytest.raises(ValueError, match="sliding-window layers forget"):
         TaskState.from_past_key_values(sliding, memory("gemma3", state_target_modules="all-linear"))
+
+
+# ---------------------------------------------------------------- export
+
+
+def test_the_readme_of_an_export_loads_both_parts(tmp_path, monkeypatch):
+    make_base().save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
+    model, query = memory(base, accumulation="recent", num_state_tokens=12), ids(1, 6)
+    states = [model.adapt([{"input_ids": ids(1, size, seed=size)}]) for size in (8, 30)]  # one has empty slots
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):  # an earlier export is replaced
+        export_to_peft(model, TaskState.stack(states), tmp_path / "both")
+    export_to_peft(model, states[0], tmp_path / "one", peft_type="CARTRIDGE")
+    for name, state in (("both", states[0]), ("one", states[0])):
+        readme = (tmp_path / name / "README.md").read_text()
+        found = {}
+        exec(re.search(r"```python\n(.*?)```", readme, re.DOTALL).group(1), found)
+        with torch.no_grad():
+            logits = found["model"].eval()(input_ids=query).logits[:, -6:]
+            assert (logits - model(input_ids=query, task_state=state).logits).abs().max() < 1e-4
+        assert "vLLM serves the LoRA alone" in readme
+    assert {p.name for p in (tmp_path / "both/prefix").iterdir()} == {"0", "1"}
+    with pytest.raises(ValueError, match="has read nothing, so none of its slots can be exported"):
+        export_to_peft(model, model.initial_state(), tmp_path / "nothing")
+    with pytest.raises(ValueError, match="cannot become 'LORA'.*'PREFIX_TUNING', 'CARTRIDGE'"):
+        export_to_peft(model, states[0], tmp_path / "lora", peft_type="LORA")
 
 
 # ---------------------------------------------------------------- any base

@@ -31,6 +31,7 @@ base = AutoModelForCausalLM.from_pretrained("{base}")
 model = PeftModel.from_pretrained(base, "{name}/lora{task}").merge_and_unload()  # what the text is like
 model = PeftModel.from_pretrained(model, "{name}/prefix{task}")  # what was just said
 """
+VLLM = "vLLM serves the LoRA alone, without the virtual tokens."
 MOVING = (
     '`AutoPeftModelForCausalLM.from_pretrained("{adapter}")` does the same in one step while this folder lies where it '
     "was written: `adapter_config.json` names the base by its absolute path, since PEFT knows no path relative to the "
@@ -72,7 +73,7 @@ def export_card(
         "## Use",
         _use(name, state.batch_size, has_base) if slots is None else _use_both(name, state.batch_size, adapter),
         "## Limits",
-        _bullets(_limits(config, adapter, dtype, has_base) + ([] if slots is None else _limits_of_slots())),
+        _bullets(_limits(config, adapter, dtype, has_base) + ([] if slots is None else [VLLM, *_limits_of_slots()])),
     ]
     return ModelCard("\n\n".join(parts) + "\n")
 
