@@ -38,10 +38,9 @@ def slots(base="llama", **values):
 
 def test_unset_fields():
     config = IAIConfig(task_type="CAUSAL_LM", state_type="prefix+lora")
-    found = {name: getattr(config, name) for name in ("regime", "signal", "accumulation", "head", "state_r")}
-    assert found == {
-        "regime": "explicit", "signal": "both", "accumulation": "attention", "head": "normalized", "state_r": 8
-    }  # fmt: skip
+    expected = {"regime": "explicit", "signal": "both", "accumulation": "attention", "head": "normalized"}
+    expected |= {"state_r": 8, "state_target_modules": "all-linear", "write_steps": 1, "read_behind": "state"}
+    assert {name: getattr(config, name) for name in expected} == expected
     model = make_model("llama", trained=False, state_type="prefix+lora", num_state_tokens=None)
     config = model.active_peft_config
     assert (config.num_state_tokens, config.state_target_modules) == (32, "all-linear")  # a quarter of the window

@@ -37,7 +37,12 @@ class PrefixLoraState(LoraState):
         "num_state_tokens state_r state_target_modules accumulation read_behind write_steps initial_rate".split()
     )
     fingerprint = fields
-    defaults = LoraState.defaults | {"signal": "both", "accumulation": "attention", "head": "normalized"}
+    defaults = LoraState.defaults | {
+        "signal": "both",
+        "accumulation": "attention",
+        "head": "normalized",
+        "state_target_modules": "all-linear",
+    }
     needs = KEYS_VALUES
     exports = ("PREFIX_TUNING", "CARTRIDGE")
     writes = True
@@ -59,8 +64,6 @@ class PrefixLoraState(LoraState):
     def complete_for_base(cls, config: IAIConfig, base_config) -> None:
         if config.num_state_tokens is None:
             config.num_state_tokens = min(MOST_SLOTS, window_of(base_config) // 4)
-        if config.state_target_modules is None:
-            config.state_target_modules = "all-linear"
         super().complete_for_base(config, base_config)
 
     @classmethod

@@ -37,6 +37,7 @@ WORK = Path("work/memory")
 COUNTS = (1, 2, 4, 8, 16)
 BLOCKS = {"1": (1, 1), "2": (2, 2), "4": (4, 4), "8": (8, 8), "16": (16, 16), "9-16": (9, 16)}
 BLOCKS |= {"17-32": (17, 32), "33-64": (33, 64), "64": (64, 64)}
+EARLY, LATE = slice(9, 17), slice(33, 65)  # after so many chunks
 
 
 class Kind(StrEnum):
@@ -147,6 +148,8 @@ def report(
             print(
                 "slope of {} - {} on log2(chunks): {:+.4f} ({:+.4f}, {:+.4f})".format(method, name, *of_blocks["slope"])
             )
+        if late := of_blocks.get("33-64 less 9-16"):
+            print("{} - {}: after 33-64 chunks less after 9-16: {:+.3f} ({:+.3f}, {:+.3f})".format(method, name, *late))
     draw(found, method, output / f"memory_{text}.png", str(text))
     recipes = {path.stem: json.loads(path.read_text())["recipe"] for path in sorted(folder.glob("*.json"))}
     report = {"texts": {name: len(losses) for name, (losses, _) in found.items()}, "groups": sorted(set(groups))}
@@ -168,6 +171,9 @@ def _differences(ours: np.ndarray, losses: np.ndarray, groups: np.ndarray, block
     for name, (first, last) in blocks.items():
         part = paired[:, first : last + 1]
         found[name] = None if np.isnan(part).all() else bootstrap_mean(part, groups[:num])
+    if length > LATE.stop - 1:
+        late = np.nanmean(paired[:, LATE], 1) - np.nanmean(paired[:, EARLY], 1)  # (N,)
+        found["33-64 less 9-16"] = bootstrap_mean(late[:, None], groups[:num])
     return found | {"slope": slope(paired, groups[:num])}
 
 
@@ -183,15 +189,16 @@ def slope(difference: np.ndarray, groups: np.ndarray) -> tuple[float, float, flo
 
 
 def draw(found: dict, method: str, path: Path, title: str) -> None:
-    """The difference to the latest m tokens, smoothed over doubling blocks."""
+    """The difference to the latest m tokens after 1 to 16 chunks, and then over 17-32 and 33-64."""
     base, _ = found["fewer"] if "fewer" in found else found[method]
-    figure, (axes,) = plots.panels([f"{title}: loss less that of fewer shots"], size=(7, 4.5))
-    for number, (name, (losses, _)) in enumerate(found.items()):
+    figure, (axes,) = plots.panels([f"{title}: loss less that of the latest tokens"], size=(7, 4.5))
+    for number, (name, (losses, _)) in enumerate((n, f) for n, f in found.items() if n != "none"):
         num = min(len(losses), len(base))
         difference = losses[:num] - base[:num]
         at = [n for n in (1, 2, 4, 8, 16, 32, 64) if n < difference.shape[1]]
-        values = [np.nanmean(difference[:, n // 2 + 1 : n + 1]) if n > 1 else np.nanmean(difference[:, 1]) for n in at]
-        plots.draw_curve(axes, at, values, color=f"C{number}", marker="o", label=name)
+        parts = [difference[:, n // 2 + 1 if n > 16 else n : n + 1] for n in at]
+        points = [(n, np.nanmean(part)) for n, part in zip(at, parts, strict=True) if not np.isnan(part).all()]
+        plots.draw_curve(axes, *zip(*points, strict=True), color=f"C{number}", marker="o", label=name)
     plots.doubling_axis(axes, at)
     plots.finish(axes, xlabel="chunks read", ylabel="nats per token")
     plots.save(figure, path)
