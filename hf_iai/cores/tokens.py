@@ -91,11 +91,8 @@ class TokensCore(StateCore):
         Raises:
             ValueError: if some tokens must be left out, and it is not known which.
         """
-        (keys, values), num_slots = (
-            (torch.stack(t, 1).float() for t in zip(*layers, strict=True)),
-            state.tensors["key"].shape[-2],
-        )
-        rule = self.config.accumulation
+        keys, values = (torch.stack(t, 1).float() for t in zip(*layers, strict=True))
+        num_slots, rule = state.tensors["key"].shape[-2], self.config.accumulation
         if received is None and rule != "recent" and keys.shape[-2] > num_slots:
             raise ValueError(
                 f"{keys.shape[-2]} tokens do not fit {num_slots} slots, and accumulation={rule!r} cannot choose from a "
@@ -103,14 +100,9 @@ class TokensCore(StateCore):
             )
         shape = state.tensors["worth"].shape
         received = keys.new_zeros(1) if received is None else torch.nn.functional.pad(received, (num_slots, 0))
-        reading = OnePass(
-            base.rotate(keys, -positions_of(mask)),
-            values,
-            received.expand(*shape[:3], num_slots + mask.shape[1]),
-            state.tensors["loss"],
-            None,
-            {},
-        )
+        received = received.expand(*shape[:3], num_slots + mask.shape[1])
+        keys = base.rotate(keys, -positions_of(mask))
+        reading = OnePass(keys, values, received, state.tensors["loss"], surprisal=None, gradient={})
         tensors = state.tensors | self._kept(state, reading, mask)
         return replace(state, tensors=tensors, step=state.step + 1, num_tokens=mask.sum(1))
 

@@ -41,12 +41,12 @@ class TokenSlots(SlotState):
         self.num_slots_in_front = num_slots
         self.start = nn.ParameterDict()
         num_layers, num_heads, width = key_value_shape(base.config)
-        shape = (num_layers, num_heads, num_slots)
-        self.register_buffer("empty", torch.zeros(*shape, width), persistent=False)
+        self.shape = (num_layers, num_heads, num_slots, width)
+        self.register_buffer("zero", torch.zeros(()), persistent=False)  # knows the device
 
     def initial(self, batch_size: int) -> dict[str, Tensor]:
         """Empty slots of B tasks."""
-        empty = self.empty.float().expand(batch_size, *self.empty.shape)
+        empty = self.zero.float().expand(batch_size, *self.shape)
         one = empty[..., :1]
         age, loss = torch.full_like(one, NEVER, dtype=torch.long), one.new_zeros(batch_size)
         return {"key": empty, "value": empty, "worth": one, "age": age, "loss": loss}
