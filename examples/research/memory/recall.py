@@ -8,6 +8,7 @@ answer is right if the base, which picks the most likely token each time, contin
 `work/memory/recall.json`.
 """
 
+import json
 import random
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -80,7 +81,13 @@ def main(
     counts = [n for n in COUNTS if n <= most]
     methods = (*STATES, "full context")
     scores: dict[str, dict[int, list[int]]] = {name: {n: [] for n in counts} for name in methods}
+    path, settings = work / "recall.json", {"base": base, "size": size, "num_facts": num_facts, "streams": streams}
+    if path.exists():  # goes on where it was stopped
+        before = json.loads(path.read_text())["right"]
+        scores |= {name: {int(n): s for n, s in at.items()} for name, at in before.items()}
     for method in methods:
+        if len(scores[method][counts[0]]) == streams:
+            continue
         model = reader(base, method, size)
         for seed in tqdm(range(streams), method, disable=None):
             told, later, facts = stream(seed, num_facts, 6 * size * (most + 1))
@@ -89,13 +96,12 @@ def main(
             for number, chunk in enumerate(chunks):
                 if method in STATES:
                     state = model.adapt([{"input_ids": chunk}], state=state)
-                if number in counts:
+                fits = method in STATES or (number + 2) * size <= model.config.max_position_embeddings
+                if number in counts and fits:
                     before = () if method in STATES else chunks[: number + 1]
                     scores[method][number].append(right(partial(said, model, state, before), facts, tokenizer))
-            settings = {"base": base, "size": size, "num_facts": num_facts, "streams": streams}
-            rows = shares(scores, num_facts)
-            write_rows(rows, work / "recall.json", "research.memory.recall", settings, right=scores)
-    print_rows(rows)
+            write_rows(shares(scores, num_facts), path, "research.memory.recall", settings, right=scores)
+    print_rows(shares(scores, num_facts))
 
 
 def reader(base: str, method: str, size: int):
