@@ -87,6 +87,7 @@ def measure(
     rate: Annotated[float, typer.Option(help="Rate of adam and sgd.")] = 1e-3,
     begin: Annotated[bool, typer.Option(help="Whether baselines see a beginning token.")] = False,
     every: Annotated[int, typer.Option(help="fewer is asked after every so many chunks.")] = 1,
+    seed: Annotated[int, typer.Option(help="Draws A of the memory.")] = 0,
     dtype: str = "float32",
     data: Annotated[Path, typer.Option(help="Folder of books.")] = Path("../shared/data/text"),
     validation: Annotated[bool, typer.Option(help="Read the packages for choosing settings.")] = False,
@@ -102,8 +103,17 @@ def measure(
     path = work / ("validation" if validation else "") / text / f"{label or method}.json"
     done = json.loads(path.read_text()) if path.exists() else {"losses": [], "groups": []}
     model = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, dtype)).eval()
-    read = method_of(method, model, size, json.loads(values), rate=rate, begin=begin, every=every)
-    settings = {"base": base, "size": size, "values": values, "rate": rate, "begin": begin, "dtype": dtype}
+    values_of_memory = {"seed": seed} | json.loads(values)
+    read = method_of(method, model, size, values_of_memory, rate=rate, begin=begin, every=every)
+    settings = {
+        "seed": seed,
+        "base": base,
+        "size": size,
+        "values": values,
+        "rate": rate,
+        "begin": begin,
+        "dtype": dtype,
+    }
     for found in tqdm(drawn[len(done["losses"]) :], method, disable=None):
         losses = read(torch.tensor([found.ids]), size)
         done["losses"].append([None if math.isnan(loss) else round(loss, 5) for loss in losses])
