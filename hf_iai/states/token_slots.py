@@ -19,7 +19,8 @@ from .slots import SlotState
 class TokenSlots(SlotState):
     """State tensors `key` and `value` (B, L, H, m, D), keys at position 0, and `worth` and `age` (B, L, H, m, 1).
 
-    See `heads.chosen`. `loss` (B,) is the loss of the last chunk, in nats per token, before it was learned from.
+    See `heads.chosen`. `loss` (B,) is the loss of the last chunk as it was read, in nats per token: behind the state
+    before it, or behind nothing (`read_behind="start"`).
 
     Slots are filled from the right. Empty ones are masked, so a state that has read nothing takes no place in front of
     a text. theta(0) has no learned tensors.

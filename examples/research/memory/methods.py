@@ -27,7 +27,16 @@ def memory(base, *, slots: int, seed: int = 0, **values) -> tuple[Method, torch.
         chunks = ({"input_ids": chunk} for chunk in ids.split(size, 1))
         return [float(state.tensors["loss"]) for state in model.adapt_steps(chunks)]
 
-    return read, model
+    @torch.no_grad()
+    def answer_and_read(ids: Tensor, size: int) -> list[float]:
+        """A chunk that is read behind nothing is not predicted by the state while it is read."""
+        losses, state = [], model.initial_state()
+        for chunk in ids.split(size, 1):
+            losses.append(float(model(input_ids=chunk, labels=chunk, task_state=state).loss))
+            state = model.adapt([{"input_ids": chunk}], state=state)
+        return losses
+
+    return answer_and_read if values.get("read_behind") == "start" else read, model
 
 
 def state_bytes(model: torch.nn.Module) -> dict[str, int]:

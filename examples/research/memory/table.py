@@ -36,8 +36,8 @@ VARIANTS = {
     "slots by surprisal": {"accumulation": "surprisal"},
     "slots: the latest tokens": {"accumulation": "recent"},
     "sgd, rate 1": {"head": "sgd", "initial_rate": 1.0},
-    "slots alone, by attention": SLOTS_ALONE,
-    "slots alone, read behind nothing": SLOTS_ALONE | {"read_behind": "start"},
+    "slots alone: by attention": SLOTS_ALONE,
+    "slots alone: read behind nothing": SLOTS_ALONE | {"read_behind": "start"},
 }
 BLOCKS = {"1": (1, 1), "2": (2, 2), "3-4": (3, 4), "5-8": (5, 8), "9-16": (9, 16)}
 
