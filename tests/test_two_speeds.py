@@ -370,6 +370,17 @@ def test_an_averaged_prefix_gets_the_first_token_that_its_base_needs(monkeypatch
     assert PeftModel.from_pretrained(make_base(), tmp_path).active_peft_config.pin_bos is True
 
 
+@pytest.mark.parametrize("num_read", [0, 3, 9])
+def test_recent_tokens_hide_empty_slots_where_they_would_harm(monkeypatch, num_read):
+    monkeypatch.setattr(Base, "needs_sink", lambda self: True)
+    model, text, query = make_model("llama", trained=False, accumulation="recent"), ids(2, 9), ids(2, 6, seed=1)
+    state = model.adapt([{"input_ids": text[:, :num_read]}]) if num_read else model.initial_state(2)
+    with model.disable_adapter():
+        seen = torch.cat([text[:, max(0, num_read - SLOTS) : num_read], query], 1)
+        expected = model(input_ids=seen).logits[:, -6:]
+    assert (model(input_ids=query, task_state=state).logits - expected).abs().max() < 1e-5
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not SMOLLM2.is_dir(), reason="make smollm2 makes the base")
 def test_a_real_base_needs_a_sink():

@@ -3,25 +3,30 @@
 import torch
 from torch import Tensor
 
-from ..bases.base import Base
+from ..bases.base import KEYS_VALUES, Base
 from ..config import IAIConfig
 from ..state import TaskState
 from .core import StateCore
 
 
 class RecentCore(StateCore):
-    """`accumulation="recent"`: the slots hold the m most recent tokens, as the bare base reads them alone."""
+    """`accumulation="recent"`: the slots hold the m most recent tokens, as the bare base reads them alone.
+
+    Slots that no token has filled yet show theta(0). A prefix hides them, with a `mask` (B, m), if the base needs an
+    attention sink: any theta(0) does harm to such a base.
+    """
 
     def __init__(self, base: Base, config: IAIConfig) -> None:
         super().__init__(base, config, reads=False)
         self.bos_token_id = _bos_token_id(base) if config.pin_bos else None
+        self.hides_empty = self.state.needs == KEYS_VALUES and base.needs_sink()
 
     def _initial(self, base: Base, batch_size: int) -> dict[str, Tensor]:
         tensors = self.state.initial(batch_size)
         size = self.config.num_state_tokens - self.config.pin_bos
         device = next(iter(tensors.values())).device
         tensors["recent_ids"] = torch.zeros(batch_size, size, dtype=torch.long, device=device)
-        if self.config.pin_bos:
+        if self.config.pin_bos or self.hides_empty:
             tensors |= self._slots(base, tensors["recent_ids"], tensors["recent_ids"].bool())
         return tensors
 
@@ -39,7 +44,8 @@ class RecentCore(StateCore):
             real = torch.cat([real.new_ones(len(real), 1), real], 1)
         slots = self.state.of_tokens(base, ids, real.long())
         start, keep = self.state.initial(len(ids)), real[:, None, None, :, None]
-        return {name: torch.where(keep, slots[name].float(), start[name]) for name in start}
+        tensors = {name: torch.where(keep, slots[name].float(), start[name]) for name in start}
+        return tensors | ({"mask": real.long()} if self.hides_empty else {})
 
 
 def push_tokens(

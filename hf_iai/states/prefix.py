@@ -129,7 +129,7 @@ class PrefixState(SlotState):
 
     def visible(self, base: Base, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """`key` and `value` of all m slots, (B, L, H, m, D), to which a query attends. Empty slots show theta(0)."""
-        shown = self._shown(base, tensors)
+        shown = self._shown(base, tensors) | {name: t for name, t in tensors.items() if name == "mask"}
         if not self.pinned:
             return shown
         read = tensors["precision"].flatten(1).any(1)  # (B,)
