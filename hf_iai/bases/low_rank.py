@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from weakref import WeakSet
 
+import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -50,10 +51,11 @@ def low_rank_updates(updates: Updates) -> Iterator[None]:
 def _add_update(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
     if module not in (updates := _active.get()):
         return output
-    tokens = inputs[0]
-    for weight in updates[module]:
-        tokens = _of_each_task(tokens, weight.to(tokens.dtype))
-    return output + tokens.to(output.dtype)
+    down, up = (weight.to(inputs[0].dtype) for weight in updates[module])
+    tokens = _of_each_task(inputs[0], down)
+    if len(up) == 1 and tokens.dtype == output.dtype:  # product and sum in one call
+        return torch.addmm(output.flatten(0, -2), tokens.flatten(0, -2), up[0].mT).view(output.shape)
+    return output + _of_each_task(tokens, up).to(output.dtype)
 
 
 def _of_each_task(tokens: Tensor, weight: Tensor) -> Tensor:  # (..., I), (N, O, I) -> (..., O)
