@@ -62,6 +62,11 @@ def pad_to(tensor: Tensor, size: Sequence[int], value: float) -> Tensor:
     return nn.functional.pad(tensor, [pad for more in reversed(room) for pad in (0, more)], value=value)
 
 
+def recordable(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy if it was made in inference mode: autograd cannot record such a tensor itself."""
+    return tensor.clone() if tensor.is_inference() else tensor
+
+
 @contextmanager
 def eval_mode(*modules: nn.Module) -> Iterator[None]:
     """Put modules and all their submodules in eval mode; afterwards each submodule gets its own mode back.

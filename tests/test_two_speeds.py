@@ -353,7 +353,10 @@ def test_a_real_base_remembers_untrained():
 
 
 def test_an_averaged_prefix_gets_the_first_token_that_its_base_needs(monkeypatch, tmp_path):
-    assert not Base(make_base()).needs_sink()
+    base = make_base().train()
+    base.get_input_embeddings().eval()
+    modes = [module.training for module in base.modules()]
+    assert not Base(base).needs_sink() and modes == [module.training for module in base.modules()]
     assert make_model("llama", trained=False).active_peft_config.pin_bos is False
     monkeypatch.setattr(Base, "needs_sink", lambda self: True)
     model, query = make_model("llama", trained=False), ids(2, 6)

@@ -11,7 +11,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from ..tensors import NO_LOSS
+from ..tensors import NO_LOSS, eval_mode
 from .compat import (
     AttentionReceived,
     PrefixCache,
@@ -156,11 +156,9 @@ class Base:
         length = min(64, self.window // 2)
         draw = torch.Generator().manual_seed(0)
         ids = torch.randint(self.vocab_size, (1, length), generator=draw).to(self.model.device)
-        mask, training = torch.ones_like(ids), self.model.training
-        with AttentionReceived(mask, key_value_shape(self.config)[1]) as recording, self.lora(False):
-            self.model.eval()
+        mask, num_heads = torch.ones_like(ids), key_value_shape(self.config)[1]
+        with eval_mode(self.model), self.lora(False), AttentionReceived(mask, num_heads) as recording:
             self.read(self.no_prefix(1), self.embed(ids), mask, positions_of(mask), record=1)
-            self.model.train(training)
         if not recording.layers:  # kernels that keep their weights to themselves
             return False
         return float(torch.stack(recording.layers)[..., 0].mean()) / length > SINK

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..bases.base import Base, without_first
 from ..bases.compat import check_double_backward, inner_backward, math_attention
-from ..tensors import NO_LOSS
+from ..tensors import NO_LOSS, recordable
 
 
 def read_gradients(
@@ -72,13 +72,13 @@ def gradients_of(
     """
     twice = second_order and torch.is_grad_enabled()
     with torch.inference_mode(False), torch.enable_grad():
-        masks = {n: _usable(t) for n, t in tensors.items() if not t.is_floating_point()}
+        masks = {n: recordable(t) for n, t in tensors.items() if not t.is_floating_point()}
         tensors = {
-            n: t if twice and t.requires_grad else _usable(t).detach().requires_grad_()
+            n: t if twice and t.requires_grad else recordable(t).detach().requires_grad_()
             for n, t in tensors.items()
             if n not in masks
         }
-        loss = losses(tensors | masks, *map(_usable, chunk)).sum()
+        loss = losses(tensors | masks, *map(recordable, chunk)).sum()
         with around_backward:
             gradients = torch.autograd.grad(loss, list(tensors.values()), create_graph=twice)
     return dict(zip(tensors, gradients, strict=True))
@@ -92,8 +92,3 @@ def _losses(base: Base, prefix, ids: Tensor, mask: Tensor, labels: Tensor) -> Te
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     losses = nn.functional.cross_entropy(logits.mT, labels, reduction="none")  # 0 where there is no label
     return losses.sum(1) / (labels != NO_LOSS).sum(1).clamp_min(1)
-
-
-def _usable(tensor: Tensor) -> Tensor:
-    """Autograd cannot record tensors made in inference mode, but it can record a copy of them."""
-    return tensor.clone() if tensor.is_inference() else tensor

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..bases.base import LOGITS_AT_ONCE, Base, Prefix, positions_of, without_first
 from ..bases.compat import AttentionReceived, inner_backward, key_value_shape
-from ..tensors import NO_LOSS
+from ..tensors import NO_LOSS, recordable
 
 Tensors = dict[str, Tensor]
 
@@ -49,12 +49,14 @@ def read_in_one_pass(
         chunk: token ids; 1 for real tokens; and token ids or -100 where no loss is taken.
         attention: whether to record what is attended to.
     """
-    ids, mask, labels = map(_usable, chunk)
+    ids, mask, labels = map(recordable, chunk)
     # A row that is all padding would attend to nothing, so it is read as text. It has no labels.
     seen = mask.masked_fill((mask == 0).all(1, keepdim=True), 1)
     outer = torch.is_grad_enabled()
     with torch.inference_mode(False), torch.set_grad_enabled(outer or bool(theta)):
-        leaves = {n: t if outer and t.requires_grad else _usable(t).detach().requires_grad_() for n, t in theta.items()}
+        leaves = {
+            n: t if outer and t.requires_grad else recordable(t).detach().requires_grad_() for n, t in theta.items()
+        }
         with under(leaves) as prefix:
             recording = AttentionReceived(seen, key_value_shape(base.config)[1]) if attention else nullcontext()
             positions = positions_of(seen) + base.next_position(prefix, len(ids))
@@ -90,8 +92,3 @@ def _gradient(base: Base, loss: Tensor, theta: Tensors, *, keep: bool) -> Tensor
     with inner_backward(base.model):
         found = torch.autograd.grad(loss.sum(), list(theta.values()), retain_graph=keep)
     return dict(zip(theta, found, strict=True))
-
-
-def _usable(tensor: Tensor) -> Tensor:
-    """Autograd cannot record tensors made in inference mode, but it can record a copy of them."""
-    return tensor.clone() if tensor.is_inference() else tensor
