@@ -13,6 +13,8 @@ from tiny import SLOTS, WINDOW, chunks, ids, largest_difference, make_base, make
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
+from examples.research.memory import methods
+from examples.research.memory.attention_matching import attention_matching, compacted
 from hf_iai import IAIConfig, TaskState, chunk_text, export_to_peft
 from hf_iai.bases.base import Base
 from hf_iai.bases.compat import AttentionReceived
@@ -388,3 +390,26 @@ def test_recent_tokens_hide_empty_slots_where_they_would_harm(monkeypatch, num_r
 @pytest.mark.skipif(not SMOLLM2.is_dir(), reason="make smollm2 makes the base")
 def test_a_real_base_needs_a_sink():
     assert Base(AutoModelForCausalLM.from_pretrained(SMOLLM2)).needs_sink()
+
+
+# ---------------------------------------------------------------- baselines of the curve
+
+
+def test_attention_matching_with_room_for_all_is_full_context():
+    text = ids(1, 6 * 8)
+    full = methods.context(make_base("llama"), None, begin=True)(text, 8)
+    assert attention_matching(make_base("llama"), 100)(text, 8) == pytest.approx(full, abs=1e-4)
+
+
+def test_attention_matching_fits_what_it_drops():
+    torch.manual_seed(0)
+    queries, keys, values, bias = torch.randn(3, 200, 16), *torch.randn(2, 3, 128, 16), torch.zeros(3, 128)
+
+    def answer(keys, values, bias):
+        return (queries @ keys.mT / 4 + bias[:, None]).softmax(-1) @ values
+
+    whole, kept = answer(keys, values, bias), compacted(queries, keys, values, bias, 64)
+    unfitted = compacted(queries, keys, values, bias, 64)[0]
+    same = (keys[:, :, None] == unfitted[:, None]).all(-1).int().argmax(1)  # (H, m), where the kept keys stood
+    dropped = answer(unfitted, values.take_along_dim(same[..., None], 1), torch.zeros(3, 64))
+    assert (answer(*kept) - whole).square().mean() < 0.1 * (dropped - whole).square().mean()

@@ -9,6 +9,7 @@
     slots           its slots alone: H2O                  fewer          the latest m tokens
     recent          slots that hold the latest tokens     fewer_bytes    as many as fit the bytes of the saved memory
     full            all tokens, at 1, 2, 4, 8 and 16      adam, sgd      a plain LoRA that takes a step on each chunk
+    attention_matching    slots with fitted values and biases
 """
 
 import json
@@ -30,6 +31,7 @@ from examples.research.common.bases import SMOLLM2, BaseOption
 from examples.research.common.files import write_json
 from examples.research.common.provenance import recipe
 from examples.research.memory import methods, texts
+from examples.research.memory.attention_matching import attention_matching
 from hf_iai.evaluation import bootstrap_mean
 
 app = typer.Typer(no_args_is_help=True)
@@ -62,6 +64,8 @@ def method_of(name: str, base, slots: int, values: dict, *, rate: float, begin: 
         return methods.memory(base, slots=slots, accumulation="recent", initial_rate=1e-30)[0]
     if name in ("adam", "sgd"):
         return methods.dynamic_evaluation(base, slots, rate, name, begin=begin)
+    if name == "attention_matching":
+        return attention_matching(base, slots)
     if name == "full":
         return methods.full_context(base, (0, *COUNTS), begin=begin)
     if name == "fewer_bytes":
