@@ -1,4 +1,4 @@
-"""Attention matching: a cache compacted to m slots with fitted values and biases (arXiv 2602.16284), for Llama-like bases.
+"""Attention matching: a cache compacted to m slots with fitted values and biases (2602.16284), for Llama-like bases.
 
 Our port of the formulas, for each key/value head. Of queries Q and places K, V with biases b:
 
@@ -108,7 +108,7 @@ def _fitted(weights: Tensor, target: Tensor, start: Tensor) -> Tensor:  # (H, Q,
 
 
 def attention_matching(base, num_slots: int):
-    """A method of `methods`: the base reads each chunk behind m compacted slots; the first place is a beginning token."""
+    """A method of `methods`: the base reads each chunk behind m compacted slots, of which one is a beginning token."""
     slots = Slots(num_slots)
     AttentionInterface.register(NAME, slots)
     base.set_attn_implementation(NAME)
