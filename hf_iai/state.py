@@ -1,18 +1,14 @@
 """TaskState: the state of a batch of tasks, as a value."""
 
-import json
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import HfApi, snapshot_download
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Cache
 
@@ -20,10 +16,9 @@ from .bases.hub_ids import is_hub_id
 from .heads import KEPT, followed_by, same_outputs
 from .heads.chosen import with_later
 from .label_names import Names, in_order, union, with_classes
+from .state_file import CONFIG, WEIGHTS, names_of, read_state_file, write_state_file
 
 KEPT_BY = "kept by "  # then the rule by which slots hold tokens of chunks that were read apart
-FORMAT = "hf_iai.task_state.v1"
-WEIGHTS, CONFIG = "task_state.safetensors", "config.json"
 
 
 @dataclass(frozen=True)
@@ -226,26 +221,23 @@ class TaskState:
         """
         return model.state_of_cache(cache, attention_mask, attentions)
 
-    def save_pretrained(self, folder: str | os.PathLike) -> None:
-        """Write `config.json` and `task_state.safetensors`. Each file is renamed into place when it is complete."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: t.detach().contiguous().cpu() for name, t in self.tensors.items()}
-        tensors |= {"step": self.step.cpu().contiguous(), "num_tokens": self.num_tokens.cpu().contiguous()}
-        config = {
-            "format": FORMAT,
-            "fingerprint": self.identity.fingerprint,
-            "name": self.identity.name,
-            "accumulation": self.accumulation,
-            "tensors": {name: list(t.shape) for name, t in tensors.items()},
-        }
+    def save_pretrained(self, folder: str | os.PathLike, *, notes: Mapping[str, Any] | None = None) -> None:
+        """Write `task_state.safetensors`, in one step, and a copy of its metadata for people, `config.json`.
+
+        Args:
+            folder: is made if it is missing. An earlier state in it is replaced.
+            notes: what the caller wants to keep with the state, as JSON; `state_file.read_notes` gives it back.
+
+        Raises:
+            OSError: if nothing can be written there; an earlier state is as it was.
+        """
+        fields = {"fingerprint": self.identity.fingerprint, "name": self.identity.name}
+        fields |= {"accumulation": self.accumulation}
         if self.class_names is not None:
-            config["label_names"] = self.class_names
-        with tempfile.TemporaryDirectory(dir=folder) as temporary:
-            save_file(tensors, Path(temporary, WEIGHTS), metadata={"format": FORMAT})
-            Path(temporary, CONFIG).write_text(json.dumps(config, indent=1) + "\n")
-            for name in (WEIGHTS, CONFIG):
-                os.replace(Path(temporary, name), folder / name)
+            fields["label_names"] = [list(names) for names in self.class_names]
+        if notes is not None:
+            fields["notes"] = dict(notes)
+        write_state_file(folder, self.tensors | {"step": self.step, "num_tokens": self.num_tokens}, fields)
 
     def push_to_hub(
         self,
@@ -286,32 +278,15 @@ class TaskState:
 
         Raises:
             FileNotFoundError: if a file is missing.
-            ValueError: if the format is unknown, a file is damaged, or a value is not finite.
+            ValueError: if the format is unknown, a file is damaged, or a value is none that a state can have.
             huggingface_hub's own errors: if the repository is missing, gated, or not cached while offline.
         """
         if is_hub_id(folder, with_owner=True):
             folder = snapshot_download(folder, revision=revision, token=token, allow_patterns=[CONFIG, WEIGHTS])
-        folder = Path(folder)
-        for name in (CONFIG, WEIGHTS):
-            if not (folder / name).is_file():
-                raise FileNotFoundError(f"{folder} holds no task state: {name} is missing")
-        config = json.loads((folder / CONFIG).read_text())
-        if config.get("format") != FORMAT:
-            raise ValueError(f"{folder / CONFIG} has format {config.get('format')!r}, expected {FORMAT!r}")
-        try:
-            tensors = load_file(folder / WEIGHTS)
-        except SafetensorError as error:
-            raise ValueError(f"{folder / WEIGHTS} is damaged ({error}): save the state again") from error
-        shapes = {name: list(t.shape) for name, t in tensors.items()}
-        if shapes != config["tensors"]:
-            raise ValueError(f"{folder / WEIGHTS} holds {shapes}, but {CONFIG} says {config['tensors']}")
-        for name, tensor in tensors.items():
-            if not torch.isfinite(tensor).all():
-                raise ValueError(f"tensor {name!r} in {folder / WEIGHTS} has values that are not finite")
+        tensors, fields = read_state_file(folder)
         step, num_tokens = tensors.pop("step"), tensors.pop("num_tokens")
-        identity = Identity(config["fingerprint"], config["name"])
-        names = tuple(map(tuple, config["label_names"])) if "label_names" in config else None
-        return cls(tensors, step, num_tokens, identity, config["accumulation"], names)
+        identity = Identity(fields["fingerprint"], fields["name"])
+        return cls(tensors, step, num_tokens, identity, fields["accumulation"], names_of(fields))
 
 
 def _same_kind(states: Sequence[TaskState]) -> TaskState:

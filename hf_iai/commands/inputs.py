@@ -1,6 +1,5 @@
 """Loads what the options of the commands name: adapters, documents, examples."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,6 +7,8 @@ import typer
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel
 
 from ..bases.vector_base import width_in_name
+from ..data.examples import format_of
+from ..data.tables import is_table, table_rows, text_of
 from ..hub.published import published_adapter, published_names
 
 
@@ -53,48 +54,44 @@ def load_text_reader(adapter: str) -> PeftModel:
 
 
 def documents(path: Path) -> Iterator[dict]:
-    """Yield `{"text", "path"}` for every text file in a folder, or for every line of a JSON-lines file."""
-    if path.is_file():
-        yield from ({"path": f"{path.name}:{number}", **row} for number, row in enumerate(json_lines(path)))
-        return
-    for file in sorted(p for p in path.rglob("*") if p.is_file()):
+    """Yield `{"text", "path"}` for every text file in a folder, every row of a table, or a single text file.
+
+    Raises:
+        ValueError: if a row has no text, or a single file is not UTF-8 text.
+    """
+    if is_table(path) and path.is_file():
+        yield from (_document(place, row, path) for place, row in table_rows(path))
+    elif path.is_file():
+        yield {"text": text_of(path), "path": path.name}
+    else:
+        yield from _documents_in(path)
+
+
+def _document(place: str, row: dict, path: Path) -> dict:
+    if not isinstance(row.get("text"), str):
+        raise ValueError(f"{place}: 'text' is {row.get('text')!r:.80}, expected a text; its columns are {sorted(row)}")
+    return {"path": f"{path.name}:{place.split()[1]}", **row}
+
+
+def _documents_in(folder: Path) -> Iterator[dict]:
+    for file in sorted(p for p in folder.rglob("*") if p.is_file()):
         try:
-            text = file.read_text("utf-8")
+            text = file.read_text("utf-8-sig")
         except UnicodeDecodeError:
             typer.echo(f"left out {file}: not UTF-8 text", err=True)
             continue
-        yield {"text": text, "path": file.relative_to(path).as_posix()}
+        yield {"text": text, "path": file.relative_to(folder).as_posix()}
 
 
-def json_lines(path: Path) -> Iterator[dict]:
-    """Yield the object of every line that is not empty.
-
-    Raises:
-        ValueError: if a line is not a JSON object.
-    """
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                yield _json_object(line, f"line {number} of {path}")
-
-
-def text_of(path: Path) -> str:
-    """The text of a file.
+def examples(path: Path) -> Iterator[dict]:
+    """Yield every row of a table as an example, in one of the formats of `tokenize_example`.
 
     Raises:
-        ValueError: if the file is not UTF-8 text.
+        ValueError: if a row has none of the formats; the message names it.
     """
-    try:
-        return path.read_text("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: convert it first") from error
-
-
-def _json_object(line: str, place: str) -> dict:
-    try:
-        found = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{place} is no JSON ({error}): write one object per line") from error
-    if not isinstance(found, dict):
-        raise ValueError(f'{place} holds a {type(found).__name__}, not an object such as {{"text": ...}}')
-    return found
+    for place, row in table_rows(path):
+        try:
+            format_of(row)
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from error
+        yield row

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .checks import PARTS, check_at_least, check_episode, check_iterable
 from .examples import Episode, Tokens, text_ids, tokenize_example
+from .tables import label_of
 
 _ROWS_AT_ONCE = 256  # rows held as Python objects before they are written to Arrow, which is ten times smaller
 
@@ -123,7 +124,8 @@ def episodes_from_labels(
         num_queries: queries per episode, all classes together.
         num_episodes: number of episodes.
         seed: random seed of all draws.
-        label_names: the text to write for each label. By default the names of a `ClassLabel` column, or `str(label)`.
+        label_names: the text to write for each label. By default the names of a `ClassLabel` column, or what
+            `tables.label_of` makes of the labels, such as "1" of 1.0 and "true" of True.
         template: the prompt, which contains `{text}`. The completion is a space and the label's name. None: examples
             are `{"text", "label"}`, for a linear state.
 
@@ -240,13 +242,22 @@ def _texts_by_name(
         text, label = row[text_column], row[label_column]
         if not isinstance(text, str):
             raise ValueError(f"{text_column!r} of row {number} must be a string, got {text!r:.80}")
-        if names is not None and label not in names:
-            raise ValueError(f"label {label!r} of row {number} has no name in label_names {list(names)[:20]}")
+        name = _name_of(label, names, number)
         content = " ".join(text.split()).casefold()
         if content not in seen:
             seen.add(content)
-            texts.setdefault(str(label) if names is None else names[label], []).append(text)
+            texts.setdefault(name, []).append(text)
     return texts
+
+
+def _name_of(label: Any, names: Mapping[Any, str] | None, number: int) -> str:
+    try:
+        name = label_of(label)
+    except ValueError as error:
+        raise ValueError(f"row {number}: {error}") from error
+    if names is not None and label not in names:
+        raise ValueError(f"label {label!r} of row {number} has no name in label_names {list(names)[:20]}")
+    return name if names is None else names[label]
 
 
 def _labelled_example(text: str, name: str, template: str | None) -> dict[str, str]:

@@ -53,7 +53,7 @@ def tokenize_example(example: Example, tokenizer: PreTrainedTokenizerBase) -> To
 
     Source: the formats are those of TRL, https://huggingface.co/docs/trl/dataset_formats
     """
-    kind = _format_of(example)
+    kind = format_of(example)
     if kind == "input_ids":
         return _given_tokens(example)
     if kind == "messages":
@@ -79,7 +79,7 @@ def with_end(tokens: Tokens, example: Example, tokenizer: PreTrainedTokenizerBas
         tokenizer: may have no end-of-sequence token; then nothing is added.
     """
     ids, end = tokens["input_ids"], tokenizer.eos_token_id
-    kind = _format_of(example)
+    kind = format_of(example)
     is_text = kind == "text" or (kind == "prompt" and isinstance(example["prompt"], str))
     if not is_text or end is None or not ids or ids[-1] == end:
         return tokens
@@ -94,7 +94,12 @@ def text_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text else []
 
 
-def _format_of(example: Example) -> str:
+def format_of(example: Example) -> str:
+    """The key that tells the format of an example: "input_ids", "text", "messages" or "prompt".
+
+    Raises:
+        ValueError: if it has none of the formats of `tokenize_example`, or several.
+    """
     if not isinstance(example, Mapping):
         raise ValueError(f"an example must be a mapping, got {type(example).__name__} {example!r:.80}")
     keys = {key for key, value in example.items() if value is not None}

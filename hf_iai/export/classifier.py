@@ -4,7 +4,6 @@ import copy
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 from huggingface_hub import ModelCard, ModelCardData
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import IAIConfig
+from ..files import check_replaceable, replace_folder
 from ..hub.cards import base_in_words, base_on_hub
 from ..model import IAIModel
 from ..state import TaskState
@@ -77,13 +77,14 @@ def export_classifier(
         model: the IAI model that made the state. It does not change. In regime explicit its LoRA is merged into the
             checkpoint.
         state: the state of one task that has read at least one example.
-        path: a new or empty folder.
+        path: a folder that is new, empty or an earlier export. An earlier export is replaced when the new one is
+            complete.
         tokenizer: saved with the weights. None: the tokenizer in the base's folder, if the base is a folder.
 
     Raises:
         ValueError: if the model has no linear state of classes, the state has several tasks or no class, the base is
             quantized, or the head of its family cannot express the classifier; the message lists the families that can.
-        FileExistsError: if `path` is not empty.
+        FileExistsError: if `path` is a link, or contains something else than an earlier export.
 
     Example:
         >>> export_classifier(model, state, "intents")  # doctest: +SKIP
@@ -97,28 +98,25 @@ def export_classifier(
         )
     config, path = model.active_peft_config, Path(os.path.abspath(path))
     family = _checked_family(tuner.model)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise FileExistsError(f"{path} exists and is not empty: choose another path, or remove it")
+    check_replaceable(path)
     state = tuner.checked_state(state).to("cpu")
     names = state.label_names
-    if not names:
-        raise ValueError("this state has no classes: let it read labelled examples first")
+    if len(names) < 2:  # transformers takes a single output for a regression
+        raise ValueError(f"a classifier needs two classes, this state has {list(names)}: let it read labelled examples")
     rows, bias = (t[0].detach().double().cpu() for t in tuner.core.rows(state.to(tuner.model.device)))
     classifier = _classifier(unwrapped(tuner, merged=config.lora_answers), family, config, names)
     _set_head(classifier, family, rows, bias)
     source = config.base_model_name_or_path
     if tokenizer is None and source and Path(source, "tokenizer_config.json").is_file():
         tokenizer = AutoTokenizer.from_pretrained(source)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=path.parent) as temporary:
-        new = Path(temporary, "new")
+
+    def write(new: Path) -> None:
         classifier.save_pretrained(new)
         if tokenizer is not None:
             tokenizer.save_pretrained(new)
         _card(path.name, config, state).save(new / "README.md")
-        if path.exists():
-            path.rmdir()
-        new.rename(path)
+
+    replace_folder(path, write)
 
 
 def _checked_family(base: PreTrainedModel) -> Family:

@@ -3,12 +3,11 @@
 import copy
 import os
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 from peft import CartridgeConfig, PeftConfig, PeftModel, PrefixTuningConfig, PromptLearningConfig, PromptTuningConfig
 from peft.tuners.lora import LoraLayer, LoraModel
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
@@ -18,10 +17,11 @@ from ..bases.compat import has_recurrent_layers, key_value_shape
 from ..bases.hub_ids import is_hub_id
 from ..config import IAIConfig
 from ..embedded import is_embedded_base
+from ..files import check_replaceable, replace_folder
 from ..model import IAIModel
 from ..registry import STATES
 from ..state import TaskState
-from .card import MARK, export_card
+from .card import export_card
 from .lora import lora_adapters
 
 CONFIGS = {
@@ -62,7 +62,7 @@ def export_to_peft(
     Raises:
         ValueError: if the model is no IAI model, the state belongs to another base or adapter, the state cannot become
             this type, PEFT generates wrongly on the base, or the base cannot be written.
-        FileExistsError: if `path` contains something else.
+        FileExistsError: if `path` is a link, or contains something else than an earlier export.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -86,19 +86,17 @@ def export_to_peft(
             f"{tuner.task.called(config)} cannot become a PEFT adapter: keep the state with state.save_pretrained"
         )
     peft_type = _checked_type(peft_type, config, tuner.model.config)
-    _check_free(path)
+    check_replaceable(path)
     adapters = _adapters(tuner, state, peft_type)
     name = _name_of_base(config)
     if name is None:
         _check_writable(tuner, config)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=path.parent) as temporary:
-        new = Path(temporary, "new")
-        new.mkdir()
+    # With an absolute path, the export loads from any working directory on this machine.
+    named = os.path.abspath(name) if name and os.path.isdir(name) else name
+
+    def write(new: Path) -> None:
         if name is None:
             _write_base(tuner, config, new / BASE)
-        # With an absolute path, the export loads from any working directory on this machine.
-        named = os.path.abspath(name) if name and os.path.isdir(name) else name
         for folder, tasks in adapters.items():
             for adapter, _ in tasks:
                 adapter.base_model_name_or_path = named or str(path / BASE)
@@ -109,19 +107,8 @@ def export_to_peft(
         slots = slots[0][0] if slots else None
         card = export_card(config, adapter, state, name=path.name, dtype=dtype, has_base=name is None, slots=slots)
         card.save(new / CARD)
-        _put_in_place(new, path, Path(temporary, "old"))
 
-
-def _put_in_place(new: Path, path: Path, old: Path) -> None:
-    """Rename the new export to `path`. If that fails, put the earlier export back."""
-    if path.exists():
-        path.rename(old)
-    try:
-        new.rename(path)
-    except BaseException:
-        if old.exists():
-            old.rename(path)
-        raise
+    replace_folder(path, write)
 
 
 def _checked_type(peft_type: str | None, config: IAIConfig, base: PreTrainedConfig) -> str:
@@ -141,19 +128,6 @@ def _checked_type(peft_type: str | None, config: IAIConfig, base: PreTrainedConf
             f"pass one of {list(possible)}"
         )
     return peft_type
-
-
-def _check_free(path: Path) -> None:
-    if not path.exists() or (path.is_dir() and (not any(path.iterdir()) or _is_export(path))):
-        return
-    raise FileExistsError(f"{path} exists and holds something else than an export: choose another path, or remove it")
-
-
-def _is_export(path: Path) -> bool:
-    """Whether the folder contains nothing but an earlier export."""
-    names = {entry.name for entry in path.iterdir() if not entry.name.isdigit()}
-    ours = CARD in names and MARK.encode() in (path / CARD).read_bytes()
-    return ours and names <= {CARD, CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, BASE, *PARTS}
 
 
 # ---------------------------------------------------------------- the adapter

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import typer
 
-from hf_iai.commands.classify import accuracy, classify, load_reader, read_rows
+from hf_iai.classify import accuracy, classify, load_reader, read_rows
 from hf_iai.data import text_tokens
 from hf_iai.evaluation.accuracy import features_of
 from hf_iai.evaluation.classifiers import logistic_regression
