@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from operator import length_hint
 from typing import Any
 
@@ -20,6 +21,8 @@ from .tuner import IAITuner
 
 # Arguments of the base's forward that the state sets.
 OWN_ARGUMENTS = {"use_cache", "past_key_values", "position_ids"}
+# Model -> the state of `using` in this thread.
+_using: ContextVar[Mapping["IAIModel", TaskState | None]] = ContextVar("using", default={})  # noqa: B039, never changed
 NOT_TEXT = (
     "a chunk is a mapping with input_ids (batch, tokens), got {given}: use "
     "model.adapt(chunk_text(text, tokenizer, model=model)), or chunk_examples for a list of examples"
@@ -296,15 +299,23 @@ class IAIModel(IAITuner):
     def using(self, state: TaskState) -> Iterator[None]:
         """Answer all calls in this context under `state`, for code that cannot pass `task_state`. Contexts nest.
 
+        A context holds for its own thread, or asyncio task. A thread that is started inside it knows nothing of it:
+        pass `task_state` there, or start it as `Thread(target=contextvars.copy_context().run, args=(function,))`.
+
         Example:
             >>> with model.using(state):  # doctest: +SKIP
             ...     pipeline("text-generation", model=model, tokenizer=tokenizer)("def read(")
         """
-        self._using.append(self.checked_state(state))
+        with self._asked_under(self.checked_state(state)):
+            yield
+
+    @contextmanager
+    def _asked_under(self, state: TaskState | None) -> Iterator[None]:
+        token = _using.set({**_using.get(), self: state})
         try:
             yield
         finally:
-            self._using.pop()
+            _using.reset(token)
 
     @torch.no_grad()
     def state_effect(self, state: TaskState, query: Chunk) -> dict[str, float]:
@@ -325,9 +336,8 @@ class IAIModel(IAITuner):
         labels = query.get("labels", ids.masked_fill(mask == 0, NO_LOSS))
         with eval_mode(self):
             with_state = self.forward(ids, mask, labels, task_state=state)
-            using, self._using = self._using, []
-            without = self.forward(ids, mask, labels)
-            self._using = using
+            with self._asked_under(None):
+                without = self.forward(ids, mask, labels)
         scored = labels[:, 1:] != NO_LOSS
         p, q = (out.logits[:, :-1][scored].float().log_softmax(-1) for out in (with_state, without))
         result = {"kl": (p.exp() * (p - q)).sum(-1).mean().item()}
@@ -338,9 +348,9 @@ class IAIModel(IAITuner):
 
     def _state_for(self, task_state: TaskState | None) -> TaskState | None:
         """The state to answer under, on the model's device: the given one, or that of `using`."""
-        if task_state is None and self._using:
+        if task_state is None and (in_use := _using.get().get(self)) is not None:
             self._refuse_when_disabled("a task state")
-            return self._using[-1]
+            return in_use
         return None if task_state is None else self.checked_state(task_state)
 
     def checked_state(self, state: TaskState) -> TaskState:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from threading import Lock
 
 from torch import Tensor, nn
 
@@ -62,14 +63,26 @@ def pad_to(tensor: Tensor, size: Sequence[int], value: float) -> Tensor:
     return nn.functional.pad(tensor, [pad for more in reversed(room) for pad in (0, more)], value=value)
 
 
+def as_precise(moved: Tensor, before: Tensor) -> Tensor:
+    """What was moved or cast: the tensor as it was before, on the new device, if a cast would lose precision."""
+    lossy = before.is_floating_point() and moved.dtype.itemsize < before.dtype.itemsize
+    return before.to(moved.device) if lossy else moved
+
+
 def recordable(tensor: Tensor) -> Tensor:
     """The tensor, or a copy if it was made in inference mode: autograd cannot record such a tensor itself."""
     return tensor.clone() if tensor.is_inference() else tensor
 
 
+_freezing = Lock()
+_frozen: dict[nn.Module, tuple[int, bool]] = {}  # how many contexts a module is in, and the mode it had before
+
+
 @contextmanager
 def eval_mode(*modules: nn.Module) -> Iterator[None]:
     """Put modules and all their submodules in eval mode; afterwards each submodule gets its own mode back.
+
+    Threads may be in such contexts of one module at the same time: it is in eval mode until the last one leaves.
 
     Args:
         modules: any number of modules.
@@ -82,11 +95,19 @@ def eval_mode(*modules: nn.Module) -> Iterator[None]:
         >>> layer.training
         True
     """
-    modes = [(part, part.training) for module in modules for part in module.modules()]
-    for module in modules:
-        module.eval()
+    parts = [part for module in modules for part in module.modules()]
+    with _freezing:
+        for part in parts:
+            count, training = _frozen.get(part, (0, part.training))
+            _frozen[part] = count + 1, training
+            part.training = False
     try:
         yield
     finally:
-        for part, training in modes:
-            part.training = training
+        with _freezing:
+            for part in parts:
+                count, training = _frozen.pop(part)
+                if count > 1:
+                    _frozen[part] = count - 1, training
+                else:
+                    part.training = training

@@ -1,11 +1,11 @@
 """IAITuner: the tuner that PEFT drives. It holds LoRA layers in the base, and a core for each adapter."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from peft.tuners.lora import LoraModel
-from torch import nn
+from torch import Tensor, nn
 
 from .bases.compat import READ_BY_WEIGHT, read_by_weight
 from .bases.recurrent import base_of
@@ -16,6 +16,7 @@ from .reader import Reader
 from .registry import STATES
 from .state import Identity
 from .tasks import Task, task_of
+from .tensors import as_precise
 
 
 class IAITuner(LoraModel):
@@ -29,7 +30,7 @@ class IAITuner(LoraModel):
     def inject_adapter(self, model: nn.Module, adapter_name: str, **kwargs) -> None:
         if "iai" not in self._modules:  # the first adapter
             self.iai = nn.ModuleDict()
-            self._disabled, self._using, self._identities = False, [], {}
+            self._disabled, self._identities = False, {}
             self.card_facts = {}  # adapter -> facts about its training, for its card
         base, config = base_of(model), self.peft_config[adapter_name]
         task = task_of(config)
@@ -69,6 +70,15 @@ class IAITuner(LoraModel):
     def enable_adapter_layers(self) -> None:
         super().enable_adapter_layers()
         self._disabled = False
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args, **kwargs) -> nn.Module:
+        """As in PyTorch, for `.half()`, `.to(...)` and such; but LoRA keeps its precision, as `Core` does."""
+        lora = [p for name, p in self.model.named_parameters() if self.prefix in name]
+        before = [p.data for p in lora]
+        super()._apply(fn, *args, **kwargs)
+        for parameter, data in zip(lora, before, strict=True):
+            parameter.data = as_precise(parameter.data, data)
+        return self
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -153,7 +163,7 @@ class IAITuner(LoraModel):
         adapter += [(n.replace(f".{name}", ""), p) for n, p in self.model.named_parameters() if f".{name}." in n]
         # Fused optimizers change values without a new version number, so norms are compared too.
         norms = torch.stack([p.detach().float().norm() for _, p in adapter]).tolist()
-        versions = tuple((p.data_ptr(), p._version, norm) for (_, p), norm in zip(adapter, norms, strict=True))
+        versions = tuple((p.data_ptr(), _version(p), norm) for (_, p), norm in zip(adapter, norms, strict=True))
         if self._identities.get(name, (None,))[0] != versions:
             self._identities[name] = versions, fingerprint(base_of(self.model), self._config, adapter)
         return self._identities[name][1]
@@ -163,3 +173,8 @@ class IAITuner(LoraModel):
     def _refuse_when_disabled(self, what: str) -> None:
         if self._disabled:
             raise ValueError(f"{what} needs the adapter, but it is disabled: leave disable_adapter() first")
+
+
+def _version(parameter: Tensor) -> int:
+    """The number of changes in place; tensors made in inference mode do not count them."""
+    return 0 if parameter.is_inference() else parameter._version

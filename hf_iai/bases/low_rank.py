@@ -4,10 +4,10 @@ Axes: N tasks, r rank, I and O input and output width of a module.
 """
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from weakref import WeakSet
+from threading import Lock
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 Updates = Mapping[nn.Module, tuple[Tensor, Tensor]]  # module -> A (N, r, I) and B (N, O, r); N = 1: all tasks share it
 
 _active: ContextVar[Updates] = ContextVar("low_rank_updates", default={})  # noqa: B039, the default is never changed
-_hooked: WeakSet[nn.Module] = WeakSet()
+_hooking = Lock()
 
 
 def active_updates() -> Updates:
@@ -35,17 +35,23 @@ def low_rank_updates(updates: Updates) -> Iterator[None]:
     Args:
         updates: module -> A (N, r, I) and B (N, O, r); with N = 1 it serves all rows.
     """
-    new = [module for module in updates if module not in _hooked]
-    hooks = [module.register_forward_hook(_add_update) for module in new]
-    _hooked.update(new)
+    _hook(updates)
     token = _active.set(updates)
     try:
         yield
     finally:
         _active.reset(token)
-        _hooked.difference_update(new)
-        for hook in hooks:
-            hook.remove()
+
+
+def _hook(modules: Iterable[nn.Module]) -> None:
+    """Let modules look for their update. The hooks stay, since a thread that took them away would take them from all.
+
+    Without an update of the current context a hook does nothing.
+    """
+    with _hooking:
+        for module in modules:
+            if _add_update not in module._forward_hooks.values():
+                module.register_forward_hook(_add_update)
 
 
 def _add_update(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ Axes: B tasks, K chunks of C tokens, Q queries of T tokens for each task, N = B 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,7 +19,7 @@ from ..predictions.prediction import Prediction
 from ..registry import STATES
 from ..state import Identity, TaskState
 from ..states import SlotState
-from ..tensors import NO_LOSS
+from ..tensors import NO_LOSS, as_precise
 
 State = TaskState | Prediction
 Evidence = dict[str, Tensor]
@@ -74,6 +74,10 @@ class Core(nn.Module, ABC):
     def __init__(self, config: IAIConfig) -> None:
         super().__init__()
         self.config = config
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args, **kwargs) -> nn.Module:
+        """As in PyTorch, for `.half()`, `.to(...)` and such, without loss of precision: states are made in float32."""
+        return super()._apply(lambda tensor: as_precise(fn(tensor), tensor), *args, **kwargs)
 
     @abstractmethod
     def begin(self, base: Base, episode: EpisodeBatch) -> State:

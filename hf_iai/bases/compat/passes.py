@@ -1,6 +1,6 @@
 """How passes run: with or without LoRA, differentiated twice, under FSDP, under gradient checkpointing."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 
@@ -12,23 +12,32 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..low_rank import active_updates, low_rank_updates
 
+_switched: ContextVar[Mapping[nn.Module, bool]] = ContextVar("lora_enabled", default={})  # noqa: B039, never changed
+
 
 @contextmanager
 def lora_enabled(modules: list[LoraLayer], enabled: bool) -> Iterator[None]:
-    """A context in which LoRA is on or off. PEFT's own switch would also change `requires_grad`.
+    """A context in which LoRA is on or off, in this thread only.
+
+    PEFT's own switch is a flag of each layer. All threads share it, and it would also change `requires_grad`.
 
     Args:
         modules: the LoRA layers.
         enabled: whether they apply LoRA inside the context.
     """
-    before = [module._disable_adapters for module in modules]
-    for module in modules:
-        module._disable_adapters = not enabled
+    token = _switched.set({**_switched.get(), **dict.fromkeys(modules, enabled)})
     try:
         yield
     finally:
-        for module, value in zip(modules, before, strict=True):
-            module._disable_adapters = value
+        _switched.reset(token)
+
+
+def _is_disabled(layer: LoraLayer) -> bool:
+    enabled = _switched.get().get(layer)
+    return layer._disable_adapters if enabled is None else not enabled
+
+
+LoraLayer.disable_adapters = property(_is_disabled)  # what every forward pass of PEFT asks
 
 
 _in_math_attention: ContextVar[bool] = ContextVar("math_attention", default=False)
@@ -134,7 +143,7 @@ class _CheckpointAsNow:
         self.lora = [module for module in layer.modules() if isinstance(module, LoraLayer)]
 
     def __call__(self, forward: Callable, *args):
-        enabled = bool(self.lora) and not self.lora[0]._disable_adapters
+        enabled = bool(self.lora) and not self.lora[0].disable_adapters
         updates, in_math = active_updates(), _in_math_attention.get()
 
         def forward_as_now(*args):
