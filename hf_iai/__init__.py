@@ -1,6 +1,6 @@
 """Iterative amortized inference for Hugging Face models; importing registers the method "IAI" with PEFT."""
 
-from .bases.compat import allow_no_layers, carry_cards
+from .bases.compat import allow_no_layers, carry_cards, tell_adapters_by_place
 from .bases.registration import IAIType, register
 from .bases.vector_base import vector_base
 from .config import IAIConfig
@@ -29,6 +29,7 @@ from .training_args import IAITrainingArguments
 register(IAIConfig, IAIModel)
 carry_cards(IAIType.IAI, update_card)
 allow_no_layers(IAIType.IAI)
+tell_adapters_by_place()
 
 __version__ = "0.1.0"
 __all__ = [

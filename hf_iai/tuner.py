@@ -7,7 +7,7 @@ import torch
 from peft.tuners.lora import LoraModel
 from torch import Tensor, nn
 
-from .bases.compat import READ_BY_WEIGHT, read_by_weight
+from .bases.compat import READ_BY_WEIGHT, adapter_tensors, check_adapter_tensors, read_by_weight, split_adapter
 from .bases.recurrent import base_of
 from .config import IAIConfig
 from .cores import Core
@@ -85,6 +85,13 @@ class IAITuner(LoraModel):
         head, found, tail = key.partition(f"base_model.iai.{adapter_name}.")
         return f"base_model.iai.{tail}" if found else super()._remove_adapter_name_from_key(key, adapter_name)
 
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, model: nn.Module, config, adapter_name: str, state_dict) -> dict:
+        """PEFT warns of what a file lacks, if at all, and leaves it as it is; a state read by that would be wrong."""
+        found = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        check_adapter_tensors(found, adapter_tensors(model, adapter_name))
+        return found
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args, **kwargs) -> Iterator[None]:
         if kwargs.get("adapter_names") is not None:
@@ -160,7 +167,8 @@ class IAITuner(LoraModel):
         """The fingerprint and name of the active adapter. It is recomputed only after a weight has changed."""
         name = self.active_adapters[0]
         adapter = list(self.core.named_parameters())
-        adapter += [(n.replace(f".{name}", ""), p) for n, p in self.model.named_parameters() if f".{name}." in n]
+        placed = ((*split_adapter(path), p) for path, p in self.model.named_parameters())
+        adapter += [(path, p) for of, path, p in placed if of == name]
         # Fused optimizers change values without a new version number, so norms are compared too.
         norms = torch.stack([p.detach().float().norm() for _, p in adapter]).tolist()
         versions = tuple((p.data_ptr(), _version(p), norm) for (_, p), norm in zip(adapter, norms, strict=True))

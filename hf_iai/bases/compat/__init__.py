@@ -1,5 +1,6 @@
 """Every touch of a private or fragile API of PEFT and transformers; tests/test_compat.py has a canary for each."""
 
+from .adapters import adapter_tensors, check_adapter_tensors, split_adapter, tell_adapters_by_place
 from .attention import AttentionReceived, attention_received
 from .caches import PrefixCache, PrefixLayer, keys_values_of
 from .families import (
@@ -29,9 +30,11 @@ __all__ = [
     "READ_BY_WEIGHT",
     "RECURRENT",
     "UNUSED_CLASSIFIER",
+    "adapter_tensors",
     "allow_no_layers",
     "attention_received",
     "carry_cards",
+    "check_adapter_tensors",
     "check_double_backward",
     "check_supported",
     "default_target_modules",
@@ -49,5 +52,7 @@ __all__ = [
     "prepare_checkpointing",
     "read_by_weight",
     "rotations",
+    "split_adapter",
+    "tell_adapters_by_place",
     "window_of",
 ]
