@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 from transformers import Cache
 
 from .bases.recurrent import base_of
+from .data.checks import checked_chunks
 from .data.examples import Chunk
 from .objectives import Objective, episode_loss
 from .state import TaskState
@@ -20,13 +21,9 @@ from .tensors import NO_LOSS, eval_mode
 from .tuner import IAITuner
 
 # Arguments of the base's forward that the state sets.
-OWN_ARGUMENTS = {"use_cache", "past_key_values", "position_ids"}
+OWN_ARGUMENTS = ("past_key_values", "position_ids", "cache_position")
 # Model -> the state of `using` in this thread.
 _using: ContextVar[Mapping["IAIModel", TaskState | None]] = ContextVar("using", default={})  # noqa: B039, never changed
-NOT_TEXT = (
-    "a chunk is a mapping with input_ids (batch, tokens), got {given}: use "
-    "model.adapt(chunk_text(text, tokenizer, model=model)), or chunk_examples for a list of examples"
-)
 
 
 class IAIModel(IAITuner):
@@ -269,8 +266,7 @@ class IAIModel(IAITuner):
                 kwargs |= {"attention_mask": attention_mask, "labels": labels}
                 return self.model(input_ids=input_ids, inputs_embeds=inputs_embeds, **kwargs)
         ids, mask = reader.inputs.tokens(input_ids, inputs_embeds, attention_mask)
-        kwargs = {name: value for name, value in kwargs.items() if name not in OWN_ARGUMENTS}
-        return reader.answer(state, ids, mask, labels, **kwargs)
+        return reader.answer(state, ids, mask, labels, **_without_own(kwargs))
 
     def _predictor_without_state(self) -> AbstractContextManager[None]:
         """The bare base in regime parametric and inside `disable_adapter()`, else base + LoRA."""
@@ -285,15 +281,16 @@ class IAIModel(IAITuner):
             kwargs: options of transformers' `generate`.
         """
         self.task.check_can("generate")
-        state = self._state_for(task_state)
+        state, inputs = self._state_for(task_state), kwargs.pop("inputs", None)
+        if input_ids is not None and inputs is not None:
+            raise ValueError("generate got input_ids and inputs, which are the same: pass one of the two")
+        input_ids = inputs if input_ids is None else input_ids
         if state is None:
             with self._predictor_without_state():
                 return self.model.generate(input_ids, **kwargs)
         if input_ids is None:
             raise ValueError("generate under a state needs input_ids (B, T); inputs_embeds cannot be used with it")
-        mask = kwargs.pop("attention_mask", None)
-        mask = torch.ones_like(input_ids) if mask is None else mask
-        return self.reader.generate(state, input_ids, mask, **kwargs)
+        return self.reader.generate(state, input_ids, **_without_own(kwargs))
 
     @contextmanager
     def using(self, state: TaskState) -> Iterator[None]:
@@ -369,27 +366,15 @@ class IAIModel(IAITuner):
         return state.to(self.model.device)
 
 
-def checked_chunks(chunks: Iterable[Chunk]) -> Iterable[Chunk]:
-    """Check the chunks of `adapt` and `refine`. A single mapping, such as a tokenizer's output, is one chunk.
+def _without_own(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments that go to the base; it keeps no cache of ours, so `use_cache` has no meaning.
 
     Raises:
-        ValueError: for text that was not cut into chunks.
+        ValueError: for arguments that say where a text stands, which only the state can.
     """
-    if isinstance(chunks, Mapping):
-        return [_checked_chunk(chunks)]
-    if isinstance(chunks, str):
-        raise ValueError(NOT_TEXT.format(given=f"the text {chunks!r:.40}"))
-    return map(_checked_chunk, chunks)
-
-
-def _checked_chunk(chunk: Chunk) -> Chunk:
-    if not isinstance(chunk, Mapping):
-        given = f"the text {chunk!r:.40}" if isinstance(chunk, str) else f"{type(chunk).__name__} {chunk!r:.40}"
-        raise ValueError(NOT_TEXT.format(given=given))
-    return {name: _as_tensor(value) if isinstance(value, list) else value for name, value in chunk.items()}
-
-
-def _as_tensor(value: list) -> Tensor | list:
-    """Token ids as a tokenizer gives them without `return_tensors`, (B, C); names of labels stay a list."""
-    flat = value[0] if value and isinstance(value[0], list) else value
-    return torch.atleast_2d(torch.tensor(value)) if all(isinstance(x, int) for x in flat) else value
+    if given := [name for name in OWN_ARGUMENTS if kwargs.get(name) is not None]:
+        raise ValueError(
+            f"{given[0]} cannot be used under a task state, which stands before the text itself: pass the whole text, "
+            "or let generate write it"
+        )
+    return {name: value for name, value in kwargs.items() if name not in (*OWN_ARGUMENTS, "use_cache")}

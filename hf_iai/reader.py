@@ -5,11 +5,13 @@ A state is a `TaskState`, or a `Prediction` for each query in regime `implicit`.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from itertools import islice
+from operator import itemgetter
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache
 
 from .bases.base import Base
@@ -151,15 +153,45 @@ class Reader:
                 found = self.core.output(self.base, prediction)
             yield found
 
-    def generate(self, state: TaskState, ids: Tensor, mask: Tensor, **kwargs: Any) -> Tensor:
-        """The prompt and new token ids, (B, T + new)."""
+    def generate(self, state: TaskState, ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """The prompt and new token ids, (B, T + new). Without a mask, padding is found as transformers finds it."""
         self.inputs.check_query(ids, state.batch_size)
+        mask = self.base.mask_of_prompts(ids, kwargs) if attention_mask is None else attention_mask
+        if self.base.packing(mask) is None:
+            return self._generate(state, ids, mask, **kwargs)
+        return self._generate_by_length(state, ids, mask, kwargs)
+
+    def _generate(self, state: TaskState, ids: Tensor, mask: Tensor, **kwargs: Any) -> Tensor:
         with (
             torch.no_grad(),
             self.base.lora(self.task.config.lora_answers),
             self.core.under(self.base, state) as prefix,
         ):
             return self.base.generate(prefix, ids, mask, **kwargs)
+
+    def _generate_by_length(self, state: TaskState, ids: Tensor, mask: Tensor, kwargs: dict) -> Tensor:
+        """Generate from prompts of one length at a time, so that no padding stands between the slots and a text."""
+        setting = partial(self.base.setting, kwargs)
+        if setting("return_dict_in_generate"):
+            raise ValueError(
+                f"{self.base.config.model_type!r} generates from prompts of one length at a time, which "
+                "return_dict_in_generate=True would show: give prompts of one length, or leave it out"
+            )
+        if setting("max_new_tokens") is None and (longest := setting("max_length")):
+            kwargs["max_new_tokens"] = max(1, longest - ids.shape[1])
+            kwargs.pop("max_length", None)
+        pad, several = setting("pad_token_id") or 0, setting("num_return_sequences") or 1
+        rows: list[Tensor] = [ids[0]] * (len(ids) * several)
+        lengths = (mask != 0).sum(1)
+        for length in lengths.unique().tolist():
+            group = (lengths == length).nonzero()[:, 0]
+            prompts = torch.stack([ids[row][mask[row] != 0] for row in group])  # (b, length)
+            own = state if state.batch_size == 1 else state.map(itemgetter(group))
+            found = self._generate(own, prompts, torch.ones_like(prompts), **kwargs)
+            padding = found.new_full((len(found), ids.shape[1] - length), pad)
+            for number, row in enumerate(torch.cat([padding, found], 1)):
+                rows[int(group[number // several]) * several + number % several] = row
+        return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad)
 
     def features(self, inputs: Chunk) -> Tensor:  # (N, d)
         """The features of texts (N, T) or vectors (N, d) that a linear state is computed from."""

@@ -1,24 +1,29 @@
 """IAITrainer: a `transformers.Trainer` for episodes."""
 
+import inspect
 import math
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, Trainer
+from torch.utils.data import DataLoader
+from transformers import AutoTokenizer, EvalPrediction, PreTrainedTokenizerBase, Trainer
 from transformers.modelcard import extract_hyperparameters_from_trainer
-from transformers.trainer_utils import TrainOutput, has_length
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput, has_length
 
 from .config import IAIConfig
 from .hub.cards import CardFacts, Measurement, installed_versions, is_edited, model_card
 from .model import IAIModel
 from .tasks import Task, task_of
+from .tensors import NO_LOSS
 from .training_args import IAITrainingArguments
 
 CURVE = re.compile(r"(.+)_loss_at_chunks_(\d+)")  # the names that `evaluate` logs
@@ -35,46 +40,43 @@ class IAITrainer(Trainer):
     right before the query. `push_to_hub` writes a card with the facts of the run and the last of these curves.
 
     Args:
-        model: an IAI PeftModel; or, with `peft_config`, a base model or its id.
+        model: an IAI PeftModel; or, with `peft_config`, a base model or its id; or None with `model_init`, a function
+            that makes an IAI PeftModel, as a search over hyperparameters needs it.
         args: `IAITrainingArguments`.
         peft_config: the `IAIConfig` of a new adapter on `model`.
         processing_class: the tokenizer. If the model is an id, it is loaded with the model. Leave it out for vectors.
 
     Raises:
         ValueError: if `peft_config` and `model` do not fit together, the tokenizer is missing or not needed, or the
-            task has no use for `kl_weight` or `state_learning_rate`.
+            task has no use for `kl_weight` or `state_learning_rate`; or if an argument of transformers has no use here
+            (docs/options.md).
     """
 
     def __init__(
         self,
-        model: PeftModel | nn.Module | str,
+        model: PeftModel | nn.Module | str | None,
         args: IAITrainingArguments,
         *,
         peft_config: PeftConfig | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         **kwargs,
     ) -> None:
+        _check_arguments(args)
         if isinstance(model, str):
             task = task_of(peft_config) if isinstance(peft_config, IAIConfig) else None
             if task is None or not task.reads_vectors:
                 processing_class = processing_class or AutoTokenizer.from_pretrained(model)
             model = (Task if task is None else task).auto_class.from_pretrained(model)
         if peft_config is not None:
-            if isinstance(model, PeftModel):
-                raise ValueError("peft_config was given, but the model is a PeftModel already: pass one of the two")
+            if model is None or isinstance(model, PeftModel):
+                found = "comes from model_init" if model is None else "is a PeftModel already"
+                raise ValueError(f"peft_config was given, but the model {found}: pass a base model, or no peft_config")
             torch.manual_seed(args.seed)
             model = get_peft_model(model, peft_config)
-        if getattr(getattr(model, "active_peft_config", None), "peft_type", None) != "IAI":
-            raise ValueError(
-                f"IAITrainer needs an IAI adapter, got {type(model).__name__}: "
-                "pass peft_config=IAIConfig(task_type='CAUSAL_LM')"
-            )
-        task = task_of(model.active_peft_config)
-        task.check_training(args.kl_weight, args.state_learning_rate)
-        if args.state_learning_rate is not None and kwargs.get("optimizers", (None, None))[0] is not None:
-            raise ValueError("state_learning_rate was given, but optimizers= brings its own rates: pass one of the two")
-        collator = task.collator(processing_class, args.chunk_size or model.usual_chunk_size)
-        kwargs.setdefault("data_collator", collator)
+        made = _made_by(kwargs.get("model_init")) if model is None else model
+        task = _checked_task(made, args, kwargs.get("optimizers", (None, None))[0])
+        if kwargs.get("data_collator") is None:
+            kwargs["data_collator"] = task.collator(processing_class, args.chunk_size or made.usual_chunk_size)
         super().__init__(model=model, args=args, processing_class=processing_class, **kwargs)
         # The loss is a mean over query tokens already, so Trainer must not rescale it by its own count of labels.
         self.model_accepts_loss_kwargs = False
@@ -144,25 +146,63 @@ class IAITrainer(Trainer):
         chunked = {name: t for name, t in inputs.items() if name.startswith("chunk_")}
         return inputs | {name: t.reshape(rows, chunks * 2, size // 2, *t.shape[3:]) for name, t in chunked.items()}
 
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        eval_dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
-        if isinstance(eval_dataset, dict):  # super().evaluate has called this method for each dataset
-            return metrics
-        curve = self._loss_at_chunks(eval_dataset)
-        curve = {f"{metric_key_prefix}_loss_at_chunks_{n}": loss for n, loss in curve.items()}
-        self.log(curve)
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        metrics = super().evaluate(*args, **kwargs)
         if self._iai.active_adapters[0] in self._iai.card_facts:
             self._note_for_card()
-        return metrics | curve
+        return metrics
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """As in transformers; but queries and answers may differ in length, and `evaluate` gets the curve too."""
+        with self._batches_of_any_shape():
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
+        if description == "Evaluation":
+            curve = self._loss_at_chunks(dataloader)
+            output.metrics.update({f"{metric_key_prefix}_loss_at_chunks_{n}": loss for n, loss in curve.items()})
+        return output._replace(predictions=joined(output.predictions), label_ids=joined(output.label_ids))
+
+    @contextmanager
+    def _batches_of_any_shape(self) -> Iterator[None]:
+        """A context in which transformers keeps batches apart; it could join them along one padded axis only."""
+        concat, compute = self.args.eval_do_concat_batches, self.compute_metrics
+        if compute is not None and concat and not self.args.batch_eval_metrics:
+            self.compute_metrics = lambda found: compute(
+                EvalPrediction(joined(found.predictions), joined(found.label_ids), found.inputs, found.losses)
+            )
+        self.args.eval_do_concat_batches = False
+        try:
+            yield
+        finally:
+            self.args.eval_do_concat_batches, self.compute_metrics = concat, compute
+
+    def prediction_step(self, *args, **kwargs) -> tuple[Tensor | None, Any, Any]:
+        """As in transformers; processes pad their batches to one shape, to be gathered."""
+        loss, logits, labels = super().prediction_step(*args, **kwargs)
+        return loss, self._same_on_all(logits), self._same_on_all(labels)
+
+    def _same_on_all(self, found: Any) -> Any:
+        if not isinstance(found, Tensor):
+            return found
+        for axis in range(1, found.dim()):
+            found = self.accelerator.pad_across_processes(found, dim=axis, pad_index=NO_LOSS)
+        return found
 
     @torch.no_grad()
-    def _loss_at_chunks(self, dataset) -> dict[int, float]:
+    def _loss_at_chunks(self, dataloader: DataLoader) -> dict[int, float]:
         """The mean loss after the n nearest chunks, for each n of `eval_chunks` that the episodes have."""
         self.model.eval()
         counts = self.args.eval_chunks
         sums = torch.zeros(len(counts), 2, device=self.args.device)  # sum of losses, number of tokens
-        for inputs in self.get_eval_dataloader(dataset):
+        for inputs in dataloader:
             inputs = self._prepare_inputs(inputs)
             tokens = self.task.scored(inputs).sum().float()
             for i, n in enumerate(counts):
@@ -249,6 +289,59 @@ class IAITrainer(Trainer):
             )
             for name, (step, rows) in last.items()
         )
+
+
+def joined(batches: Any) -> Any:
+    """Arrays (B, ...) of several batches as one, padded by -100 at the end of every axis; None stays None.
+
+    Example:
+        >>> joined([np.ones((1, 2)), np.ones((1, 3))]).tolist()
+        [[1.0, 1.0, -100.0], [1.0, 1.0, 1.0]]
+    """
+    if not isinstance(batches, list) or not batches:
+        return batches
+    if isinstance(batches[0], tuple):
+        return tuple(joined(list(parts)) for parts in zip(*batches, strict=True))
+    most = np.max([batch.shape[1:] for batch in batches], axis=0)
+    pads = [[(0, 0), *((0, new - old) for old, new in zip(b.shape[1:], most, strict=True))] for b in batches]
+    return np.concatenate([np.pad(b, pad, constant_values=NO_LOSS) for b, pad in zip(batches, pads, strict=True)])
+
+
+def _check_arguments(args: Any) -> None:
+    if not isinstance(args, IAITrainingArguments):
+        raise ValueError(
+            f"args are {type(args).__name__}: pass IAITrainingArguments, which has the same fields and more"
+        )
+    if args.label_smoothing_factor:
+        raise ValueError(
+            f"label_smoothing_factor={args.label_smoothing_factor} would leave the objective out, which scores several "
+            "states of an episode: leave it 0"
+        )
+
+
+def _made_by(model_init: Callable | None) -> nn.Module:
+    """The model of a Trainer's `model_init`, to see what it is."""
+    if model_init is None:
+        raise ValueError("model is None: pass a model, or model_init=, a function that makes one")
+    return model_init(None) if inspect.signature(model_init).parameters else model_init()
+
+
+def _checked_task(model: nn.Module, args: IAITrainingArguments, optimizer: Any) -> Task:
+    """The kind of task of a model that can be trained so.
+
+    Raises:
+        ValueError: if it is no IAI model, or the task or optimizer has no use for an argument.
+    """
+    if getattr(getattr(model, "active_peft_config", None), "peft_type", None) != "IAI":
+        raise ValueError(
+            f"IAITrainer needs an IAI adapter, got {type(model).__name__}: "
+            "pass peft_config=IAIConfig(task_type='CAUSAL_LM')"
+        )
+    task = task_of(model.active_peft_config)
+    task.check_training(args.kl_weight, args.state_learning_rate)
+    if args.state_learning_rate is not None and optimizer is not None:
+        raise ValueError("state_learning_rate was given, but optimizers= brings its own rates: pass one of the two")
+    return task
 
 
 def last_chunks(inputs: dict[str, Tensor], n: int) -> dict[str, Tensor]:

@@ -7,7 +7,14 @@ import torch
 from peft.tuners.lora import LoraModel
 from torch import Tensor, nn
 
-from .bases.compat import READ_BY_WEIGHT, adapter_tensors, check_adapter_tensors, read_by_weight, split_adapter
+from .bases.compat import (
+    READ_BY_WEIGHT,
+    adapter_tensors,
+    check_adapter_tensors,
+    check_carries_nothing,
+    read_by_weight,
+    split_adapter,
+)
 from .bases.recurrent import base_of
 from .config import IAIConfig
 from .cores import Core
@@ -29,6 +36,7 @@ class IAITuner(LoraModel):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, **kwargs) -> None:
         if "iai" not in self._modules:  # the first adapter
+            check_carries_nothing(model)
             self.iai = nn.ModuleDict()
             self._disabled, self._identities = False, {}
             self.card_facts = {}  # adapter -> facts about its training, for its card

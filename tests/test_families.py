@@ -22,7 +22,7 @@ from tiny import (
 from transformers import DynamicCache
 
 from hf_iai import TaskState, batch_chunks
-from hf_iai.bases.base import positions_of
+from hf_iai.bases.places import positions_of
 
 # Kept tokens differ by how keys are moved, prompts do not by how the same base rotates them: one of each is fast.
 KEPT = ("llama", "gpt2", "gemma3", "smollm3", "gpt_neox", "phi3_longrope")

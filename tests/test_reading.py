@@ -5,7 +5,8 @@ import torch
 from tiny import AVERAGES, FAMILIES, STATES, VARIANTS, VOCAB, chunks, ids, largest_difference, make_base, make_model
 
 from hf_iai import TaskState
-from hf_iai.bases.base import Base, positions_of
+from hf_iai.bases.base import Base
+from hf_iai.bases.places import positions_of
 from hf_iai.signals import TokenPooling, read_observations
 
 

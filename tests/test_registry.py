@@ -13,7 +13,8 @@ from tiny import chunks, ids, make_base, make_model
 from torch import Tensor, nn
 
 from hf_iai import IAIConfig, IAITrainer, TaskState, evaluate_curve, export_to_peft
-from hf_iai.bases.base import Base, Prefix
+from hf_iai.bases.base import Base
+from hf_iai.bases.prefixes import Prefix
 from hf_iai.evaluation import EVALUATORS, Curve
 from hf_iai.evaluation.loss_curve import loss_curve
 from hf_iai.heads.classical import SGD, Tensors

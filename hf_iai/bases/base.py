@@ -11,13 +11,15 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from ..tensors import NO_LOSS, eval_mode
+from ..tensors import eval_mode
 from .compat import (
     AttentionReceived,
     PrefixCache,
+    check_causal,
     check_supported,
     embedding_scale,
     has_longrope,
+    has_sliding_layers,
     key_value_shape,
     lora_enabled,
     prepare_checkpointing,
@@ -25,26 +27,13 @@ from .compat import (
     rotations,
     window_of,
 )
+from .places import in_order, positions_of, without_first
+from .prefixes import KeysValues, Prefix, behind_prefix, mask_of, match_rows
 
 # What a base can offer: next-token predictions, keys and values in every layer, or a feature vector for each text.
 TOKENS, KEYS_VALUES, FEATURES = "tokens", "keys and values", "features"
 LOGITS_AT_ONCE = 1024  # positions; all logits of a long chunk over a large vocabulary would not fit in memory
 SINK = 0.3  # share of attention on the first token, over all layers and heads, from which a base needs it
-KeysValues = list[tuple[Tensor, Tensor]]  # keys and values of every layer, (B, H, m, D) each
-Prefix = KeysValues | Tensor  # what stands in front of a text; for a `RecurrentBase` embeddings (B, m, d)
-
-
-class MaskedPrefix(list[tuple[Tensor, Tensor]]):
-    """A prefix of which some slots are empty. No text attends to those, and they take no positions.
-
-    Args:
-        keys_values: keys and values of every layer, (B, H, m, D) each.
-        mask: 1 for slots that hold something, 0 for empty ones, (B, m).
-    """
-
-    def __init__(self, keys_values: KeysValues, mask: Tensor) -> None:
-        super().__init__(keys_values)
-        self.mask = mask
 
 
 class Base:
@@ -105,7 +94,11 @@ class Base:
         Args:
             config: the adapter's configuration, which is changed in place.
             uses_lora: whether the adapter has LoRA layers at all.
+
+        Raises:
+            ValueError: if the model is not causal.
         """
+        check_causal(self.model)
         if config.target_modules == "all-linear":
             self._exclude(config, self.uncalled)
 
@@ -184,7 +177,7 @@ class Base:
 
     def next_position(self, prefix: Prefix, rows: int) -> Tensor | int:  # (rows, 1)
         """The position of the first token behind a prefix, for each row of a text."""
-        mask = _mask_of(prefix, rows)
+        mask = mask_of(prefix, rows)
         return self.num_slots(prefix) if mask is None else mask.sum(1, keepdim=True)
 
     def rotate(self, keys: Tensor, positions: Tensor) -> Tensor:  # (B, L, H, T, D), (B, T) or (1, T)
@@ -225,16 +218,35 @@ class Base:
         Returns:
             Last hidden states (B, record, d), and keys and values of the same positions for every layer.
         """
-        cache = PrefixCache(self.config, _match_rows(prefix, len(embeddings)), record=record)
+        order = self.packing(mask)
+        if order is not None:
+            embeddings, mask, positions = (in_order(t, order) for t in (embeddings, mask, positions))
+        cache = PrefixCache(
+            self.config, match_rows(prefix, len(embeddings)), record if order is None else mask.shape[1]
+        )
         prepare_checkpointing(self.model)
         hidden = self.model.base_model(
             inputs_embeds=embeddings.to(self.model.get_input_embeddings().weight.dtype),
-            attention_mask=_behind_prefix(mask, prefix),
+            attention_mask=behind_prefix(mask, prefix),
             position_ids=positions,
             past_key_values=cache,
             use_cache=False,
         ).last_hidden_state
-        return hidden[:, -record:], cache.recorded()
+        recorded = cache.recorded()
+        if order is not None:
+            back = order.argsort(1)
+            hidden = in_order(hidden, back)
+            recorded = [tuple(in_order(t, back, axis=2)[..., -record:, :] for t in pair) for pair in recorded]
+        return hidden[:, -record:], recorded
+
+    def packing(self, mask: Tensor) -> Tensor | None:  # (B, T) -> (B, T)
+        """The order of tokens in which each row's padding stands at its end; None if it may stay where it is.
+
+        Layers with a sliding window count padding between the slots and a token. At the end it is out of the way.
+        """
+        if not has_sliding_layers(self.config) or bool((mask.diff(dim=1) <= 0).all()):
+            return None
+        return (mask != 0).long().argsort(dim=1, descending=True, stable=True)
 
     @torch.no_grad()
     def surprisal(self, hidden: Tensor, ids: Tensor, mask: Tensor) -> Tensor:  # (B, T, d), (B, T), (B, T)
@@ -261,17 +273,38 @@ class Base:
             labels: token ids, -100 where no loss is taken, (B, T); the output then has a loss.
             kwargs: passed on to the model.
         """
-        cache = PrefixCache(self.config, _match_rows(prefix, len(ids)))
+        labels, order = None if labels is None else without_first(labels, mask), self.packing(mask)
+        if order is None:
+            return self._answer(prefix, ids, mask, labels, **kwargs)
+        self._check_shows_no_places(kwargs)
+        keep = kwargs.pop("logits_to_keep", 0)
+        packed = (None if t is None else in_order(t, order) for t in (ids, mask, labels))
+        outputs = self._answer(prefix, *packed, **kwargs)
+        logits = in_order(outputs.logits, order.argsort(1))
+        outputs.logits = logits[:, -keep:] if isinstance(keep, int) else logits[:, keep]
+        return outputs
+
+    def _answer(self, prefix: Prefix, ids: Tensor, mask: Tensor, labels: Tensor | None, **kwargs):
+        cache = PrefixCache(self.config, match_rows(prefix, len(ids)))
         prepare_checkpointing(self.model)
         return self.model(
             input_ids=ids,
-            attention_mask=_behind_prefix(mask, prefix),
+            attention_mask=behind_prefix(mask, prefix),
             position_ids=positions_of(mask) + self.next_position(prefix, len(ids)),
             past_key_values=cache,
             use_cache=False,
-            labels=None if labels is None else without_first(labels, mask),
+            labels=labels,
             **kwargs,
         )
+
+    def _check_shows_no_places(self, kwargs: dict) -> None:
+        """Refuse outputs of single places, where the base reads tokens in another order than they were given."""
+        asked = [name for name in ("output_hidden_states", "output_attentions") if kwargs.get(name)]
+        if asked or kwargs.get("return_dict") is False:
+            raise ValueError(
+                f"{self.config.model_type!r} reads a state, padding and text in another order, which "
+                f"{asked or 'return_dict=False'} would show: leave it out"
+            )
 
     def generate(self, prefix: Prefix, ids: Tensor, mask: Tensor, **kwargs):  # (B, T) each
         """transformers' own `generate` after the prefix.
@@ -283,18 +316,27 @@ class Base:
             self._check_stays_within_window(self.num_slots(prefix), ids.shape[1], kwargs)
         if self.num_slots(prefix):
             kwargs["past_key_values"] = self._written_to_by_generate(prefix, len(ids), kwargs)
-        kwargs["attention_mask"] = _behind_prefix(mask, prefix)
+        kwargs["attention_mask"] = behind_prefix(mask, prefix)
         kwargs["use_cache"] = True  # the prefix lies in the cache
         return self.model.generate(ids, **kwargs)
 
-    def _setting(self, kwargs: dict, name: str):
+    def mask_of_prompts(self, ids: Tensor, kwargs: dict) -> Tensor:  # (B, T) -> (B, T)
+        """The mask of prompts that came without one: 0 where they hold the padding token, unless it also ends texts."""
+        pad, ends = self.setting(kwargs, "pad_token_id"), self.setting(kwargs, "eos_token_id")
+        if pad is None or pad in (ends if isinstance(ends, list | tuple) else [ends]):
+            return torch.ones_like(ids)
+        return (ids != pad).long()
+
+    def setting(self, kwargs: dict, name: str):
         """The value `generate` will use: from its arguments, the configuration given to it, or the model's."""
-        return kwargs.get(name) or getattr(kwargs.get("generation_config") or self.model.generation_config, name, None)
+        configs = (kwargs.get("generation_config"), self.model.generation_config)
+        values = (kwargs.get(name), *(getattr(config, name, None) for config in configs))
+        return next((value for value in values if value is not None), None)
 
     def _check_stays_within_window(self, num_slots: int, num_tokens: int, kwargs: dict) -> None:
         """Refuse to generate beyond the window: Phi-3 would silently drop the cache there, and the state with it."""
-        room, new = self.window - num_slots - num_tokens, self._setting(kwargs, "max_new_tokens")
-        if new is None and (length := self._setting(kwargs, "max_length")):
+        room, new = self.window - num_slots - num_tokens, self.setting(kwargs, "max_new_tokens")
+        if new is None and (length := self.setting(kwargs, "max_length")):
             new = length - num_tokens
         if new is None or new > room:
             raise ValueError(
@@ -304,46 +346,8 @@ class Base:
 
     def _written_to_by_generate(self, prefix: KeysValues, rows: int, kwargs: dict) -> DynamicCache:
         """Copy the prefix into a cache that `generate` may write to, with one row for every beam."""
-        given = [self._setting(kwargs, name) or 1 for name in ("num_beams", "num_return_sequences")]
+        given = [self.setting(kwargs, name) or 1 for name in ("num_beams", "num_return_sequences")]
         cache = DynamicCache(config=self.config)
-        for layer, keys_values in enumerate(_match_rows(prefix, rows * max(given))):
+        for layer, keys_values in enumerate(match_rows(prefix, rows * max(given))):
             cache.update(*(t.to(self.model.dtype) for t in keys_values), layer)
         return cache
-
-
-def positions_of(mask: Tensor) -> Tensor:  # (B, T) -> (B, T)
-    """The position of each token, counting real tokens only. So padding on either side changes no position."""
-    return (mask.cumsum(1) - 1).clamp_min(0)
-
-
-def without_first(labels: Tensor, mask: Tensor) -> Tensor:  # (B, T) each
-    """Take the label of each row's first real token away: nothing predicts it, even if padding stands before it."""
-    return labels.masked_fill(positions_of(mask) == 0, NO_LOSS)
-
-
-def ages_of(mask: Tensor) -> Tensor:  # (B, T) -> (B, T)
-    """The number of real tokens after each token."""
-    return mask.flip(1).cumsum(1).flip(1) - mask
-
-
-def _mask_of(prefix: Prefix, rows: int) -> Tensor | None:  # (rows, m)
-    """The mask of a prefix's slots in front of each row of a text; None: all slots hold something."""
-    if not isinstance(prefix, MaskedPrefix):
-        return None
-    return prefix.mask.repeat_interleave(rows // len(prefix.mask), 0)
-
-
-def _behind_prefix(mask: Tensor, prefix: KeysValues) -> Tensor:
-    """Extend a mask of the text to one of prefix and text, (B, T) -> (B, m + T)."""
-    slots = _mask_of(prefix, len(mask))
-    if slots is None:
-        slots = mask.new_ones(len(mask), Base.num_slots(prefix))
-    return torch.cat([slots.to(mask.dtype), mask], 1)
-
-
-def _match_rows(prefix: KeysValues, rows: int) -> KeysValues:
-    """Repeat the rows of a prefix: row b of B stands in front of rows / B consecutive queries."""
-    repeats = rows // len(prefix[0][0])
-    if repeats == 1:
-        return prefix
-    return [(k.repeat_interleave(repeats, 0), v.repeat_interleave(repeats, 0)) for k, v in prefix]

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from ..tensors import NO_LOSS
-from .base import KEYS_VALUES, TOKENS, Base, positions_of, without_first
+from .base import KEYS_VALUES, TOKENS, Base
 from .compat import has_recurrent_layers, is_classifier, prepare_checkpointing
 from .encoder import Encoder
+from .places import in_order, positions_of, without_first
 
 LENGTHS = ("max_length", "min_length")  # arguments of `generate` that count the prompt too
 
@@ -68,23 +69,18 @@ class RecurrentBase(Base):
         """As `Base.read`: the last hidden states (B, record, d), and an empty list in place of keys and values."""
         inputs, order = self._laid_out(prefix, embeddings, mask, positions)
         hidden = self.model.base_model(**inputs, use_cache=False).last_hidden_state
-        return _in_order(hidden, order.argsort(1))[:, -record:], []
+        return in_order(hidden, order.argsort(1))[:, -record:], []
 
     def answer(self, prefix: Tensor, ids: Tensor, mask: Tensor, labels: Tensor | None = None, **kwargs):
         """As `Base.answer`."""
-        asked = [name for name in ("output_hidden_states", "output_attentions") if kwargs.get(name)]
-        if asked or kwargs.get("return_dict") is False:
-            raise ValueError(
-                f"{self.config.model_type!r} reads the state as embeddings, and {asked or 'return_dict=False'} would "
-                "show its places too: leave it out"
-            )
+        self._check_shows_no_places(kwargs)
         num_slots, keep = prefix.shape[1], kwargs.pop("logits_to_keep", 0)
         inputs, order = self._laid_out(prefix, self.embed(ids), mask, positions_of(mask) + num_slots)
         if labels is not None:
             labels = without_first(labels, mask)
             labels = torch.cat([labels.new_full((len(labels), num_slots), NO_LOSS), labels], 1).gather(1, order)
         outputs = self.model(**inputs, use_cache=False, labels=labels, **kwargs)
-        logits = _in_order(outputs.logits, order.argsort(1))[:, num_slots:]
+        logits = in_order(outputs.logits, order.argsort(1))[:, num_slots:]
         outputs.logits = logits[:, -keep:] if isinstance(keep, int) else logits[:, keep]
         return outputs
 
@@ -120,7 +116,7 @@ class RecurrentBase(Base):
         mask = torch.cat([mask.new_ones(rows, num_slots), mask], 1)
         order = mask.argsort(dim=1, stable=True)
         inputs = {
-            "inputs_embeds": _in_order(torch.cat([prefix, embeddings], 1), order),
+            "inputs_embeds": in_order(torch.cat([prefix, embeddings], 1), order),
             "attention_mask": mask.gather(1, order),
             "position_ids": torch.cat([places, positions], 1).gather(1, order),
         }
@@ -130,8 +126,3 @@ class RecurrentBase(Base):
 def _longer(lengths: dict[str, int], num_tokens: int) -> dict[str, int]:
     """Add the length of the embeddings, which transformers subtracts from lengths that count the prompt."""
     return {name: value + num_tokens for name, value in lengths.items()}
-
-
-def _in_order(rows: Tensor, order: Tensor) -> Tensor:  # (B, T, d), (B, T)
-    """Reorder the tokens of each row."""
-    return rows.take_along_dim(order.unsqueeze(-1), 1)

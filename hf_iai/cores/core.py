@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..bases.base import Base, Prefix
+from ..bases.base import Base
+from ..bases.prefixes import Prefix
 from ..config import IAIConfig
 from ..predictions.answers import Answers
 from ..predictions.prediction import Prediction

@@ -5,7 +5,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..bases.base import Base, KeysValues, ages_of, positions_of
+from ..bases.base import Base
+from ..bases.places import ages_of, positions_of
+from ..bases.prefixes import KeysValues
 from ..config import IAIConfig
 from ..heads.chosen import CHOSEN, by_attention, with_later
 from ..heads.kept import NEVER, trace

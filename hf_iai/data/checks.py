@@ -1,10 +1,17 @@
 """Checks of what users pass in."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from .examples import Episode
+import torch
+from torch import Tensor
 
+from .examples import Chunk, Episode
+
+NOT_TEXT = (
+    "a chunk is a mapping with input_ids (batch, tokens), got {given}: use "
+    "model.adapt(chunk_text(text, tokenizer, model=model)), or chunk_examples for a list of examples"
+)
 PARTS = ("support", "query")
 
 
@@ -35,3 +42,29 @@ def check_episode(episode: Episode) -> None:
         f'an episode is {{"support": [example, ...], "query": [example, ...]}}, got {found}: build episodes with '
         'episodes_from_documents or episodes_from_labels, or write {"support": [...], "query": [...]} rows yourself'
     )
+
+
+def checked_chunks(chunks: Iterable[Chunk]) -> Iterable[Chunk]:
+    """Check the chunks of `adapt` and `refine`. A single mapping, such as a tokenizer's output, is one chunk.
+
+    Raises:
+        ValueError: for text that was not cut into chunks.
+    """
+    if isinstance(chunks, Mapping):
+        return [_checked_chunk(chunks)]
+    if isinstance(chunks, str):
+        raise ValueError(NOT_TEXT.format(given=f"the text {chunks!r:.40}"))
+    return map(_checked_chunk, chunks)
+
+
+def _checked_chunk(chunk: Chunk) -> Chunk:
+    if not isinstance(chunk, Mapping):
+        given = f"the text {chunk!r:.40}" if isinstance(chunk, str) else f"{type(chunk).__name__} {chunk!r:.40}"
+        raise ValueError(NOT_TEXT.format(given=given))
+    return {name: _as_tensor(value) if isinstance(value, list) else value for name, value in chunk.items()}
+
+
+def _as_tensor(value: list) -> Tensor | list:
+    """Token ids as a tokenizer gives them without `return_tensors`, (B, C); names of labels stay a list."""
+    flat = value[0] if value and isinstance(value[0], list) else value
+    return torch.atleast_2d(torch.tensor(value)) if all(isinstance(x, int) for x in flat) else value

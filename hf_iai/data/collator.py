@@ -38,8 +38,8 @@ class EpisodeCollator(CollatorBase):
 
     Raises:
         ValueError: if `chunk_size` is below 1 or `max_chunks` below 0; if there is no episode; if a row is no episode;
-            if an episode has no query, an empty one, or one that is also in its support; if only some episodes have
-            labels.
+            if an episode has no query, an empty one, one without a label, or one that is also in its support; if only
+            some episodes have labels.
 
     Example:
         >>> from transformers import ByT5Tokenizer
@@ -89,6 +89,8 @@ class EpisodeCollator(CollatorBase):
         for number, tokens in enumerate(query):
             if not tokens["input_ids"]:
                 raise ValueError(f"query {number} of an episode has no tokens; leave it out or give it content")
+            if all(label == NO_LOSS for label in tokens["labels"]):
+                raise ValueError(f"query {number} of an episode has no token with a loss: all its labels are {NO_LOSS}")
         check_disjoint_tokens(support, query, self.tokenizer)
         support, query = (
             [with_end(*pair, self.tokenizer) for pair in zip(tokens, episode[part], strict=True)]

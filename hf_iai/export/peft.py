@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
-from ..bases.base import MaskedPrefix
 from ..bases.compat import has_recurrent_layers, key_value_shape
 from ..bases.hub_ids import is_hub_id
+from ..bases.prefixes import MaskedPrefix
 from ..config import IAIConfig
 from ..embedded import is_embedded_base
 from ..files import check_replaceable, replace_folder

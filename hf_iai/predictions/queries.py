@@ -9,7 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..bases.base import Base, MaskedPrefix, ages_of, positions_of
+from ..bases.base import Base
+from ..bases.places import ages_of, positions_of
+from ..bases.prefixes import MaskedPrefix
 from ..tensors import NO_LOSS
 
 

@@ -6,8 +6,9 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from ..bases.base import Base, without_first
+from ..bases.base import Base
 from ..bases.compat import check_double_backward, inner_backward, math_attention
+from ..bases.places import without_first
 from ..tensors import NO_LOSS, recordable
 
 

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..bases.base import Base, KeysValues, positions_of
+from ..bases.base import Base
+from ..bases.places import positions_of
+from ..bases.prefixes import KeysValues
 
 
 @dataclass

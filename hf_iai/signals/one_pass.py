@@ -10,8 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..bases.base import LOGITS_AT_ONCE, Base, Prefix, positions_of, without_first
+from ..bases.base import LOGITS_AT_ONCE, Base
 from ..bases.compat import AttentionReceived, inner_backward, key_value_shape
+from ..bases.places import positions_of, without_first
+from ..bases.prefixes import Prefix
 from ..tensors import NO_LOSS, recordable
 
 Tensors = dict[str, Tensor]

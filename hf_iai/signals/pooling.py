@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..bases.base import ages_of
+from ..bases.places import ages_of
 
 
 @dataclass

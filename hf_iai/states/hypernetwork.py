@@ -6,8 +6,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ..bases.base import Base, Prefix
+from ..bases.base import Base
 from ..bases.low_rank import linear_modules, low_rank_updates
+from ..bases.prefixes import Prefix
 from ..config import IAIConfig
 from ..signals import Reading
 from .slots import SlotState, first_slots

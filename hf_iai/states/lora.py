@@ -6,9 +6,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ..bases.base import Base, Prefix
+from ..bases.base import Base
 from ..bases.compat import default_target_modules
 from ..bases.low_rank import linear_modules, low_rank_updates
+from ..bases.prefixes import Prefix
 from ..config import IAIConfig
 from ..registry import STATES
 from .hypernetwork import HypernetworkState

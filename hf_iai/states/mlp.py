@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, rms_norm
 
-from ..bases.base import Base, Prefix
+from ..bases.base import Base
+from ..bases.prefixes import Prefix
 from ..config import IAIConfig
 from ..predictions.likelihoods import Likelihood, UnitGaussian
 from ..registry import STATES

@@ -6,7 +6,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ..bases.base import KEYS_VALUES, Base, KeysValues, MaskedPrefix, ages_of, positions_of
+from ..bases.base import KEYS_VALUES, Base
+from ..bases.places import ages_of, positions_of
+from ..bases.prefixes import KeysValues, MaskedPrefix
 from ..config import IAIConfig
 from ..heads import KEPT, NEVER, WRITES, keep_tokens, trace
 from ..registry import STATES

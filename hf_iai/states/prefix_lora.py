@@ -5,8 +5,9 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from ..bases.base import KEYS_VALUES, Base, Prefix
+from ..bases.base import KEYS_VALUES, Base
 from ..bases.compat import window_of
+from ..bases.prefixes import Prefix
 from ..config import IAIConfig
 from ..registry import STATES
 from .lora import LoraState

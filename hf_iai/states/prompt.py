@@ -6,7 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ..bases.base import Base, Prefix
+from ..bases.base import Base
+from ..bases.prefixes import Prefix
 from ..config import IAIConfig
 from ..registry import STATES
 from ..signals import Reading

@@ -9,8 +9,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ..bases.base import KEYS_VALUES, Base, MaskedPrefix
+from ..bases.base import KEYS_VALUES, Base
 from ..bases.compat import key_value_shape
+from ..bases.prefixes import MaskedPrefix
 from ..config import IAIConfig
 from ..heads.kept import NEVER
 from .slots import SlotState

@@ -22,8 +22,9 @@ from examples.research.common.provenance import recipe
 from examples.research.common.rows import print_rows
 from examples.research.documents.code_curve import CHUNK, held_out_documents, windows
 from hf_iai import embedded_base
-from hf_iai.bases.base import Base, ages_of, positions_of
+from hf_iai.bases.base import Base
 from hf_iai.bases.compat import PrefixCache
+from hf_iai.bases.places import ages_of, positions_of
 from hf_iai.embedded import library_documents
 from hf_iai.heads import trace
 

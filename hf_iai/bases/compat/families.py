@@ -3,8 +3,11 @@
 import sys
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
+
+from ...tensors import eval_mode
 
 # In these families padding on the left changes no result, and generate takes embeddings. tests/test_families.py checks
 # both.
@@ -28,6 +31,15 @@ def has_recurrent_layers(config) -> bool:
             f"known to work: use one with attention in every layer, or one of {RECURRENT}"
         )
     return True
+
+
+def has_sliding_layers(config) -> bool:
+    """Whether some layer sees the latest places only. It counts places, padding included."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None:
+        return not {"sliding_attention", "chunked_attention"}.isdisjoint(kinds)
+    is_local = any("local" in str(kind) for kind in getattr(config, "attention_types", None) or [])  # GPT-Neo
+    return is_local or getattr(config, "sliding_window", None) is not None
 
 
 def key_value_shape(config) -> tuple[int, int, int]:
@@ -130,6 +142,46 @@ def read_by_weight(model: nn.Module) -> set[str]:
 def default_target_modules(config) -> str | list[str]:
     """The modules that PEFT adapts by default in a family; all linear modules if PEFT does not know the family."""
     return TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(config.model_type, "all-linear")
+
+
+def check_carries_nothing(model: nn.Module) -> None:
+    """Refuse bases that carry another adapter, or whose weights are not in memory.
+
+    Raises:
+        ValueError: saying what to do.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            raise ValueError(
+                f"the base carries an adapter of PEFT, such as in {name!r}: call merge_and_unload() on it first, or "
+                "load the base without it"
+            )
+        if getattr(getattr(module, "_hf_hook", None), "offload", False):
+            raise ValueError(
+                f"the base is offloaded in part, such as {name!r} (hf_device_map): load it where it fits as a whole, "
+                "in a lower precision or quantized if need be"
+            )
+
+
+@torch.no_grad()
+def check_causal(model: nn.Module) -> None:
+    """Refuse bases whose tokens see those after them: they would be scored on answers that they have seen.
+
+    Raises:
+        ValueError: if the first token's hidden state depends on the second token.
+    """
+    vocab = model.get_input_embeddings().num_embeddings
+    with eval_mode(model):
+        first = [
+            model.base_model(torch.tensor([[1 % vocab, other % vocab]], device=model.device), use_cache=False)
+            for other in (2, 3)
+        ]
+    a, b = (found.last_hidden_state[0, 0].float() for found in first)
+    if (a - b).abs().max() > 1e-3 * a.abs().max():
+        raise ValueError(
+            f"in {type(model).__name__} tokens see those after them, so it is no causal model: use one such as Llama, "
+            "or load it as a decoder (config.is_decoder = True)"
+        )
 
 
 def check_supported(model: nn.Module) -> None:
