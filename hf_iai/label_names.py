@@ -12,6 +12,7 @@ from torch.nn.functional import pad
 from .tensors import NO_LOSS
 
 Names = tuple[str, ...]  # class names of one task
+MOST_UNNAMED = 10_000  # class numbers without names; more are likely ids of something
 OF_CLASSES = ("count", "total", "correction")  # the tensors of a state with shape (B, C, ...)
 
 
@@ -25,9 +26,15 @@ def names_of_tasks(given: Sequence | None, known: tuple[Names, ...], labels: Ten
         labels: class numbers; -100 for padding.
 
     Raises:
-        ValueError: if a label has no name, a name occurs twice, or there are names for another number of tasks.
+        ValueError: if a label has no name, a name occurs twice, there are names for another number of tasks, or a
+            number without names is beyond all reason.
     """
     if given is None:
+        if labels.numel() and int(labels.max()) >= MOST_UNNAMED:
+            raise ValueError(
+                f"labels hold the class number {int(labels.max())} without label_names, which would make as many "
+                f"classes: number them from 0 to at most {MOST_UNNAMED - 1}, or give label_names"
+            )
         most = [max(-1, *row) + 1 for row in labels.tolist()]
         names = tuple(row + tuple(str(c) for c in range(len(row), m)) for row, m in zip(known, most, strict=True))
     elif all(isinstance(name, str) for name in given) and not isinstance(given, str):

@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import Cache
 
+from .bases.compat import names_in_use
 from .bases.recurrent import base_of
 from .data.checks import checked_chunks
 from .data.examples import Chunk
@@ -309,8 +310,10 @@ class IAIModel(IAITuner):
     @contextmanager
     def _asked_under(self, state: TaskState | None) -> Iterator[None]:
         token = _using.set({**_using.get(), self: state})
+        names = state.class_names[0] if state is not None and state.class_names and state.batch_size == 1 else ()
         try:
-            yield
+            with names_in_use(self.model.config, names):  # which pipelines look up
+                yield
         finally:
             _using.reset(token)
 

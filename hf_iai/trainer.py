@@ -26,6 +26,7 @@ from .tasks import Task, task_of
 from .tensors import NO_LOSS
 from .training_args import IAITrainingArguments
 
+LOST = "Connection closed by peer"  # of torch.distributed
 CURVE = re.compile(r"(.+)_loss_at_chunks_(\d+)")  # the names that `evaluate` logs
 
 
@@ -93,7 +94,12 @@ class IAITrainer(Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """As in `transformers.Trainer`. The adapter's card then says how it was trained, wherever it is saved."""
-        result = super().train(*args, **kwargs)
+        try:
+            result = super().train(*args, **kwargs)
+        except RuntimeError as error:
+            if LOST in str(error):
+                raise RuntimeError("another process of this training has ended: see its own message, above") from error
+            raise
         self._note_for_card()
         return result
 

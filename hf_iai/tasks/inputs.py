@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..bases.base import Base
+from ..bases.compat import most_on_all_ranks
 from ..config import IAIConfig
 from ..cores import Core, EpisodeBatch, State
 from ..data.examples import Chunk
@@ -145,7 +146,8 @@ class Inputs:
         self.check_episode(ids, chunk_ids)
         labels = None if labels is None else self.query_labels(labels.flatten(0, 1), ids, mask)
         chunks = (chunk_ids, chunk_mask, self.labels(chunk_labels, chunk_ids, chunk_mask))
-        return EpisodeBatch(chunks, ids, mask, labels, num_queries)
+        most = most_on_all_ranks(self.base.model, chunk_ids.shape[1])
+        return EpisodeBatch(with_empty_chunks(chunks, most), ids, mask, labels, num_queries)
 
     def check_episode(self, ids: Tensor, chunk_ids: Tensor) -> None:  # (B * Q, T), (B, K, C)
         self._check_ids(ids)
@@ -177,6 +179,18 @@ class Inputs:
                 f"token ids {int(ids.min())}..{int(ids.max())} do not fit a vocabulary of {self.base.vocab_size}: "
                 "use the base model's own tokenizer"
             )
+
+
+def with_empty_chunks(chunks: tuple[Tensor, ...], num_chunks: int) -> tuple[Tensor, ...]:
+    """Chunks (B, K, ...) after as many empty ones as are missing to `num_chunks`; their masks are 0, labels -100."""
+    missing = num_chunks - chunks[0].shape[1]
+    if missing == 0:
+        return chunks
+    fills = (0, 0, NO_LOSS)
+    return tuple(
+        torch.cat([t[:, :1].new_full((len(t), missing, *t.shape[2:]), fill), t], 1)
+        for t, fill in zip(chunks, fills, strict=True)
+    )
 
 
 def batched(group: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:

@@ -24,7 +24,15 @@ from .families import (
     window_of,
 )
 from .hooks import allow_no_layers, carry_cards
-from .passes import check_double_backward, inner_backward, lora_enabled, math_attention, prepare_checkpointing
+from .labels import look_up_names_in_use, names_in_use
+from .passes import (
+    check_double_backward,
+    inner_backward,
+    lora_enabled,
+    math_attention,
+    most_on_all_ranks,
+    prepare_checkpointing,
+)
 
 __all__ = [
     "AttentionReceived",
@@ -53,8 +61,11 @@ __all__ = [
     "key_value_shape",
     "keys_values_of",
     "leave_out_classifier",
+    "look_up_names_in_use",
     "lora_enabled",
     "math_attention",
+    "most_on_all_ranks",
+    "names_in_use",
     "prepare_checkpointing",
     "read_by_weight",
     "rotations",

@@ -95,6 +95,22 @@ def inner_backward(model: nn.Module) -> Iterator[None]:
                 setattr(group, name, value)
 
 
+def most_on_all_ranks(model: nn.Module, number: int) -> int:
+    """The largest of a number that each process has, if FSDP shards the model; else the number itself.
+
+    Sharded weights are gathered in every pass, so all processes have to make the same number of passes.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return number
+    from torch.distributed.fsdp import FSDPModule  # slow to import
+
+    if not any(isinstance(m, FSDPModule) for m in model.modules()):
+        return number
+    most = torch.tensor([number], device=model.device)
+    torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+    return int(most)
+
+
 def _sharding(model: nn.Module) -> list[nn.Module]:
     """The modules that FSDP shards.
 
