@@ -5,18 +5,22 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .bases.hub_ids import is_hub_id
+from .files import replace_file
 from .heads import LearnedStep, LearnedStepSettings
 from .heads.guards import first_trust, most_rms, rms, trusted, updated_trust
 from .heads.learned_step import KEPT_KINDS
 
+FILE, FORMAT, TENSOR = "learned_optimizer.safetensors", "hf_iai.learned_optimizer.v1", "tensor at"
 IN_ADAPTER = "base_model.iai.head."
 KINDS_OF_NAMES = {"A": r"lora_A|_A$", "B": r"lora_B|_B$"}
 
@@ -37,7 +41,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
     Args:
         params: parameters, parameter groups, pairs of name and parameter, or a model (its trainable parameters). Names
             tell the `A` of a LoRA from its `B`. A Trainer passes names on if `{"model": model}` is among its keywords.
-        weights: the folder or Hub id of an IAI adapter with `signal="gradients"` and `head="learned_optimizer"`.
+        weights: the folder or Hub id of an IAI adapter with `signal="gradients"` and `head="learned_optimizer"`; or the
+            network itself.
         lr: share of the step that is taken; 1 is the step as it was trained.
         revision: revision of the Hub repository, as in `huggingface_hub.snapshot_download`.
         token: access token for the Hub, as in `huggingface_hub.snapshot_download`.
@@ -74,7 +79,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
     def __init__(
         self,
         params: Iterable | nn.Module,
-        weights: str | os.PathLike,
+        weights: str | os.PathLike | LearnedStep,
         lr: float = 1.0,
         *,
         revision: str | None = None,
@@ -84,7 +89,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
             raise ValueError(f"lr must be at least 0, got {lr}")
         if isinstance(params, nn.Module):
             params = [(name, p) for name, p in params.named_parameters() if p.requires_grad]
-        self.net, self.gradient_length = _load_net(weights, revision, token), 0.0
+        self.net = weights if isinstance(weights, LearnedStep) else _load_net(weights, revision, token)
+        self.gradient_length = 0.0
         self.trust = first_trust(torch.zeros(1, dtype=torch.double))
         super().__init__(params, {"lr": lr, "weight_decay": 0.0})
 
@@ -92,6 +98,38 @@ class LearnedOptimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
         if decay := self.param_groups[-1]["weight_decay"]:
             raise ValueError(f"weight_decay={decay} cannot be combined with a learned step: set it to 0")
+
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        """Write `learned_optimizer.safetensors`, all that `state_dict` holds, in one step.
+
+        Args:
+            folder: is made if it is missing. An earlier file in it is replaced.
+
+        Raises:
+            OSError: if nothing can be written there; an earlier file is as it was.
+        """
+        tensors, values = _parted(self.state_dict())
+        metadata = {"format": FORMAT, "values": json.dumps(values)}
+        replace_file(Path(folder, FILE), lambda path: save_file(tensors, path, metadata=metadata))
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike, params: Iterable | nn.Module) -> "LearnedOptimizer":
+        """Go on with a saved run, bitwise as it would have gone on.
+
+        Args:
+            folder: where `save_pretrained` has written.
+            params: the parameters, as they were when it was saved; as in `LearnedOptimizer`.
+
+        Raises:
+            FileNotFoundError: if the folder holds no saved optimizer.
+            ValueError: if the file is damaged, or of other parameters.
+        """
+        state = _read_state(Path(folder, FILE))
+        optimizer = cls(params, _net(state["net"]["weights"], state["net"]))
+        for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=False):
+            _check_same(group, saved, state["state"], Path(folder, FILE))
+        optimizer.load_state_dict(state)
+        return optimizer
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
@@ -216,3 +254,51 @@ def _net(weights: dict[str, Tensor], settings: dict) -> LearnedStep:
     net = LearnedStep({kind: kind for kind in kinds}, settings["initial_rate"], constants)
     net.load_state_dict(weights)
     return net.requires_grad_(False)
+
+
+# ---------------------------------------------------------------- files
+
+
+def _parted(tree: Any, path: str = "") -> tuple[dict[str, Tensor], Any]:
+    """The tensors of nested dictionaries and lists, by paths, and the rest with those paths in their places."""
+    if isinstance(tree, Tensor):
+        return {path: tree.detach().cpu().contiguous()}, {TENSOR: path}
+    if isinstance(tree, dict | list | tuple):
+        items = tree.items() if isinstance(tree, dict) else enumerate(tree)
+        parts = {key: _parted(value, f"{path}/{key}".lstrip("/")) for key, value in items}
+        tensors = {name: t for found, _ in parts.values() for name, t in found.items()}
+        values = {key: value for key, (_, value) in parts.items()}
+        return tensors, values if isinstance(tree, dict) else list(values.values())
+    return {}, tree
+
+
+def _joined(values: Any, tensors: dict[str, Tensor]) -> Any:
+    """The inverse of `_parted`; keys of whole numbers are numbers again."""
+    if isinstance(values, dict):
+        if values.keys() == {TENSOR}:
+            return tensors[values[TENSOR]]
+        return {int(key) if key.isdecimal() else key: _joined(value, tensors) for key, value in values.items()}
+    return [_joined(value, tensors) for value in values] if isinstance(values, list) else values
+
+
+def _read_state(path: Path) -> dict:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path.parent} holds no learned optimizer: {path.name} is missing")
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+        if metadata.get("format") != FORMAT:
+            raise ValueError(f"its format is {metadata.get('format')!r}, expected {FORMAT!r}")
+        return _joined(json.loads(metadata["values"]), load_file(path))
+    except (SafetensorError, ValueError, KeyError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({error}): save the optimizer again") from error
+
+
+def _check_same(group: dict, saved: dict, state: dict, path: Path) -> None:
+    if len(group["params"]) != len(saved["params"]):
+        raise ValueError(f"{path} is of {len(saved['params'])} parameters, got {len(group['params'])}: pass the same")
+    for number, parameter in zip(saved["params"], group["params"], strict=True):
+        start = state.get(number, {}).get("start", parameter)
+        if start.shape != parameter.shape:
+            shapes = f"{tuple(start.shape)}, got {tuple(parameter.shape)}"
+            raise ValueError(f"parameter {number} of {path} has the shape {shapes}: pass the parameters in their order")

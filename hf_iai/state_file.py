@@ -28,7 +28,7 @@ FORMAT, FORMAT_1 = "hf_iai.task_state.v2", "hf_iai.task_state.v1"
 COUNTS = ("step", "num_tokens")
 NOT_NEGATIVE = (*COUNTS, "precision", "count", "age", "kept_age", "square")
 ACCUMULATIONS = ("average", "recent", "gradients", "both", "sums", "memory", "attention", "surprisal")
-ACCUMULATIONS += tuple(f"kept by {rule}" for rule in ("attention", "surprisal", "recent"))
+ACCUMULATIONS += tuple(f"kept by {rule}" for rule in ("attention", "surprisal", "recent", "worth"))
 
 Fields = dict[str, Any]  # fingerprint, name, accumulation; label_names and notes where there are any
 

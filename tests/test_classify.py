@@ -12,8 +12,8 @@ from transformers import pipeline
 from typer.testing import CliRunner
 
 from hf_iai import TaskState, evaluate_curve
+from hf_iai.classify import accuracy, classify, installed_encoder, load_reader, read_rows
 from hf_iai.cli import app
-from hf_iai.commands.classify import accuracy, classify, installed_encoder, load_reader, read_rows
 from hf_iai.evaluation.accuracy import features_of
 from hf_iai.evaluation.classifiers import CLASSIFIERS, nearest_class_mean
 
@@ -160,11 +160,33 @@ def test_files_that_cannot_be_read(adapter, tmp_path):
     lacking.write_text('{"text": "a", "label": "x"}\n{"text": "b", "intent": "y"}\n')
     with pytest.raises(ValueError, match="no row"):
         read_rows(empty)
-    with pytest.raises(ValueError, match="row 2 .* lacks 'text' or 'label'"):
+    with pytest.raises(ValueError, match="line 2 of .*: 'label' is None, expected"):
         read_rows(lacking)
     assert read_rows(write_csv(tmp_path / "d.csv", ROWS[:2])) == ROWS[:2]
     result = CliRunner().invoke(app, ["classify", str(lacking), "--output", str(tmp_path / "o")])
     assert result.exit_code == 2 and not (tmp_path / "o").exists()
+
+
+def test_nothing_is_read_twice_and_a_file_that_grew_is_read_on(adapter, tmp_path):
+    model, tokenizer = load_reader(str(adapter))
+    out = tmp_path / "out"
+    first = classify(model, tokenizer, ROWS[:10], out, chunk_size=5)
+    again = classify(model, tokenizer, ROWS[:10], out, chunk_size=5)
+    assert again.step == first.step == 2
+    grown = classify(model, tokenizer, ROWS, out, chunk_size=5)
+    assert int(grown.tensors["count"].sum() / first.tensors["count"].sum() * 10 + 0.5) == len(ROWS)
+    assert classify(model, tokenizer, ROWS, out).step == grown.step
+    other = classify(model, tokenizer, ROWS[:3], out)  # of a file that begins as the first one, but is shorter
+    assert other.step == grown.step + 1
+
+
+@pytest.mark.parametrize("name", ["classifier/thesis.py", "accuracy.json", "accuracy.png"])
+def test_what_is_not_ours_is_kept(adapter, tmp_path, name):
+    (tmp_path / "classifier").mkdir()
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(FileExistsError, match=name.split("/")[-1]):
+        classify(*load_reader(str(adapter)), ROWS, tmp_path)
+    assert (tmp_path / name).read_text() == "mine" and not (tmp_path / "state").exists()
 
 
 def test_an_adapter_without_a_linear_state_is_refused():

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from hf_iai import IAIConfig, IAITrainingArguments
 from hf_iai.cli import app, quiet
-from hf_iai.commands.inputs import adapter_folder, documents, json_lines, text_of
+from hf_iai.commands.inputs import adapter_folder, documents, examples
 from hf_iai.commands.train import text_config
 from hf_iai.hub.published import published_adapter
 
@@ -163,21 +163,6 @@ def test_an_adapter_that_cannot_read_text_is_one_line(tmp_path, adapter, message
         assert result.output.startswith(message)
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("bytes.txt", b"\xff\xfe\xfa", "bytes.txt is not UTF-8 text: convert it first"),
-        ("rows.jsonl", b'{"text": "x"}\n{"text"\n', "line 2 of .*rows.jsonl is no JSON"),
-        ("rows.jsonl", b'["x"]\n', "line 1 of .*rows.jsonl holds a list, not an object such as"),
-    ],
-)
-def test_data_that_cannot_be_read(tmp_path, name, content, message):
-    (tmp_path / name).write_bytes(content)
-    read = text_of if name.endswith(".txt") else (lambda path: list(json_lines(path)))
-    with pytest.raises(ValueError, match=message):
-        read(tmp_path / name)
-
-
 def test_a_text_without_a_token_is_one_line(tmp_path):
     (tmp_path / "empty.txt").touch()
     options = ["--adapter", "code-prefix", "--data", tmp_path / "empty.txt", "--output", tmp_path / "out"]
@@ -192,8 +177,14 @@ def test_documents_of_a_folder_and_of_json_lines(tmp_path):
     assert list(documents(tmp_path)) == [{"text": "first", "path": "a/one.txt"}, {"text": "third", "path": "three.md"}]
     lines = tmp_path / "rows.jsonl"
     lines.write_text('{"text": "x"}\n\n{"text": "y", "path": "p"}\n')
-    assert list(documents(lines)) == [{"text": "x", "path": "rows.jsonl:0"}, {"text": "y", "path": "p"}]
-    assert list(json_lines(lines)) == [{"text": "x"}, {"text": "y", "path": "p"}]
+    assert list(documents(lines)) == [{"text": "x", "path": "rows.jsonl:1"}, {"text": "y", "path": "p"}]
+    assert list(examples(lines)) == [{"text": "x"}, {"text": "y", "path": "p"}]
+    assert list(documents(tmp_path / "three.md")) == [{"text": "third", "path": "three.md"}]
+    lines.write_text('{"text": "x"}\n{"texts": "y"}\n')
+    with pytest.raises(ValueError, match="line 2 of .*rows.jsonl: 'text' is None"):
+        list(documents(lines))
+    with pytest.raises(ValueError, match="line 2 of .*rows.jsonl: an example must have exactly one of"):
+        list(examples(lines))
 
 
 def test_an_adapter_is_published_or_a_folder_or_on_the_hub(tmp_path, monkeypatch):

@@ -31,6 +31,7 @@ from hf_iai import IAIConfig, chunk_text, embedded_base, export_to_peft
 from hf_iai.cli import app
 from hf_iai.export.peft import _checked_type
 from hf_iai.export.vllm import vllm_remarks
+from hf_iai.files import MARK
 from hf_iai.hub.published import published_adapter
 
 FAMILIES, MORE_FAMILIES = ["llama", "gpt2"], ["qwen3", "gemma3"]
@@ -251,11 +252,11 @@ def test_every_family(family, regime, kind, tmp_path):
 
 def test_files(folder):
     exports = folder / "exports"
-    adapter = {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    adapter = {"README.md", "adapter_config.json", "adapter_model.safetensors", MARK}
     names = lambda folder: {path.name for path in folder.iterdir()}  # noqa: E731
     named, written = exports / "gpt2-parametric-prefix-CARTRIDGE", exports / "gpt2-explicit-prefix-CARTRIDGE"
     assert names(named) == adapter and names(written) == adapter | {"base"}
-    assert names(exports / "batch") == {"README.md", "base", "0", "1"}
+    assert names(exports / "batch") == {"README.md", "base", "0", "1", MARK}
     bases = [json.loads((f / "adapter_config.json").read_text())["base_model_name_or_path"] for f in (named, written)]
     assert bases == [str(folder / "bases" / "gpt2"), str(written / "base")]
     cards = [path.read_text() for path in exports.glob("*/README.md")]
@@ -433,8 +434,8 @@ def test_what_lies_there_is_kept(tmp_path):
     (tmp_path / "folder" / "README.md").write_text("mine")
     export_to_peft(model, one, tmp_path / "export")
     (tmp_path / "export" / "notes.txt").write_text("mine")
-    for name in ("file", "folder", "export"):
-        with pytest.raises(FileExistsError, match=f"{name} exists and holds something else"):
+    for name, found in {"file": "is a file", "folder": "holds 'README.md'", "export": "holds 'notes.txt'"}.items():
+        with pytest.raises(FileExistsError, match=f"{name} {found}"):
             export_to_peft(model, one, tmp_path / name)
     assert (tmp_path / "export" / "notes.txt").read_text() == "mine"
 
@@ -444,7 +445,8 @@ def test_export_replaces_an_earlier_one_when_it_is_whole(tmp_path, monkeypatch):
     path, two = tmp_path / "parent" / "export", model.initial_state(2)
     export_to_peft(model, two, path)
     export_to_peft(model, two.select(0), path)
-    assert {p.name for p in path.iterdir()} == {"README.md", "adapter_config.json", "adapter_model.safetensors", "base"}
+    files = {"README.md", "adapter_config.json", "adapter_model.safetensors", "base", MARK}
+    assert {p.name for p in path.iterdir()} == files
 
     def full(*args, **kwargs):
         raise OSError("no space left")
@@ -455,23 +457,6 @@ def test_export_replaces_an_earlier_one_when_it_is_whole(tmp_path, monkeypatch):
             export_to_peft(model, two, target)
     assert [p.name for p in path.parent.iterdir()] == ["export"]
     assert (path / "adapter_model.safetensors").is_file()
-
-
-def test_an_earlier_export_comes_back_when_the_new_one_cannot_take_its_place(tmp_path, monkeypatch):
-    model, path, rename = make_model(), tmp_path / "export", Path.rename
-    export_to_peft(model, model.initial_state(), path)
-    before = (path / "adapter_model.safetensors").read_bytes()
-
-    def fails(self, target):
-        if self.name == "new":
-            raise OSError("busy")
-        return rename(self, target)
-
-    monkeypatch.setattr(Path, "rename", fails)
-    with pytest.raises(OSError, match="busy"):
-        export_to_peft(model, model.adapt(chunks(1, batch=1)), path)
-    assert (path / "adapter_model.safetensors").read_bytes() == before
-    assert [entry.name for entry in tmp_path.iterdir()] == ["export"]
 
 
 def test_command(tmp_path):

@@ -1,5 +1,6 @@
 """`LearnedOptimizer`: a trained head as an ordinary optimizer, and the constants it was trained with."""
 
+import copy
 import json
 
 import pytest
@@ -263,3 +264,38 @@ def test_errors(weights, tmp_path):
         LearnedOptimizer(model, folder, lr=-1)
     with pytest.raises(ValueError, match="weight_decay=0.1 cannot be combined"):
         LearnedOptimizer([{"params": list(model.parameters()), "weight_decay": 0.1}], folder)
+
+
+@pytest.mark.parametrize("state_type", ["prompt", "lora"])
+def test_a_saved_optimizer_goes_on_bitwise(weights, tmp_path, state_type):
+    folder, text = weights(state_type), ids(2, 8)
+
+    def stepped(model, optimizer, num):
+        for _ in range(num):
+            optimizer.zero_grad()
+            model(input_ids=text, labels=text).loss.backward()
+            optimizer.step()
+        return [p.detach().clone() for p in model.parameters() if p.requires_grad]
+
+    model = tuned()
+    optimizer = LearnedOptimizer(model, folder)
+    stepped(model, optimizer, 2)
+    optimizer.save_pretrained(tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["learned_optimizer.safetensors"]
+    other = copy.deepcopy(model)
+    resumed = LearnedOptimizer.from_pretrained(tmp_path / "run", other)
+    for a, b in zip(stepped(model, optimizer, 2), stepped(other, resumed, 2), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_files_of_no_optimizer_are_refused(weights, tmp_path):
+    with pytest.raises(FileNotFoundError, match="holds no learned optimizer"):
+        LearnedOptimizer.from_pretrained(tmp_path, tuned())
+    model = tuned()
+    LearnedOptimizer(model, weights("lora")).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="is of .* parameters, got 1: pass the same"):
+        LearnedOptimizer.from_pretrained(tmp_path, list(model.parameters())[:1])
+    path = tmp_path / "learned_optimizer.safetensors"
+    path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(ValueError, match="learned_optimizer.safetensors is damaged"):
+        LearnedOptimizer.from_pretrained(tmp_path, model)

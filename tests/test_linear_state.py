@@ -99,7 +99,9 @@ def test_an_export_is_a_plain_classifier_with_the_same_logits(family, pooling, r
     assert plain.config.id2label == dict(enumerate(VERBS)) and plain.config.label2id["dog"] == 1
     assert "A classifier of 4 labels" in (tmp_path / "plain" / "README.md").read_text()
     assert (logits(model, state) - logits(model, model.adapt(chunks()))).abs().max() == 0  # the model is as it was
-    with pytest.raises(FileExistsError, match="is not empty"):
+    export_classifier(model, state, tmp_path / "plain")  # in place of the earlier one
+    (tmp_path / "plain" / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"holds 'notes.txt'"):
         export_classifier(model, state, tmp_path / "plain")
 
 
@@ -238,7 +240,7 @@ def test_inputs_that_cannot_work(model, tmp_path):
         (lambda: model(**QUERIES, task_state=TaskState.stack([state] * 2)), "as many for each of the 2 tasks"),
         (lambda: TaskState.stack([state] * 2).label_names, "2 tasks have names of their own"),
         (lambda: export_to_peft(model, state, tmp_path / "x"), "use export_classifier"),
-        (lambda: export_classifier(model, model.initial_state(), tmp_path / "x"), "this state has no classes"),
+        (lambda: export_classifier(model, model.initial_state(), tmp_path / "x"), "needs two classes, this state has"),
         (lambda: chunks([{"text": "a", "label": 3}]), "'label' of row 0 must be a string, got 3"),
         (lambda: chunks([*ROWS, {"text": "a"}]), "row 24 must have a text and a label"),
         (lambda: make_classifier(make_base()), "needs a sequence classifier, got LlamaForCausalLM"),

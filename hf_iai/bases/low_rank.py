@@ -12,12 +12,14 @@ from threading import Lock
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
 Updates = Mapping[nn.Module, tuple[Tensor, Tensor]]  # module -> A (N, r, I) and B (N, O, r); N = 1: all tasks share it
 
 _active: ContextVar[Updates] = ContextVar("low_rank_updates", default={})  # noqa: B039, the default is never changed
 _hooking = Lock()
+_hooks: dict[nn.Module, tuple[int, RemovableHandle]] = {}  # how many contexts use the hook of a module, and the hook
 
 
 def active_updates() -> Updates:
@@ -35,23 +37,32 @@ def low_rank_updates(updates: Updates) -> Iterator[None]:
     Args:
         updates: module -> A (N, r, I) and B (N, O, r); with N = 1 it serves all rows.
     """
-    _hook(updates)
     token = _active.set(updates)
+    _hook(updates)
     try:
         yield
     finally:
+        _unhook(updates)
         _active.reset(token)
 
 
 def _hook(modules: Iterable[nn.Module]) -> None:
-    """Let modules look for their update. The hooks stay, since a thread that took them away would take them from all.
-
-    Without an update of the current context a hook does nothing.
-    """
+    """Let modules look for their update. Threads share a hook, which does nothing without an update of their own."""
     with _hooking:
         for module in modules:
-            if _add_update not in module._forward_hooks.values():
-                module.register_forward_hook(_add_update)
+            count, hook = _hooks.get(module, (0, None))
+            _hooks[module] = count + 1, hook or module.register_forward_hook(_add_update)
+
+
+def _unhook(modules: Iterable[nn.Module]) -> None:
+    """The last one of all threads takes the hooks away."""
+    with _hooking:
+        for module in modules:
+            count, hook = _hooks.pop(module)
+            if count > 1:
+                _hooks[module] = count - 1, hook
+            else:
+                hook.remove()
 
 
 def _add_update(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:

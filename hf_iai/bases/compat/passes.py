@@ -1,5 +1,6 @@
 """How passes run: with or without LoRA, differentiated twice, under FSDP, under gradient checkpointing."""
 
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
@@ -12,7 +13,14 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..low_rank import active_updates, low_rank_updates
 
-_switched: ContextVar[Mapping[nn.Module, bool]] = ContextVar("lora_enabled", default={})  # noqa: B039, never changed
+
+class _Switches(threading.local):
+    """LoRA layer -> whether it is on, in this thread. torch.compile follows it, as it does no context variable."""
+
+    layers: Mapping[nn.Module, bool] = {}  # noqa: RUF012, never changed
+
+
+_switches = _Switches()
 
 
 @contextmanager
@@ -25,15 +33,16 @@ def lora_enabled(modules: list[LoraLayer], enabled: bool) -> Iterator[None]:
         modules: the LoRA layers.
         enabled: whether they apply LoRA inside the context.
     """
-    token = _switched.set({**_switched.get(), **dict.fromkeys(modules, enabled)})
+    before = _switches.layers
+    _switches.layers = {**before, **dict.fromkeys(modules, enabled)}
     try:
         yield
     finally:
-        _switched.reset(token)
+        _switches.layers = before
 
 
 def _is_disabled(layer: LoraLayer) -> bool:
-    enabled = _switched.get().get(layer)
+    enabled = _switches.layers.get(layer)
     return layer._disable_adapters if enabled is None else not enabled
 
 

@@ -1,0 +1,143 @@
+"""Files and folders are replaced whole, and nothing of others is."""
+
+import os
+
+import pytest
+
+import hf_iai.files
+from hf_iai.files import MARK, TEMPORARY, check_replaceable, clear_litter, replace_file, replace_folder
+
+
+def write(text, name="a.txt"):
+    return lambda folder: (folder / name).write_text(text)
+
+
+def names(folder):
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+
+
+def test_a_file_is_replaced_whole(tmp_path):
+    replace_file(tmp_path / "deep" / "a.txt", lambda path: path.write_text("one"))
+    replace_file(tmp_path / "deep" / "a.txt", lambda path: path.write_text("two"))
+    assert (tmp_path / "deep" / "a.txt").read_text() == "two" and names(tmp_path / "deep") == ["a.txt"]
+
+    def half(path):
+        path.write_text("hal")
+        raise OSError("no space left")
+
+    with pytest.raises(OSError, match="no space left"):
+        replace_file(tmp_path / "deep" / "a.txt", half)
+    assert (tmp_path / "deep" / "a.txt").read_text() == "two" and names(tmp_path / "deep") == ["a.txt"]
+
+
+@pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "rename"])
+def test_a_folder_is_replaced_whole(tmp_path, monkeypatch, exchange):
+    if not exchange:
+        monkeypatch.setattr(hf_iai.files, "_exchanged", lambda a, b: False)
+    replace_folder(tmp_path / "x", write("one"))
+    replace_folder(tmp_path / "x", write("two", "b.txt"))
+    assert names(tmp_path) == ["x", "x/b.txt", f"x/{MARK}"]
+
+    def half(folder):
+        write("hal")(folder)
+        raise OSError("no space left")
+
+    with pytest.raises(OSError, match="no space left"):
+        replace_folder(tmp_path / "x", half)
+    assert (tmp_path / "x" / "b.txt").read_text() == "two" and names(tmp_path) == ["x", "x/b.txt", f"x/{MARK}"]
+
+
+def test_where_folders_cannot_be_exchanged_the_earlier_one_comes_back(tmp_path, monkeypatch):
+    replace_folder(tmp_path / "x", write("one"))
+    rename = type(tmp_path).rename
+
+    def fails(self, target):
+        if self.name == "new":
+            raise OSError("busy")
+        return rename(self, target)
+
+    monkeypatch.setattr(hf_iai.files, "_exchanged", lambda a, b: False)
+    monkeypatch.setattr(type(tmp_path), "rename", fails)
+    with pytest.raises(OSError, match="busy"):
+        replace_folder(tmp_path / "x", write("two"))
+    assert (tmp_path / "x" / "a.txt").read_text() == "one" and [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+def test_this_system_exchanges_folders(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+    if hf_iai.files._exchanged(tmp_path / "a", tmp_path / "b"):
+        assert names(tmp_path) == ["a", "a/b", "b", "b/a"]
+    else:
+        assert names(tmp_path) == ["a", "a/a", "b", "b/b"]
+
+
+@pytest.mark.parametrize(
+    ("make", "found"),
+    [
+        (lambda path: path.write_text("mine"), "is a file"),
+        (lambda path: path.symlink_to(path.parent), "is a link to"),
+        (lambda path: path.symlink_to(path.parent / "nowhere"), "is a link to"),
+        (lambda path: (path.mkdir(), (path / "mine.txt").touch()), "holds 'mine.txt'"),
+        (lambda path: (path.mkdir(), (path / "2024").mkdir()), "holds '2024'"),
+        (lambda path: (replace_folder(path, write("x")), (path / "7").touch()), "holds '7'"),
+        (lambda path: (replace_folder(path, write("x")), (path / "d").mkdir()), "holds 'd'"),
+        (lambda path: (replace_folder(path, write("x")), (path / "d").symlink_to("/")), "holds 'd'"),
+        (lambda path: (replace_folder(path, write("x")), (path / MARK).write_text("[]")), "holds 'a.txt'"),
+        (lambda path: (replace_folder(path, write("x")), (path / MARK).write_text("{")), "holds 'a.txt'"),
+        (lambda path: (replace_folder(path, write("x")), (path / MARK).write_text('{"files": 3}')), "holds 'a.txt'"),
+    ],
+)
+def test_what_is_not_ours_is_refused_by_name(tmp_path, make, found):
+    path = tmp_path / "x"
+    make(path)
+    before = names(tmp_path)
+    with pytest.raises(FileExistsError, match=found):
+        replace_folder(path, write("two"))
+    assert names(tmp_path) == before
+
+
+def test_what_appears_while_a_folder_is_written_is_kept(tmp_path):
+    replace_folder(tmp_path / "x", write("one"))
+
+    def slow(folder):
+        (tmp_path / "x" / "mine.txt").write_text("mine")
+        write("two")(folder)
+
+    with pytest.raises(FileExistsError, match="mine.txt"):
+        replace_folder(tmp_path / "x", slow)
+    assert (tmp_path / "x" / "mine.txt").read_text() == "mine"
+
+
+def test_nothing_empty_and_ours_may_be_replaced(tmp_path):
+    check_replaceable(tmp_path / "missing")
+    (tmp_path / "empty").mkdir()
+    for name in ("empty", "missing"):
+        replace_folder(tmp_path / name, write("one"))
+        check_replaceable(tmp_path / name)
+
+
+def test_litter_of_dead_writers_is_cleared_and_that_of_others_stays(tmp_path):
+    host, gone = hf_iai.files._host(), 2**22 + 1  # beyond the largest process of Linux
+    folders = {
+        f"{TEMPORARY}{host}-{gone}-a": False,
+        f"{TEMPORARY}{host}-{os.getpid()}-b": True,
+        f"{TEMPORARY}{host}-1-c": True,  # of another user, perhaps
+        f"{TEMPORARY}elsewhere-{gone}-d": True,
+        f"{TEMPORARY}elsewhere-{gone}-e": False,
+        ".hf_iai": True,
+        "tmp1234": True,
+    }
+    for name in folders:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").touch()
+    os.utime(tmp_path / f"{TEMPORARY}elsewhere-{gone}-e", (0, 0))
+    clear_litter(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {name for name, stays in folders.items() if stays}
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"):
+        replace_file(tmp_path / "file" / "a.txt", lambda path: path.write_text("x"))
