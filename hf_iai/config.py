@@ -2,7 +2,8 @@
 
 import warnings
 from dataclasses import dataclass, field
-from typing import Any
+from types import UnionType
+from typing import Any, get_args
 
 from peft import LoraConfig
 
@@ -11,6 +12,7 @@ from .bases.registration import IAIType
 from .embedded import EMBEDDED_NAME, embedded_base, is_embedded_base
 from .registry import HEADS, SIGNALS, STATES, TASKS, defaults_of, kind_of, owners, unused_fields
 
+LARGEST = 10**6  # of any number in a configuration
 # Values of the fields that have no registry; and values that are planned, but not available in this version.
 CHOICES = {
     "regime": ("parametric", "explicit", "implicit"),
@@ -216,6 +218,7 @@ class IAIConfig(LoraConfig):
 
     def __post_init__(self) -> None:
         saved = self.peft_version is not None  # PEFT fills it in; in a new configuration it is still open
+        self._check_types()
         self._check_choices()
         for name, value in STATES[self.state_type].defaults.items():
             setattr(self, name, value if getattr(self, name) is None else getattr(self, name))
@@ -234,6 +237,16 @@ class IAIConfig(LoraConfig):
         self._check_lora()
         if self.base_model_name_or_path == EMBEDDED_NAME:
             self.base_model_name_or_path = embedded_base()
+
+    def _check_types(self) -> None:
+        """Check the type of every field of ours, and that numbers are neither negative, infinite nor beyond reason."""
+        for name, annotation in IAIConfig.__annotations__.items():
+            value = getattr(self, name)
+            value = sorted(value) if isinstance(value, set | tuple) else value
+            if not _fits(value, annotation):
+                raise ValueError(f"{name} must be {_in_words(annotation)}, got {value!r:.80}")
+            if isinstance(value, int | float) and not 0 <= value <= LARGEST:
+                raise ValueError(f"{name} must be from 0 to {LARGEST}, got {value}")
 
     def _check_choices(self) -> None:
         tasks = TASKS.values()
@@ -289,3 +302,19 @@ class IAIConfig(LoraConfig):
         if is_embedded_base(values.get("base_model_name_or_path")):
             values["base_model_name_or_path"] = EMBEDDED_NAME
         return values
+
+
+def _fits(value: Any, annotation: Any) -> bool:
+    """Whether a value has an annotated type; whole numbers are floats too, truth values are no numbers."""
+    kinds = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
+    if isinstance(value, list):
+        return list[str] in kinds and all(isinstance(item, str) for item in value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return int in kinds or float in kinds
+    if isinstance(value, bool):
+        return bool in kinds
+    return isinstance(value, tuple(kind for kind in kinds if isinstance(kind, type)))
+
+
+def _in_words(annotation: Any) -> str:
+    return str(getattr(annotation, "__name__", annotation)).replace(" | ", " or ")

@@ -71,7 +71,7 @@ class IAITrainer(Trainer):
         if peft_config is not None:
             if model is None or isinstance(model, PeftModel):
                 found = "comes from model_init" if model is None else "is a PeftModel already"
-                raise ValueError(f"peft_config was given, but the model {found}: pass a base model, or no peft_config")
+                raise ValueError(f"peft_config was given, but the model {found}: pass one of the two")
             torch.manual_seed(args.seed)
             model = get_peft_model(model, peft_config)
         made = _made_by(kwargs.get("model_init")) if model is None else model
@@ -329,7 +329,7 @@ def _made_by(model_init: Callable | None) -> nn.Module:
     """The model of a Trainer's `model_init`, to see what it is."""
     if model_init is None:
         raise ValueError("model is None: pass a model, or model_init=, a function that makes one")
-    return model_init(None) if inspect.signature(model_init).parameters else model_init()
+    return model_init(None) if len(inspect.signature(model_init).parameters) == 1 else model_init()
 
 
 def _checked_task(model: nn.Module, args: IAITrainingArguments, optimizer: Any) -> Task:
