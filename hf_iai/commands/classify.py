@@ -21,7 +21,7 @@ from ..evaluation.extras import require_extra
 from ..export.classifier import export_classifier
 from ..files import check_replaceable, replace_file
 from ..state import TaskState
-from ..state_file import read_notes
+from ..state_file import WEIGHTS, read_notes
 from ..tasks import task_of
 from .inputs import adapter_folder
 
@@ -123,8 +123,8 @@ def classify(
     _check_curve_is_ours(output)
     folder, started = output / "state", time.perf_counter()
     before, record = None, []
-    if folder.is_dir():
-        before, record = TaskState.from_pretrained(folder), read_notes(folder).get("read", [])
+    if (folder / WEIGHTS).is_file():
+        before, record = TaskState.from_pretrained(folder), _record(folder)
     unread = rows[_num_read(rows, record) :]
     state, curve = before, []
     if unread:
@@ -168,6 +168,16 @@ def _read(
 
     chunks = chunk_examples(rows, tokenizer, chunk_size=chunk_size)
     return model.adapt(chunks, state=before, on_step=ask), curve
+
+
+def _record(folder: Path) -> list[dict]:
+    """What a saved state has read: how many rows, and their checksum, for each file."""
+    record = read_notes(folder).get("read", [])
+    kinds = {"rows": int, "digest": str}
+    for entry in record if isinstance(record, list) else [record]:
+        if not isinstance(entry, dict) or {k: type(v) for k, v in entry.items()} != kinds or entry["rows"] < 0:
+            raise ValueError(f"the note 'read' of {folder} holds {entry!r:.80}, expected rows and their digest")
+    return record
 
 
 def _num_read(rows: list[dict[str, str]], record: list[dict]) -> int:

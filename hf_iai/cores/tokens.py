@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from ..bases.base import Base
-from ..bases.places import ages_of, positions_of
+from ..bases.places import ages_of, in_order, positions_of
 from ..bases.prefixes import KeysValues
 from ..config import IAIConfig
 from ..heads.chosen import CHOSEN, by_attention, with_later
 from ..heads.kept import NEVER, trace
 from ..signals.one_pass import OnePass, read_in_one_pass
 from ..state import KEPT_BY, TaskState
-from .core import StateCore, full_precision
+from .core import Evidence, StateCore, full_precision
 
 
 class TokensCore(StateCore):
@@ -40,6 +40,12 @@ class TokensCore(StateCore):
     @property
     def accumulation(self) -> str:
         return KEPT_BY + self.rule if self.read_apart else "memory"
+
+    def read(self, base: Base, ids: Tensor, mask: Tensor, labels: Tensor) -> Evidence:  # (B, C) each
+        # What is recorded of attention must be in the order in which the base reads the tokens.
+        if (order := base.packing(mask)) is not None:
+            ids, mask, labels = (in_order(t, order) for t in (ids, mask, labels))
+        return super().read(base, ids, mask, labels)
 
     def _initial(self, base: Base, batch_size: int) -> dict[str, Tensor]:
         return self.state.initial(batch_size)
