@@ -27,6 +27,12 @@ query, support = ids(4, 1, 8, seed=1), ids(4, 3, 10)
 rows = slice(rank * 4 // world, (rank + 1) * 4 // world)
 inputs = {"input_ids": query[rows], "labels": query[rows], "chunk_input_ids": support[rows]}
 inputs["objective"] = Objective("unrolled")
+if sys.argv[4] == "uneven":  # the episodes of the second process have one chunk less
+    inputs["chunk_attention_mask"] = torch.ones_like(support[rows])
+    if world == 1:
+        inputs["chunk_attention_mask"][2:, 0] = 0
+    elif rank == 1:
+        inputs |= {name: inputs[name][:, 1:] for name in ("chunk_input_ids", "chunk_attention_mask")}
 if world > 1:
     dist.init_process_group("gloo")
     if sys.argv[3] == "ddp":
@@ -52,24 +58,26 @@ if world > 1:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("values", "kind"),
+    ("values", "kind", "chunks"),
     [
-        ('{"signal": "gradients", "state_type": "lora", "regime": "parametric"}', "ddp"),
-        ('{"signal": "gradients", "state_type": "prefix", "head": "path_aware"}', "ddp"),
-        ('{"signal": "gradients", "state_type": "prompt", "head": "sgd", "second_order": true}', "ddp"),
-        ('{"signal": "both", "state_type": "prefix"}', "ddp"),
-        ('{"signal": "both", "state_type": "lora", "state_r": 2}', "ddp"),
-        ('{"signal": "gradients", "state_type": "lora"}', "fsdp"),
-        ('{"signal": "both", "state_type": "prefix"}', "fsdp"),
+        ('{"signal": "gradients", "state_type": "lora", "regime": "parametric"}', "ddp", "even"),
+        ('{"signal": "gradients", "state_type": "prefix", "head": "path_aware"}', "ddp", "even"),
+        ('{"signal": "gradients", "state_type": "prompt", "head": "sgd", "second_order": true}', "ddp", "even"),
+        ('{"signal": "both", "state_type": "prefix"}', "ddp", "even"),
+        ('{"signal": "both", "state_type": "lora", "state_r": 2}', "ddp", "even"),
+        ('{"signal": "gradients", "state_type": "lora"}', "fsdp", "even"),
+        ('{"signal": "both", "state_type": "prefix"}', "fsdp", "even"),
+        ('{"signal": "gradients", "state_type": "lora"}', "fsdp", "uneven"),
+        ('{"state_type": "prefix"}', "fsdp", "uneven"),
     ],
 )
-def test_two_processes(values, kind, tmp_path):
+def test_two_processes(values, kind, chunks, tmp_path):
     for world in (1, 2):
         processes = []
         for rank in range(world):
             own = {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
             own["MASTER_PORT"] = str(29500 + os.getpid() % 1000)
-            command = [sys.executable, "-W", "ignore", "-c", SCRIPT, str(tmp_path), values, kind]
+            command = [sys.executable, "-W", "ignore", "-c", SCRIPT, str(tmp_path), values, kind, chunks]
             here = Path(__file__).parent
             processes.append(
                 subprocess.Popen(command, cwd=here, env=os.environ | own, stderr=subprocess.PIPE, text=True)

@@ -131,6 +131,18 @@ class Base:
         weight = self.model.get_input_embeddings().weight
         return probabilities.to(weight.dtype) @ weight * embedding_scale(self.model)
 
+    def check_differentiable(self) -> None:
+        """Refuse weights that no gradient can pass.
+
+        Raises:
+            ValueError: if the base was made in inference mode.
+        """
+        if self.model.get_input_embeddings().weight.is_inference():
+            raise ValueError(
+                "the base was loaded inside torch.inference_mode(), and no gradient can pass such weights: load it "
+                "outside; reading and answering may be inside"
+            )
+
     def no_prefix(self, rows: int) -> Prefix:
         """A prefix of 0 slots."""
         num_layers, num_heads, width = key_value_shape(self.config)

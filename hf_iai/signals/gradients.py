@@ -39,8 +39,10 @@ def read_gradients(
             weights. It has no effect where torch records no gradients. Otherwise the result is a constant.
 
     Raises:
-        ValueError: if `second_order` is set and the attention or the sharding cannot be differentiated twice.
+        ValueError: if `second_order` is set and the attention or the sharding cannot be differentiated twice, or the
+            base was made in inference mode.
     """
+    base.check_differentiable()
     twice = second_order and torch.is_grad_enabled()
     if twice:
         check_double_backward(base.model)

@@ -51,6 +51,8 @@ def read_in_one_pass(
         chunk: token ids; 1 for real tokens; and token ids or -100 where no loss is taken.
         attention: whether to record what is attended to.
     """
+    if theta:
+        base.check_differentiable()
     ids, mask, labels = map(recordable, chunk)
     # A row that is all padding would attend to nothing, so it is read as text. It has no labels.
     seen = mask.masked_fill((mask == 0).all(1, keepdim=True), 1)
