@@ -141,7 +141,7 @@ def test_arguments_of_transformers_behind_embeddings():
     places = torch.tensor([1, 3])
     assert torch.equal(model(input_ids=query, task_state=state, logits_to_keep=places).logits, whole.logits[:, places])
     for values in ({"return_dict": False}, {"output_hidden_states": True}):
-        with pytest.raises(ValueError, match="'mamba' reads the state as embeddings"):
+        with pytest.raises(ValueError, match="'mamba' reads a state, padding and text in another order"):
             model(input_ids=query, task_state=state, **values)
     expected = model.generate(query, task_state=state, max_new_tokens=4, **GREEDY)
     assert torch.equal(model.generate(query, task_state=state, max_length=10, **GREEDY), expected)
