@@ -382,6 +382,10 @@ def test_other_types_of_labels(kind):
     found = [logits_of(model, model.adapt([{"inputs_embeds": x, "labels": t}])) for t in (y, y.double())]
     assert torch.equal(*found)
     y[0, 2, 0] = torch.nan
+    for broken in (torch.inf, torch.nan):
+        vectors = torch.full((1, 2, WIDTH), broken)
+        with pytest.raises(ValueError, match="finite"):
+            vector_model("mlp").adapt([{"inputs_embeds": vectors, "labels": torch.tensor([[0, 1]])}])
     with pytest.raises(ValueError, match="labels hold values that are not finite"):
         model.adapt([{"inputs_embeds": x, "labels": y}])
     model, labels = vector_model(kind), torch.tensor([[0, 1, 2, 0, 1, 2]])

@@ -40,6 +40,7 @@ TYPES = {
     "mlp": {"task_type": "CAUSAL_LM", "state_type": "mlp", "regime": "parametric", "vector_width": 4, "num_outputs": 3},
 }
 TENTHS, CHUNK = 10, 8
+PARALLEL = 50  # chunks that the base reads in one batch; gradients are taken one after the other all the same
 
 
 def model_of(name: str) -> torch.nn.Module:
@@ -78,13 +79,14 @@ def endure(name: str, num: int, folder: Path) -> dict:
     model, state, seconds, sizes = model_of(name), None, [], []
     for tenth in tqdm(range(TENTHS), name, disable=None):
         started = time.perf_counter()
-        state = model.adapt(chunks(name, tenth * num // TENTHS, (tenth + 1) * num // TENTHS), state=state)
+        part = chunks(name, tenth * num // TENTHS, (tenth + 1) * num // TENTHS)
+        state = model.adapt(part, state=state, parallel=PARALLEL)
         seconds.append((time.perf_counter() - started) / num * TENTHS)
         sizes.append(memory())
         if tenth < TENTHS - 1:
             state.save_pretrained(folder / name)
     saved = TaskState.from_pretrained(folder / name)
-    resumed = model.adapt(chunks(name, (TENTHS - 1) * num // TENTHS, num), state=saved)
+    resumed = model.adapt(chunks(name, (TENTHS - 1) * num // TENTHS, num), state=saved, parallel=PARALLEL)
     return {
         "state": name,
         "chunks": num,
