@@ -10,7 +10,16 @@ from dataclasses import fields
 
 import pytest
 import typer
-from transformers import BertConfig, BertModel, ByT5Tokenizer
+from peft import LoraConfig, get_peft_model
+from samples import BYTES, tokenizer
+from tiny import chunks, make_base, make_encoder, make_model
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertModel,
+    ByT5Tokenizer,
+)
 from typer.testing import CliRunner
 
 from hf_iai import IAIConfig, IAITrainingArguments
@@ -266,3 +275,91 @@ def test_train_then_adapt(tmp_path):
     examples.write_text('{"prompt": "1 + 1 =", "completion": " 2"}\n' * 8)
     run("adapt", "--adapter", adapter, "--data", examples, "--output", state, "--chunk-size", "32")
     assert (state / "config.json").is_file()
+
+
+# ---------------------------------------------------------------- errors of users
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a base, adapters of both kinds, a state of each, and files that are wrong in many ways."""
+    place = tmp_path_factory.mktemp("errors")
+    model = make_model(saved_base(place, make_base()), state_type="prompt", regime="parametric", num_state_tokens=4)
+    model.save_pretrained(place / "adapter")
+    make_model(saved_base(place, make_base()), num_state_tokens=3).save_pretrained(place / "other")
+    model.adapt(chunks(2, batch=1)).save_pretrained(place / "state")
+    encoder = AutoModelForSequenceClassification.from_pretrained(saved_folder(place / "encoder", make_encoder()))
+    get_peft_model(encoder, IAIConfig(task_type="SEQ_CLS", state_type="linear", r=2)).save_pretrained(place / "linear")
+    get_peft_model(saved_base(place, make_base()), LoraConfig(task_type="CAUSAL_LM")).save_pretrained(place / "lora")
+    files = {
+        "text.txt": b"w5 w6 w7 " * 80,
+        "empty.txt": b"",
+        "bytes.txt": b"\xff\xfe",
+        "rows.jsonl": b'{"text": "w5"}\n{"tex',
+        "vocabulary.jsonl": b'{"input_ids": [1, 99999]}\n',
+        "fields.jsonl": b'{"a": 1}\n',
+        "labels.csv": b"text,label\nhi,a\nho,b\n",
+        "one.csv": b"text,label\nhi,a\nho,a\n",
+        "comma.csv": b"text,label\na,b,c\n",
+        "mine/classifier/thesis.txt": b"mine",
+        "mine/export/thesis.txt": b"mine",
+        "damaged/task_state.safetensors": b"\0" * 9,
+    }
+    for name, content in files.items():
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        (place / name).write_bytes(content)
+    (place / "nothing").mkdir()
+    return place
+
+
+def saved_folder(folder, model):
+    model.save_pretrained(folder)
+    (tokenizer() if "encoder" not in folder.name else BYTES).save_pretrained(folder)
+    return folder
+
+
+def saved_base(place, base):
+    return AutoModelForCausalLM.from_pretrained(saved_folder(place / "base", base))
+
+
+ERRORS = [
+    ("adapt --adapter adapter --data empty.txt", "no chunk"),
+    ("adapt --adapter adapter --data bytes.txt", "bytes.txt is not UTF-8 text"),
+    ("adapt --adapter adapter --data rows.jsonl", "line 2 of"),
+    ("adapt --adapter adapter --data fields.jsonl", "line 1 of"),
+    ("adapt --adapter adapter --data vocabulary.jsonl", "do not fit a vocabulary"),
+    ("adapt --adapter adapter --data nothing", "no chunk"),
+    ("adapt --adapter adapter --data text.txt --chunk-size 9999", "does not fit"),
+    ("adapt --adapter lora --data text.txt", "of the method LORA"),
+    ("adapt --adapter nothing --data text.txt", "adapter_config.json"),
+    ("adapt --adapter me/unknown --data text.txt", "me/unknown"),
+    ("adapt --adapter adapter --data text.txt --output text.txt", "text.txt"),
+    ("export --adapter adapter --state nothing", "holds no task state"),
+    ("export --adapter adapter --state damaged", "damaged"),
+    ("export --adapter other --state state", "belongs to"),
+    ("export --adapter adapter --state state --type LORA", "cannot become 'LORA'"),
+    ("export --adapter adapter --state state --output mine/export", "thesis.txt"),
+    ("classify labels.csv --adapter linear --text subject", "'subject' is None"),
+    ("classify one.csv --adapter linear", "needs two classes"),
+    ("classify comma.csv --adapter linear", "row 1 of"),
+    ("classify text.txt --adapter linear", "is no table"),
+    ("classify labels.csv --adapter linear --test rows.jsonl", "rows.jsonl"),
+    ("classify labels.csv --adapter adapter", "linear state"),
+    ("classify labels.csv --adapter linear --output mine", "thesis.txt"),
+    ("train --data nothing --model base", "no document"),
+    ("train --data text.txt --model base --chunk-size 9999", "document has a window"),
+    ("train --data rows.jsonl --model base", "line 2 of"),
+    ("train --data text.txt --model nothing", "nothing"),
+    ("train --data text.txt --model me/unknown", "me/unknown"),
+]
+
+
+@pytest.mark.parametrize(("command", "message"), ERRORS)
+def test_every_error_of_a_user_is_one_line(place, tmp_path, monkeypatch, command, message):
+    monkeypatch.chdir(place)
+    arguments = command.split()
+    arguments += [] if "--output" in arguments else ["--output", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2 and isinstance(result.exception, SystemExit), repr(result.exception)
+    assert message in " ".join(result.output.split()) and result.output.count("Error: ") == 1
+    assert (place / "mine" / "classifier" / "thesis.txt").read_bytes() == b"mine"

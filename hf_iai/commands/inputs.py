@@ -5,6 +5,7 @@ from pathlib import Path
 
 import typer
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..bases.vector_base import width_in_name
 from ..data.examples import format_of
@@ -51,6 +52,18 @@ def load_text_reader(adapter: str) -> PeftModel:
     if config.task_type != "CAUSAL_LM":
         raise ValueError(f"{adapter} reads labelled texts, and makes a classifier of them: use `hf-iai classify`")
     return AutoPeftModelForCausalLM.from_pretrained(folder)
+
+
+def loaded_tokenizer(base: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a base.
+
+    Raises:
+        ValueError: if there is none in the folder or on the Hub; the message names the base.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(base)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{base!r} is no folder or Hub id of a model with a tokenizer: {error}") from error
 
 
 def documents(path: Path) -> Iterator[dict]:

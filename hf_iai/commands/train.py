@@ -6,14 +6,14 @@ from pathlib import Path
 import torch
 import typer
 from peft import get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from ..config import IAIConfig
 from ..data import episodes_from_documents
 from ..embedded import EMBEDDED_NAME, embedded_base
 from ..trainer import IAITrainer
 from ..training_args import IAITrainingArguments
-from .inputs import documents
+from .inputs import documents, loaded_tokenizer
 from .losses import print_losses
 
 
@@ -28,11 +28,11 @@ def train(data: Path, output: Path, base: str, config: dict, arguments: dict) ->
         arguments: fields of `IAITrainingArguments` that differ from its defaults.
 
     Raises:
-        ValueError: if a value cannot work, or the documents are too short.
+        ValueError: if a value cannot work, the base cannot be loaded, or the documents are too short.
     """
     reader = text_config(**config)
     base = embedded_base() if base == EMBEDDED_NAME else base
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer = loaded_tokenizer(base)
     args = IAITrainingArguments(
         output_dir=str(output),
         save_strategy="no",  # the adapter is saved once, below
