@@ -94,7 +94,9 @@ def demo(
 # tests/test_cli.py compares them.
 @app.command()
 def train(
-    data: Annotated[Path, typer.Option(exists=True, help='Folder of text files, or JSON lines with "text".')],
+    data: Annotated[
+        Path, typer.Option(exists=True, help='A folder of text files, one file, or a table (CSV, JSON) with "text".')
+    ],
     output: Annotated[Path, typer.Option(help="Folder for the adapter.")],
     model: Annotated[str, typer.Option(help="Hub id or folder of the base.")] = "hf_iai:embedded",
     state_type: Annotated[
@@ -177,7 +179,7 @@ def adapt(
     adapter: Annotated[str, typer.Option(help="Published name, Hub id or folder of a trained adapter.")],
     data: Annotated[
         Path,
-        typer.Option(exists=True, help="A text file, a folder of them, or JSON lines with one example each."),
+        typer.Option(exists=True, help="A text file, a folder of them, or a table (CSV, JSON), an example a row."),
     ],
     output: Annotated[Path, typer.Option(help="Folder for the task state.")],
     chunk_size: Annotated[
@@ -195,7 +197,7 @@ def adapt(
 
 @app.command()
 def classify(
-    data: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="Labelled texts: CSV, or JSON lines.")],
+    data: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="Labelled texts: CSV, TSV or JSON.")],
     output: Annotated[Path, typer.Option(help="Folder for the classifier and the state; read on if it is there.")],
     test: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, help="Labelled texts to measure the accuracy on.")

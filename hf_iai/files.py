@@ -8,16 +8,16 @@ import json
 import os
 import platform
 import shutil
-import socket
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
-TEMPORARY = ".hf_iai-"  # then host, process and a random name
-STALE_SECONDS = 24 * 3600  # after which a temporary folder of another host counts as left by a killed writer
+TEMPORARY, LOCK = ".hf_iai-", "lock"  # a temporary folder, then a random name; the file in it that its writer locks
+STALE_SECONDS = 24 * 3600  # after which a temporary folder is litter also where there are no locks
 MARK, MARK_FORMAT = "hf_iai_files.json", "hf_iai.files.v1"
 RENAME_EXCHANGE, RENAME_SWAP, HERE = 2, 2, -100  # of Linux; of macOS; the working directory
 
@@ -34,20 +34,52 @@ def temporary_beside(path: Path) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     clear_litter(path.parent)
-    folder = Path(tempfile.mkdtemp(prefix=f"{TEMPORARY}{_host()}-{os.getpid()}-", dir=path.parent))
+    folder, lock = _locked_folder(path.parent)
     try:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        lock.close()
+
+
+def _locked_folder(parent: Path) -> tuple[Path, IO]:
+    """A temporary folder with a lock that ends with this process, however it ends."""
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=parent))
+        try:
+            lock = open(folder / LOCK, "w")  # noqa: SIM115, it stays open as long as the folder is needed
+        except FileNotFoundError:  # somebody has cleared it before it was locked
+            continue
+        if _lock(lock) is not False and (folder / LOCK).exists():
+            return folder, lock
+        lock.close()
 
 
 def clear_litter(folder: Path) -> None:
     """Remove the temporary folders that killed writers left in a folder; those of living writers stay."""
-    for left in folder.glob(f"{TEMPORARY}*-*-*"):
-        host, process, _ = left.name.removeprefix(TEMPORARY).split("-", 2)
-        dead = not _is_alive(int(process)) if host == _host() and process.isdigit() else _is_old(left)
-        if dead and not left.is_symlink():
+    for left in folder.glob(f"{TEMPORARY}*"):
+        if left.is_symlink() or not left.is_dir():
+            continue
+        try:
+            with open(left / LOCK, "w") as lock:
+                free = _lock(lock)
+        except OSError:
+            free = None
+        if free or (free is None and _is_old(left)):
             shutil.rmtree(left, ignore_errors=True)
+
+
+def _lock(file: IO) -> bool | None:
+    """Lock a file. False if another process or thread has locked it, None where there are no such locks."""
+    try:
+        import fcntl  # not on Windows
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except (ImportError, OSError):
+        return None
+    return True
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
@@ -66,7 +98,7 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """
     with temporary_beside(path) as temporary:
         write(temporary / path.name)
-        with open(temporary / path.name, "rb") as file:
+        with open(temporary / path.name, "rb+") as file:
             os.fsync(file.fileno())  # so that a loss of power does not leave an empty file either
         os.replace(temporary / path.name, path)
 
@@ -157,20 +189,6 @@ def _exchanged(a: Path, b: Path) -> bool:
     if platform.system() != "Linux" or not hasattr(libc, "renameat2"):
         return False
     return libc.renameat2(HERE, os.fsencode(a), HERE, os.fsencode(b), RENAME_EXCHANGE) == 0
-
-
-def _host() -> str:
-    return socket.gethostname().replace("-", "_") or "host"
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:  # of another user
-        return True
-    return True
 
 
 def _is_old(path: Path) -> bool:

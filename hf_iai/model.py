@@ -312,7 +312,7 @@ class IAIModel(IAITuner):
         token = _using.set({**_using.get(), self: state})
         names = state.class_names[0] if state is not None and state.class_names and state.batch_size == 1 else ()
         try:
-            with names_in_use(self.model.config, names):  # which pipelines look up
+            with names_in_use(self.model.config, names):
                 yield
         finally:
             _using.reset(token)

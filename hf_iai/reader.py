@@ -3,6 +3,7 @@
 A state is a `TaskState`, or a `Prediction` for each query in regime `implicit`.
 """
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -157,7 +158,8 @@ class Reader:
         """The prompt and new token ids, (B, T + new). Without a mask, padding is found as transformers finds it."""
         self.inputs.check_query(ids, state.batch_size)
         mask = self.base.mask_of_prompts(ids, kwargs) if attention_mask is None else attention_mask
-        if self.base.packing(mask) is None:
+        new = self.base.setting(kwargs, "max_new_tokens") or self.base.setting(kwargs, "max_length") or sys.maxsize
+        if self.base.packing(mask, self.core.state.num_slots_in_front + new) is None:
             return self._generate(state, ids, mask, **kwargs)
         return self._generate_by_length(state, ids, mask, kwargs)
 
@@ -177,10 +179,18 @@ class Reader:
                 f"{self.base.config.model_type!r} generates from prompts of one length at a time, which "
                 "return_dict_in_generate=True would show: give prompts of one length, or leave it out"
             )
-        if setting("max_new_tokens") is None and (longest := setting("max_length")):
-            kwargs["max_new_tokens"] = max(1, longest - ids.shape[1])
-            kwargs.pop("max_length", None)
-        pad, several = setting("pad_token_id") or 0, setting("num_return_sequences") or 1
+        for name, new in (
+            ("max_length", "max_new_tokens"),
+            ("min_length", "min_new_tokens"),
+        ):  # which count padding too
+            if (length := setting(name)) and setting(new) is None:
+                if name == "max_length" and length <= ids.shape[1]:
+                    raise ValueError(f"max_length={length}, but the prompts have {ids.shape[1]} tokens: raise it")
+                kwargs[new] = max(0, length - ids.shape[1])
+            kwargs.pop(name, None)
+        ends = setting("eos_token_id") or 0
+        pad = next(x for x in (setting("pad_token_id"), ends[0] if isinstance(ends, list) else ends) if x is not None)
+        several = setting("num_return_sequences") or 1
         rows: list[Tensor] = [ids[0]] * (len(ids) * several)
         lengths = (mask != 0).sum(1)
         for length in lengths.unique().tolist():

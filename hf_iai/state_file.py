@@ -44,8 +44,10 @@ def write_state_file(folder: str | os.PathLike, tensors: Mapping[str, Tensor], f
     Raises:
         OSError: if nothing can be written there. An earlier state is as it was.
         ValueError: if a value is none that a state can have, such as NaN.
+        FileExistsError: if the folder holds a `config.json` of something else, such as a model.
     """
     folder = Path(folder)
+    _check_not_of_others(folder)
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     fields = fields | {"tensors": {name: list(t.shape) for name, t in tensors.items()}}
     _check(tensors, fields, folder / WEIGHTS, folder / WEIGHTS)  # what could not be read again is lost
@@ -54,6 +56,17 @@ def write_state_file(folder: str | os.PathLike, tensors: Mapping[str, Tensor], f
     replace_file(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata=metadata))
     copy = json.dumps({"format": FORMAT, **fields, "copy": _digest(fields)}, indent=1) + "\n"
     replace_file(folder / CONFIG, lambda path: path.write_text(copy, encoding="utf-8"))
+
+
+def _check_not_of_others(folder: Path) -> None:
+    if not (path := folder / CONFIG).exists():
+        return
+    try:
+        ours = _parsed(path.read_bytes(), str(path)).get("format") in (FORMAT, FORMAT_1)
+    except ValueError:
+        ours = (folder / WEIGHTS).exists()
+    if not ours:
+        raise FileExistsError(f"{path} is not of a task state: save the state to a folder of its own")
 
 
 def read_state_file(folder: str | os.PathLike) -> tuple[dict[str, Tensor], Fields]:
@@ -120,6 +133,8 @@ def _check_copy(path: Path) -> None:
     if not path.is_file():
         return
     copy = _parsed(path.read_bytes(), str(path))
+    if copy.get("format") == FORMAT_1:  # of the state that was there before, left by a kill
+        return
     fields = {name: value for name, value in copy.items() if name not in ("format", "copy")}
     if copy.get("copy") != _digest(fields) or copy.get("format") != FORMAT:
         raise ValueError(

@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, EvalPrediction, PreTrainedTokenizerBase,
 from transformers.modelcard import extract_hyperparameters_from_trainer
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput, has_length
 
+from .bases.compat import most_on_all_ranks
 from .config import IAIConfig
 from .hub.cards import CardFacts, Measurement, installed_versions, is_edited, model_card
 from .model import IAIModel
@@ -174,7 +175,9 @@ class IAITrainer(Trainer):
         if description == "Evaluation":
             curve = self._loss_at_chunks(dataloader)
             output.metrics.update({f"{metric_key_prefix}_loss_at_chunks_{n}": loss for n, loss in curve.items()})
-        return output._replace(predictions=joined(output.predictions), label_ids=joined(output.label_ids))
+        if self.args.eval_do_concat_batches:
+            output = output._replace(predictions=joined(output.predictions), label_ids=joined(output.label_ids))
+        return output
 
     @contextmanager
     def _batches_of_any_shape(self) -> Iterator[None]:
@@ -182,7 +185,7 @@ class IAITrainer(Trainer):
         concat, compute = self.args.eval_do_concat_batches, self.compute_metrics
         if compute is not None and concat and not self.args.batch_eval_metrics:
             self.compute_metrics = lambda found: compute(
-                EvalPrediction(joined(found.predictions), joined(found.label_ids), found.inputs, found.losses)
+                EvalPrediction(*map(joined, (found.predictions, found.label_ids, found.inputs, found.losses)))
             )
         self.args.eval_do_concat_batches = False
         try:
@@ -211,10 +214,13 @@ class IAITrainer(Trainer):
         for inputs in dataloader:
             inputs = self._prepare_inputs(inputs)
             tokens = self.task.scored(inputs).sum().float()
+            num_chunks = _chunked(inputs).shape[1]
+            most = most_on_all_ranks(self.model, num_chunks)  # sharded processes make the same passes
             for i, n in enumerate(counts):
-                if n <= _chunked(inputs).shape[1]:
+                if n <= most:
                     with self.compute_loss_context_manager():
                         loss = self.model(**last_chunks(inputs, n)).loss
+                if n <= num_chunks:
                     sums[i] += torch.stack([loss.float() * tokens, tokens])
         sums = self.accelerator.reduce(sums, "sum")
         return {n: (loss / tokens).item() for n, (loss, tokens) in zip(counts, sums, strict=True) if tokens}

@@ -180,6 +180,21 @@ def test_nothing_is_read_twice_and_a_file_that_grew_is_read_on(adapter, tmp_path
     assert other.step == grown.step + 1
 
 
+def test_a_number_is_one_class_however_it_is_written(adapter, tmp_path):
+    reader = load_reader(str(adapter))
+    rows = [
+        {"text": f"{word} {i}", "label": label} for label, word in (("1", "purrs"), ("2", "barks")) for i in range(4)
+    ]
+    classify(*reader, rows, tmp_path)
+    # With a label that is no number, the others of the file keep their ".0".
+    written = [row | {"label": f"{row['label']}.0"} for row in rows] + [{"text": "moos", "label": "cow"}] * 2
+    state = classify(*reader, written, tmp_path)
+    assert sorted(state.label_names) == ["1", "2", "cow"] and state.step == 2
+    assert accuracy(*reader, state, written[:8]) == accuracy(*reader, state, rows) > 0.5
+    with pytest.raises(ValueError, match="no row to read"):
+        classify(*reader, [], tmp_path / "new")
+
+
 @pytest.mark.parametrize("name", ["classifier/thesis.py", "accuracy.json", "accuracy.png"])
 def test_what_is_not_ours_is_kept(adapter, tmp_path, name):
     (tmp_path / "classifier").mkdir()

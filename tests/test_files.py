@@ -1,11 +1,23 @@
 """Files and folders are replaced whole, and nothing of others is."""
 
 import os
+import signal
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 import hf_iai.files
-from hf_iai.files import MARK, TEMPORARY, check_replaceable, clear_litter, replace_file, replace_folder
+from hf_iai.files import (
+    LOCK,
+    MARK,
+    TEMPORARY,
+    _locked_folder,
+    check_replaceable,
+    clear_litter,
+    replace_file,
+    replace_folder,
+    temporary_beside,
+)
 
 
 def write(text, name="a.txt"):
@@ -118,23 +130,45 @@ def test_nothing_empty_and_ours_may_be_replaced(tmp_path):
         check_replaceable(tmp_path / name)
 
 
-def test_litter_of_dead_writers_is_cleared_and_that_of_others_stays(tmp_path):
-    host, gone = hf_iai.files._host(), 2**22 + 1  # beyond the largest process of Linux
-    folders = {
-        f"{TEMPORARY}{host}-{gone}-a": False,
-        f"{TEMPORARY}{host}-{os.getpid()}-b": True,
-        f"{TEMPORARY}{host}-1-c": True,  # of another user, perhaps
-        f"{TEMPORARY}elsewhere-{gone}-d": True,
-        f"{TEMPORARY}elsewhere-{gone}-e": False,
-        ".hf_iai": True,
-        "tmp1234": True,
-    }
-    for name in folders:
+def test_litter_of_dead_writers_is_cleared_and_that_of_living_ones_stays(tmp_path):
+    for name in ("a", f"{TEMPORARY}left", ".hf_iai", "tmp1234"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").touch()
-    os.utime(tmp_path / f"{TEMPORARY}elsewhere-{gone}-e", (0, 0))
-    clear_litter(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {name for name, stays in folders.items() if stays}
+    (tmp_path / f"{TEMPORARY}link").symlink_to(tmp_path / "a")
+    with temporary_beside(tmp_path / "x") as mine:
+        with temporary_beside(tmp_path / "x") as other:  # of another thread, say
+            clear_litter(tmp_path)
+            assert mine.is_dir() and other.is_dir()
+        process = os.fork()
+        if process == 0:
+            _, lock = _locked_folder(tmp_path)
+            os.kill(os.getpid(), signal.SIGKILL)
+        os.waitpid(process, 0)
+        assert len(list(tmp_path.glob(f"{TEMPORARY}*"))) == 3
+        clear_litter(tmp_path)
+        assert set(tmp_path.glob(f"{TEMPORARY}*")) == {mine, tmp_path / f"{TEMPORARY}link"}
+    assert {path.name for path in tmp_path.iterdir()} == {"a", ".hf_iai", "tmp1234", f"{TEMPORARY}link"}
+
+
+def test_without_locks_litter_is_cleared_after_a_day(tmp_path, monkeypatch):
+    monkeypatch.setattr(hf_iai.files, "_lock", lambda file: None)
+    for name in ("new", "old"):
+        (tmp_path / f"{TEMPORARY}{name}").mkdir()
+        (tmp_path / f"{TEMPORARY}{name}" / LOCK).touch()
+    os.utime(tmp_path / f"{TEMPORARY}old", (0, 0))
+    replace_file(tmp_path / "a.txt", lambda path: path.write_text("x"))
+    assert {path.name for path in tmp_path.iterdir()} == {"a.txt", f"{TEMPORARY}new"}
+
+
+def test_many_threads_save_to_one_place(tmp_path):
+    def work(number):
+        for _ in range(30):
+            replace_file(tmp_path / "a.txt", lambda path: path.write_text(f"{number}" * 100))
+            assert len(set((tmp_path / "a.txt").read_text())) == 1
+
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(work, range(6)))
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):

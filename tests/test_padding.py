@@ -111,6 +111,16 @@ def test_rows_generate_as_alone(family, state_type):
             assert torch.equal(found[row * several : (row + 1) * several, 14:], own[:, -3:])
 
 
+def test_rows_are_moved_only_where_a_window_is_too_short():
+    model = model_of("mistral", "prefix")
+    base = model.base_model.reader.base
+    _, mask = rows_of((2, 1))
+    assert base.packing(mask, 6) is None and base.packing(mask, 7) is not None  # the window is 8
+    assert base.packing(rows_of(left=False)[1], 99) is None
+    assert model_of("qwen2", "lora").base_model.reader.base.packing(mask, 7) is not None
+    assert make_model().base_model.reader.base.packing(mask, 10**6) is None
+
+
 def test_what_would_show_places_is_refused_where_they_are_moved():
     model = model_of("mistral", "prefix")
     (text, mask), state = rows_of(), model.adapt([{"input_ids": ids(3, 10)}])
@@ -119,6 +129,12 @@ def test_what_would_show_places_is_refused_where_they_are_moved():
             model(input_ids=text, attention_mask=mask, task_state=state, **values)
     with pytest.raises(ValueError, match="return_dict_in_generate"):
         model.generate(text, attention_mask=mask, task_state=state, return_dict_in_generate=True, max_new_tokens=2)
+    few = {"attention_mask": mask, "task_state": state, "do_sample": False}
+    with pytest.raises(ValueError, match="max_length=14, but the prompts have 14 tokens"):
+        model.generate(text, max_length=14, **few)
+    config = model.get_base_model().generation_config
+    config.pad_token_id, config.eos_token_id = None, 5  # as transformers does, the end of text then pads
+    assert model.generate(text, max_new_tokens=2, **few)[2, : 14 - LENGTHS[2]].unique().tolist() == [5]
     last = model(input_ids=text, attention_mask=mask, task_state=state, logits_to_keep=2).logits
     every = model(input_ids=text, attention_mask=mask, task_state=state).logits
     assert torch.equal(last, every[:, -2:])

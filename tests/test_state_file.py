@@ -64,6 +64,24 @@ def test_the_copy_may_be_missing_or_older_but_not_changed(tmp_path):
     assert equal(TaskState.from_pretrained(tmp_path), new)
 
 
+def test_a_state_of_before_is_replaced_by_one_that_loads_whenever_it_is_killed(tmp_path):
+    old, new = text_state(), make_model().adapt(chunks(3))
+    old.save_pretrained(tmp_path)
+    as_format_1(tmp_path)
+    copy = (tmp_path / CONFIG).read_bytes()
+    new.save_pretrained(tmp_path)
+    (tmp_path / CONFIG).write_bytes(copy)
+    assert equal(TaskState.from_pretrained(tmp_path), new)
+
+
+@pytest.mark.parametrize("content", ['{"model_type": "llama"}', "[]", "{", ""])
+def test_the_config_of_something_else_is_not_replaced(tmp_path, content):
+    (tmp_path / CONFIG).write_text(content)
+    with pytest.raises(FileExistsError, match="is not of a task state"):
+        text_state().save_pretrained(tmp_path)
+    assert (tmp_path / CONFIG).read_text() == content and not (tmp_path / WEIGHTS).exists()
+
+
 def test_notes_come_back(tmp_path):
     state = text_state()
     state.save_pretrained(tmp_path, notes={"read": [{"rows": 3}]})

@@ -19,12 +19,12 @@ from .compat import (
     check_supported,
     embedding_scale,
     has_longrope,
-    has_sliding_layers,
     key_value_shape,
     lora_enabled,
     prepare_checkpointing,
     read_by_weight,
     rotations,
+    smallest_window,
     window_of,
 )
 from .places import in_order, positions_of, without_first
@@ -230,7 +230,7 @@ class Base:
         Returns:
             Last hidden states (B, record, d), and keys and values of the same positions for every layer.
         """
-        order = self.packing(mask)
+        order = self.packing(mask, self.num_slots(prefix))
         if order is not None:
             embeddings, mask, positions = (in_order(t, order) for t in (embeddings, mask, positions))
         cache = PrefixCache(
@@ -251,12 +251,16 @@ class Base:
             recorded = [tuple(in_order(t, back, axis=2)[..., -record:, :] for t in pair) for pair in recorded]
         return hidden[:, -record:], recorded
 
-    def packing(self, mask: Tensor) -> Tensor | None:  # (B, T) -> (B, T)
+    def packing(self, mask: Tensor, others: int) -> Tensor | None:  # (B, T) -> (B, T)
         """The order of tokens in which each row's padding stands at its end; None if it may stay where it is.
 
         Layers with a sliding window count padding between the slots and a token. At the end it is out of the way.
+
+        Args:
+            mask: 1 for real tokens, 0 for padding.
+            others: number of places before and after the text, slots and tokens to generate.
         """
-        if not has_sliding_layers(self.config) or bool((mask.diff(dim=1) <= 0).all()):
+        if mask.shape[1] + others <= smallest_window(self.config) or bool((mask.diff(dim=1) <= 0).all()):
             return None
         return (mask != 0).long().argsort(dim=1, descending=True, stable=True)
 
@@ -285,7 +289,10 @@ class Base:
             labels: token ids, -100 where no loss is taken, (B, T); the output then has a loss.
             kwargs: passed on to the model.
         """
-        labels, order = None if labels is None else without_first(labels, mask), self.packing(mask)
+        labels, order = (
+            None if labels is None else without_first(labels, mask),
+            self.packing(mask, self.num_slots(prefix)),
+        )
         if order is None:
             return self._answer(prefix, ids, mask, labels, **kwargs)
         self._check_shows_no_places(kwargs)

@@ -12,7 +12,6 @@ from .compat import (
     default_target_modules,
     encoder_window,
     leave_out_classifier,
-    look_up_names_in_use,
     prepare_checkpointing,
 )
 
@@ -30,7 +29,6 @@ class Encoder(Base):
 
     def prepare(self, config: LoraConfig, *, uses_lora: bool) -> None:
         leave_out_classifier(config)
-        look_up_names_in_use(self.config)
         if uses_lora:
             if config.target_modules is None:
                 config.target_modules = default_target_modules(self.config)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import random
 import time
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 from ..bases.vector_base import width_in_name
 from ..config import IAIConfig
 from ..data import chunk_examples, text_tokens
-from ..data.tables import labelled_rows
+from ..data.tables import labelled_rows, plain_number
 from ..evaluation.extras import require_extra
 from ..export.classifier import export_classifier
 from ..files import check_replaceable, replace_file
@@ -125,6 +126,9 @@ def classify(
     before, record = None, []
     if (folder / WEIGHTS).is_file():
         before, record = TaskState.from_pretrained(folder), _record(folder)
+    if not rows and before is None:
+        raise ValueError("there is no row to read, and no state to go on from: pass labelled rows")
+    rows = _with_known_names(rows, () if before is None else before.label_names)
     unread = rows[_num_read(rows, record) :]
     state, curve = before, []
     if unread:
@@ -170,6 +174,12 @@ def _read(
     return model.adapt(chunks, state=before, on_step=ask), curve
 
 
+def _with_known_names(rows: list[dict[str, str]], known: Sequence[str]) -> list[dict[str, str]]:
+    """Labels that are the same number as a class of the state, such as "1.0" and "1", get its name."""
+    names = {plain_number(name): name for name in known}
+    return [row | {"label": names.get(plain_number(row["label"]), row["label"])} for row in rows]
+
+
 def _record(folder: Path) -> list[dict]:
     """What a saved state has read: how many rows, and their checksum, for each file."""
     record = read_notes(folder).get("read", [])
@@ -189,10 +199,10 @@ def _num_read(rows: list[dict[str, str]], record: list[dict]) -> int:
 def _digests(rows: list[dict[str, str]]) -> list[str]:
     """A checksum of the first n rows, for n from 0 to all."""
     digest, found = hashlib.sha256(), []
-    for row in [None, *rows]:
-        digest.update(json.dumps(row, sort_keys=True).encode())
+    for row in rows:
         found.append(digest.hexdigest())
-    return found
+        digest.update(json.dumps([row["text"], plain_number(row["label"])]).encode())
+    return [*found, digest.hexdigest()]
 
 
 def accuracy(model: PeftModel, tokenizer: PreTrainedTokenizerBase, state: TaskState, test: list[dict]) -> float:
@@ -203,7 +213,8 @@ def accuracy(model: PeftModel, tokenizer: PreTrainedTokenizerBase, state: TaskSt
         query = text_tokens([row["text"] for row in part], tokenizer)
         with torch.no_grad():
             best = model(**query, task_state=state).logits.argmax(-1).tolist()
-        right += sum(state.label_names[c] == row["label"] for c, row in zip(best, part, strict=True))
+        names = [plain_number(state.label_names[c]) for c in best]
+        right += sum(name == plain_number(row["label"]) for name, row in zip(names, part, strict=True))
     return right / len(test)
 
 
@@ -228,5 +239,5 @@ def _report(curve: list[dict], output: Path, console: Console) -> None:
     axes.plot([row["examples"] for row in curve], [row["accuracy"] for row in curve], marker="o")
     axes.set(xlabel="examples of the file read", ylabel="accuracy on the test file", xscale="log")
     axes.grid(alpha=0.3)
-    replace_file(output / PICTURE, lambda path: figure.savefig(path, format="png", dpi=120))
     replace_file(output / CURVE, lambda path: path.write_text(json.dumps(curve, indent=1) + "\n", encoding="utf-8"))
+    replace_file(output / PICTURE, lambda path: figure.savefig(path, format="png", dpi=120))

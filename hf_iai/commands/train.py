@@ -21,7 +21,7 @@ def train(data: Path, output: Path, base: str, config: dict, arguments: dict) ->
     """Train an adapter on documents; write the adapter and its card.
 
     Args:
-        data: a folder of text files, or JSON lines with `"text"`.
+        data: a folder of text files, one of them, or a table with `"text"`, see `data.tables`.
         output: folder for the adapter.
         base: Hub id or folder of the base model. `"hf_iai:embedded"` is the small base inside the package.
         config: fields of `IAIConfig` that differ from its defaults.

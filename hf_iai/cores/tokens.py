@@ -43,7 +43,7 @@ class TokensCore(StateCore):
 
     def read(self, base: Base, ids: Tensor, mask: Tensor, labels: Tensor) -> Evidence:  # (B, C) each
         # What is recorded of attention must be in the order in which the base reads the tokens.
-        if (order := base.packing(mask)) is not None:
+        if (order := base.packing(mask, self.state.num_slots_in_front)) is not None:
             ids, mask, labels = (in_order(t, order) for t in (ids, mask, labels))
         return super().read(base, ids, mask, labels)
 

@@ -82,8 +82,13 @@ def labelled_rows(path: Path, text: str = "text", label: str = "label") -> list[
     if not rows:
         raise ValueError(f"{path} has no row")
     if all(WHOLE.fullmatch(row["label"]) for row in rows):
-        rows = [row | {"label": row["label"].partition(".")[0]} for row in rows]
+        rows = [row | {"label": plain_number(row["label"])} for row in rows]
     return rows
+
+
+def plain_number(label: str) -> str:
+    """A whole number without its ".0"; any other label as it is."""
+    return label.partition(".")[0] if WHOLE.fullmatch(label) else label
 
 
 def label_of(value: str | bool | int | float, *, strip: bool = True) -> str:

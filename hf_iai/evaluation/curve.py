@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..files import replace_file
 from .bootstrap import bootstrap_mean
 from .extras import require_extra
 from .render import draw_curve, print_curve
@@ -174,10 +175,8 @@ class Curve:
         taken = sorted(set(rows) & set(extra))
         if taken:
             raise ValueError(f"{taken} are written by to_json itself: name the extra values otherwise")
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_text(json.dumps({**extra, **rows}, indent=1, allow_nan=False) + "\n")
-        os.replace(temporary, path)
+        text = json.dumps({**extra, **rows}, indent=1, allow_nan=False) + "\n"
+        replace_file(Path(path), lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
     @property
     def _num_columns(self) -> int:

@@ -7,6 +7,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from ..files import replace_file
 from .extras import require_extra
 
 
@@ -42,10 +43,7 @@ def draw_curve(curve, path: str | os.PathLike, from_token: int) -> None:
     axes.set_ylabel(unit + (f", query tokens {from_token}+" if from_token else ""))
     axes.grid(alpha=0.3)
     axes.legend()
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    figure.savefig(temporary, format="png", dpi=150)
-    os.replace(temporary, path)
+    replace_file(Path(path), lambda temporary: figure.savefig(temporary, format="png", dpi=150))
 
 
 def _draw_method(axes, curve, method: str, from_token: int, color: str) -> None:

@@ -9,7 +9,7 @@ from ..state import TaskState
 from ..tasks import task_of
 from .vllm import vllm_remarks
 
-MARK = "<!-- Written by hf_iai.export_to_peft, which replaces this folder when asked to write to it again. -->"
+NOTICE = "<!-- Written by hf_iai.export_to_peft, which replaces this folder when asked to write to it again. -->"
 
 NAMED = """
 from peft import AutoPeftModelForCausalLM
@@ -67,7 +67,7 @@ def export_card(
         tags=["hf_iai", "task-state"],
     )
     parts = [
-        f"---\n{data.to_yaml()}\n---\n\n{MARK}\n# {name}",
+        f"---\n{data.to_yaml()}\n---\n\n{NOTICE}\n# {name}",
         "What was learned from reading a task, as a plain PEFT adapter: it needs `peft` and `transformers` only.",
         _bullets(_facts(config, adapter, state, dtype, slots)),
         "## Use",

@@ -15,16 +15,16 @@ from .families import (
     encoder_window,
     has_longrope,
     has_recurrent_layers,
-    has_sliding_layers,
     is_classifier,
     key_value_shape,
     leave_out_classifier,
     read_by_weight,
     rotations,
+    smallest_window,
     window_of,
 )
 from .hooks import allow_no_layers, carry_cards
-from .labels import look_up_names_in_use, names_in_use
+from .labels import names_in_use
 from .passes import (
     check_double_backward,
     inner_backward,
@@ -55,13 +55,11 @@ __all__ = [
     "encoder_window",
     "has_longrope",
     "has_recurrent_layers",
-    "has_sliding_layers",
     "inner_backward",
     "is_classifier",
     "key_value_shape",
     "keys_values_of",
     "leave_out_classifier",
-    "look_up_names_in_use",
     "lora_enabled",
     "math_attention",
     "most_on_all_ranks",
@@ -69,6 +67,7 @@ __all__ = [
     "prepare_checkpointing",
     "read_by_weight",
     "rotations",
+    "smallest_window",
     "split_adapter",
     "tell_adapters_by_place",
     "window_of",

@@ -33,13 +33,14 @@ def has_recurrent_layers(config) -> bool:
     return True
 
 
-def has_sliding_layers(config) -> bool:
-    """Whether some layer sees the latest places only. It counts places, padding included."""
+def smallest_window(config) -> int:
+    """How many places, padding included, the layer with the shortest sliding window sees; `sys.maxsize` without one."""
     kinds = getattr(config, "layer_types", None)
-    if kinds is not None:
-        return not {"sliding_attention", "chunked_attention"}.isdisjoint(kinds)
-    is_local = any("local" in str(kind) for kind in getattr(config, "attention_types", None) or [])  # GPT-Neo
-    return is_local or getattr(config, "sliding_window", None) is not None
+    if kinds is not None and {"sliding_attention", "chunked_attention"}.isdisjoint(kinds):
+        return sys.maxsize
+    if any("local" in str(kind) for kind in getattr(config, "attention_types", None) or []):  # GPT-Neo
+        return config.window_size
+    return getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None) or sys.maxsize
 
 
 def key_value_shape(config) -> tuple[int, int, int]:
@@ -170,6 +171,8 @@ def check_causal(model: nn.Module) -> None:
     Raises:
         ValueError: if the first token's hidden state depends on the second token.
     """
+    if getattr(model.config, "quantization_config", None) is not None:
+        return  # kernels of 8 bits treat large values of all tokens together
     vocab = model.get_input_embeddings().num_embeddings
     with eval_mode(model):
         first = [

@@ -22,15 +22,11 @@ class NamesInUse(dict):
         return dict, (dict(self),)
 
 
-def look_up_names_in_use(config: Any) -> None:
-    """Let the `id2label` of a base's configuration follow `names_in_use`."""
-    if not isinstance(config.id2label, NamesInUse):
-        config.id2label = NamesInUse(config.id2label)
-
-
 @contextmanager
 def names_in_use(config: Any, names: Sequence[str]) -> Iterator[None]:
-    """A context in which `config.id2label` gives these names, in this thread only."""
+    """A context in which `config.id2label`, where pipelines look names up, gives these names, in this thread only."""
+    if names and not isinstance(config.id2label, NamesInUse):
+        config.id2label = NamesInUse(config.id2label)
     token = _in_use.set({**_in_use.get(), id(config.id2label): names})
     try:
         yield

@@ -111,9 +111,9 @@ def most_on_all_ranks(model: nn.Module, number: int) -> int:
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return number
-    from torch.distributed.fsdp import FSDPModule  # slow to import
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel  # slow to import
 
-    if not any(isinstance(m, FSDPModule) for m in model.modules()):
+    if not any(isinstance(m, FSDPModule | FullyShardedDataParallel) for m in model.modules()):
         return number
     most = torch.tensor([number], device=model.device)
     torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
