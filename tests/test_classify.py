@@ -1,7 +1,9 @@
 """`hf-iai classify` and the accuracy curve of a linear state, on a tiny encoder."""
 
+import copy
 import csv
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from tiny import make_classifier, make_encoder
 from transformers import pipeline
 from typer.testing import CliRunner
 
-from hf_iai import TaskState, evaluate_curve
+from hf_iai import TaskState, chunk_examples, evaluate_curve
 from hf_iai.classify import accuracy, classify, installed_encoder, load_reader, read_rows
 from hf_iai.cli import app
 from hf_iai.evaluation.accuracy import features_of
@@ -219,3 +221,21 @@ def test_features_are_of_unit_length():
     model = make_classifier()
     x = features_of(model, BYTES(["a", "b c"], padding=True, return_tensors="pt"))
     np.testing.assert_allclose(np.linalg.norm(x, axis=1), 1, atol=1e-5)
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_pipeline_names_the_classes_of_the_state_in_use(copied):
+    model = make_classifier()
+    states = [model.adapt(chunk_examples(rows, BYTES, chunk_size=6)) for rows in (ROWS, ROWS[::-1])]
+    model = copy.deepcopy(model) if copied else model
+    own = dict(model.config.id2label)
+    ask = pipeline("text-classification", model=model, tokenizer=BYTES)
+    for state in states:
+        with model.using(state):
+            found = ask("moos 9", top_k=4)
+            with torch.no_grad():
+                logits = model(**BYTES("moos 9", return_tensors="pt"), task_state=state).logits[0]
+        assert {answer["label"] for answer in found} == set(state.label_names)
+        assert found[0]["label"] == state.label_names[logits.argmax()]
+    assert dict(model.config.id2label) == own and copy.deepcopy(model.config).id2label == own
+    assert model.config.id2label[0] == own[0] and pickle.loads(pickle.dumps(model.config)).id2label == own
