@@ -248,3 +248,12 @@ def test_inputs_that_cannot_work(model, tmp_path):
     ]:
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def test_class_numbers_without_names_stay_within_reason():
+    chunk = next(iter(chunks()))
+    unnamed = {name: value for name, value in chunk.items() if name != "label_names"}
+    labels = unnamed["labels"].clone()
+    labels[0, 0] = 10**7
+    with pytest.raises(ValueError, match="class number 10000000 without label_names.*at most 9999"):
+        make_classifier().adapt([unnamed | {"labels": labels}])

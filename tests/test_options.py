@@ -14,6 +14,7 @@ from transformers import (
     MinLengthLogitsProcessor,
     StoppingCriteriaList,
     TextStreamer,
+    Trainer,
     TrainingArguments,
 )
 from transformers.generation.stopping_criteria import MaxLengthCriteria
@@ -219,3 +220,13 @@ def test_padding_is_found_without_a_mask(model):
     found = model.generate(input_ids=padded, task_state=state, eos_token_id=pad, **GREEDY)[:, 9:]
     everything = {"attention_mask": torch.ones_like(padded), "eos_token_id": pad}
     assert torch.equal(found, model.generate(input_ids=padded, task_state=state, **everything, **GREEDY)[:, 9:])
+
+
+def test_a_lost_process_is_one_message(tmp_path, monkeypatch):
+    def lost(self, *args, **kwargs):
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1")
+
+    monkeypatch.setattr(Trainer, "train", lost)
+    trainer = IAITrainer(make_model(), arguments(tmp_path), train_dataset=episodes(4), processing_class=tokenizer())
+    with pytest.raises(RuntimeError, match="another process of this training has ended"):
+        trainer.train()
