@@ -50,7 +50,7 @@ def _locked_folder(parent: Path) -> tuple[Path, IO]:
             lock = open(folder / LOCK, "w")  # noqa: SIM115, it stays open as long as the folder is needed
         except FileNotFoundError:  # somebody has cleared it before it was locked
             continue
-        if _lock(lock) is not False and (folder / LOCK).exists():
+        if _lock(lock) is not False and _is_at(lock, folder / LOCK):
             return folder, lock
         lock.close()
 
@@ -63,10 +63,12 @@ def clear_litter(folder: Path) -> None:
         try:
             with open(left / LOCK, "w") as lock:
                 free = _lock(lock)
-        except OSError:
-            free = None
-        if free or (free is None and _is_old(left)):
-            shutil.rmtree(left, ignore_errors=True)
+                if not _is_at(lock, left / LOCK):  # cleared, and made anew, since it was opened
+                    continue
+                if free or (free is None and _is_old(left)):  # under the lock, so that nobody else takes it meanwhile
+                    shutil.rmtree(left, ignore_errors=True)
+        except OSError:  # it is gone, or of another user
+            continue
 
 
 def _lock(file: IO) -> bool | None:
@@ -80,6 +82,14 @@ def _lock(file: IO) -> bool | None:
     except (ImportError, OSError):
         return None
     return True
+
+
+def _is_at(file: IO, path: Path) -> bool:
+    """Whether an open file is the one that lies at a path."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
