@@ -23,7 +23,7 @@ cards: $(INSTALLED)
 
 # Whether the tests notice small changes of the package: hours; see the script.
 mutants: $(INSTALLED)
-	$(BIN)/pip install --disable-pip-version-check cosmic-ray
+	$(BIN)/pip install --disable-pip-version-check cosmic-ray coverage
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m examples.maintain.mutants run
 	$(BIN)/python -m examples.maintain.mutants report
 

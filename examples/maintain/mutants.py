@@ -1,13 +1,16 @@
 """Mutation testing: change one operator or number of the package, and see whether the tests of its part notice.
 
-    pip install cosmic-ray
+    pip install cosmic-ray coverage
     make mutants                                               # a seeded sample of 300: hours on one core
     python -m examples.maintain.mutants run --num 300          # goes on where it was stopped
+    python -m examples.maintain.mutants again                  # those that were not noticed, after new tests
     python -m examples.maintain.mutants report
 
 Each mutant is made in a copy of the checkout, and tested in a process that starts with the libraries already loaded.
+The tests that run the changed line come first.
 """
 
+import ast
 import importlib
 import json
 import os
@@ -17,10 +20,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
+import pytest
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -70,7 +75,8 @@ OPERATORS = ("Add_Sub", "Sub_Add", "Mul_Div", "Div_Mul", "Pow_Mul", "FloorDiv_Mu
 KINDS = ("NumberReplacer", "ReplaceTrueWithFalse", "ReplaceFalseWithTrue", "ReplaceAndWithOr", "ReplaceOrWithAnd")
 KINDS += ("AddNot", "ZeroIterationForLoop", "ReplaceUnaryOperator", "ReplaceComparisonOperator")
 LOADED = ("torch", "transformers", "peft", "datasets", "pandas", "pytest", "scipy.stats", "transformers.models.llama")
-SECONDS = 400  # a mutant that hangs is noticed too
+WORK, NAME = Path("work/mutants"), "mutants.json"
+SECONDS = 600  # a mutant that hangs is noticed too
 
 
 def mutants(code: str) -> Iterator[tuple[str, int, int]]:
@@ -84,7 +90,22 @@ def mutants(code: str) -> Iterator[tuple[str, int, int]]:
         if kind.removeprefix("ReplaceBinaryOperator_") in OPERATORS or kind.startswith(KINDS):
             operator = cosmic_ray.plugins.get_operator(name)()
             places = (place for node in nodes for place in operator.mutation_positions(node))
-            yield from ((name, number, place[0][0]) for number, place in enumerate(places))
+            found = [(name, number, place[0][0]) for number, place in enumerate(places)]
+            yield from (each for each in found if is_arithmetic(code, *each[:2]))
+
+
+def is_arithmetic(code: str, name: str, number: int) -> bool:
+    """False for a star that is no operator: one between or before arguments."""
+    if "BinaryOperator" not in name:
+        return True
+    try:
+        return _operators(code) != _operators(mutated(code, name, number))
+    except SyntaxError:
+        return False
+
+
+def _operators(code: str) -> list[type]:
+    return [type(node.op) for node in ast.walk(ast.parse(code)) if isinstance(node, ast.BinOp)]
 
 
 def sample(num: int, seed: int) -> list[tuple[str, str, int, int]]:
@@ -104,30 +125,114 @@ def mutated(code: str, name: str, number: int) -> str | None:
     return cosmic_ray.mutating.mutate_code(code, cosmic_ray.plugins.get_operator(name)(), number)
 
 
-def noticed(copy: Path, tests: str) -> bool:
-    """Whether the tests fail, or do not end."""
+class Record:
+    """A pytest plugin: the seconds of each test, and the lines of the package that it runs."""
+
+    def __init__(self, package: Path) -> None:
+        import coverage
+
+        self.package, self.seconds = package, {}
+        self.coverage = coverage.Coverage(data_file=None, include=[f"{package}/*"])
+        self.coverage.start()
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
+        self.coverage.switch_context(item.nodeid)
+        started = time.perf_counter()
+        result = yield
+        self.seconds[item.nodeid] = time.perf_counter() - started
+        return result
+
+    def lines(self) -> dict[str, dict[int, list[str]]]:
+        """Part -> line -> the tests that run it."""
+        self.coverage.stop()
+        data = self.coverage.get_data()
+        of_part = {str(self.package / part): part for part in PARTS}
+        return {of_part[name]: data.contexts_by_lineno(name) for name in data.measured_files() if name in of_part}
+
+
+class First:
+    """A pytest plugin: the tests that run the changed line come first, the quickest of them before the others."""
+
+    def __init__(self, seconds: dict[str, float]) -> None:
+        self.seconds = seconds
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        items.sort(key=lambda item: self.seconds.get(item.nodeid, float("inf")))
+
+
+def tested(copy: Path, tests: str, plugin: object) -> int:
+    """Run some test files of a copy, in a process of its own; its exit code."""
+    os.setpgid(0, 0)
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.dup2(null, 2)
+    os.chdir(copy)
+    sys.path[:0] = [str(copy), str(copy / "tests")]
+    files = [f"tests/{name}.py" for name in tests.split()]
+    options = ["-x", "-q", "-m", "not slow", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    return pytest.main([*options, *files], plugins=[plugin])
+
+
+def passes(function: Callable[[], int]) -> bool:
+    """Whether a function returns 0 in a forked process, in time."""
     process = os.fork()
     if process == 0:
-        os.setpgid(0, 0)
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, 1)
-        os.dup2(null, 2)
-        os.chdir(copy)
-        sys.path[:0] = [str(copy), str(copy / "tests")]
-        import pytest
-
-        files = [f"tests/{name}.py" for name in tests.split()]
-        code = pytest.main(["-x", "-q", "-m", "not slow", "-p", "no:cacheprovider", "-p", "no:xdist", *files])
-        os._exit(0 if code == 0 else 1)
+        code = 1
+        try:
+            code = function()
+        finally:
+            os._exit(0 if code == 0 else 1)
     end = time.monotonic() + SECONDS
     while time.monotonic() < end:
         found, status = os.waitpid(process, os.WNOHANG)
         if found:
-            return status != 0
+            return status == 0
         time.sleep(0.1)
     os.killpg(process, signal.SIGKILL)
     os.waitpid(process, 0)
-    return True
+    return False
+
+
+def recorded(copy: Path, tests: str, path: Path) -> dict:
+    """Seconds of each test, and the tests of each line; the tests must pass while nothing is changed."""
+
+    def record() -> int:
+        plugin = Record(copy / "hf_iai")
+        code = tested(copy, tests, plugin)
+        write_json({"seconds": plugin.seconds, "lines": plugin.lines()}, path)
+        return code
+
+    if not path.exists() and not passes(record):
+        path.unlink(missing_ok=True)
+        raise SystemExit(f"{tests}: these tests fail without any change")
+    return json.loads(path.read_text())
+
+
+def judge(copy: Path, work: Path, part: str, name: str, number: int, line: int) -> dict:
+    """Whether the tests of a part notice a mutant."""
+    found = recorded(copy, PARTS[part], work / f"{PARTS[part].replace(' ', '+')}.json")
+    plugin = First({test: found["seconds"][test] for test in found["lines"][part].get(str(line), []) if test})
+    target = copy / "hf_iai" / part
+    code = target.read_text()
+    changed = mutated(code, name, number)
+    target.write_text(changed)
+    try:
+        killed = not passes(partial(tested, copy, PARTS[part], plugin))
+    finally:
+        target.write_text(code)
+    text = changed.splitlines()[line - 1].strip()
+    return {"part": part, "line": line, "operator": name, "number": number, "killed": killed, "mutant": text}
+
+
+def prepare(work: Path) -> tuple[list[dict], Path]:
+    """What was done before, and a fresh copy of the checkout."""
+    for name in LOADED:
+        importlib.import_module(name)
+    path, copy = work / NAME, (work / "copy").absolute()
+    shutil.rmtree(copy, ignore_errors=True)
+    subprocess.run(["git", "clone", "--quiet", "--shared", str(ROOT), str(copy)], check=True)
+    return json.loads(path.read_text())["mutants"] if path.exists() else [], copy
 
 
 @app.command()
@@ -135,39 +240,32 @@ def run(
     num: Annotated[int, typer.Option(help="Size of the sample.")] = 300,
     seed: int = 0,
     minutes: Annotated[float, typer.Option(help="Stop after so long.")] = 1e9,
-    work: Path = Path("work/mutants"),
+    work: Path = WORK,
 ) -> None:
     """Test a sample of mutants."""
-    for name in LOADED:
-        importlib.import_module(name)
-    path, copy, end = work / "mutants.json", (work / "copy").absolute(), time.monotonic() + 60 * minutes
-    done = json.loads(path.read_text())["mutants"] if path.exists() else []
-    shutil.rmtree(copy, ignore_errors=True)
-    subprocess.run(["git", "clone", "--quiet", "--shared", str(ROOT), str(copy)], check=True)
-    passing: set[str] = set()
-    for part, name, number, line in tqdm(sample(num, seed)[len(done) :], disable=None):
+    (done, copy), end = prepare(work), time.monotonic() + 60 * minutes
+    for mutant in tqdm(sample(num, seed)[len(done) :], disable=None):
         if time.monotonic() > end:
             break
-        if PARTS[part] not in passing and noticed(copy, PARTS[part]):
-            raise SystemExit(f"{PARTS[part]}: these tests fail without any change")
-        passing.add(PARTS[part])
-        target = copy / "hf_iai" / part
-        code = target.read_text()
-        changed = mutated(code, name, number)
-        target.write_text(changed)
-        try:
-            killed = noticed(copy, PARTS[part])
-        finally:
-            target.write_text(code)
-        text = changed.splitlines()[line - 1].strip()
-        done.append({"part": part, "line": line, "operator": name, "killed": killed, "mutant": text})
-        write_json({"recipe": recipe("maintain.mutants run", num=num, seed=seed), "mutants": done}, path)
+        done.append(judge(copy, work, *mutant))
+        write_json({"recipe": recipe("maintain.mutants run", num=num, seed=seed), "mutants": done}, work / NAME)
 
 
 @app.command()
-def report(work: Path = Path("work/mutants")) -> None:
+def again(work: Path = WORK) -> None:
+    """Test the mutants again that were not noticed."""
+    done, copy = prepare(work)
+    settings = json.loads((work / NAME).read_text())["recipe"]
+    for place, mutant in enumerate(tqdm(done, disable=None)):
+        if not mutant["killed"]:
+            done[place] = judge(copy, work, *(mutant[key] for key in ("part", "operator", "number", "line")))
+            write_json({"recipe": settings, "mutants": done}, work / NAME)
+
+
+@app.command()
+def report(work: Path = WORK) -> None:
     """Print the share of mutants that were noticed, for each part, and those that were not."""
-    done = json.loads((work / "mutants.json").read_text())["mutants"]
+    done = json.loads((work / NAME).read_text())["mutants"]
     table = Table("part", "mutants", "noticed")
     for part in PARTS:
         own = [mutant["killed"] for mutant in done if mutant["part"] == part]
