@@ -1,6 +1,7 @@
 """The scripts of examples/: the six to copy run alone in an empty folder, and every other script answers --help."""
 
 import ast
+import doctest
 import os
 import re
 import runpy
@@ -13,6 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, BertConfig, ByT5Tokenizer
+
+from examples.research.common import bfloat16
 
 ROOT = Path(__file__).parent.parent
 TO_COPY = sorted(path.stem for path in (ROOT / "examples").glob("*.py") if path.stem != "__init__")
@@ -42,6 +45,10 @@ def column(output: str, place: int) -> list[float]:
     """The numbers at a place of the lines that begin with one."""
     lines = [line.split() for line in output.splitlines()]
     return [float(words[place]) for words in lines if words and words[0].isdigit()]
+
+
+def test_products_in_float32():
+    assert doctest.testmod(bfloat16) == (0, 3)
 
 
 # ---------------------------------------------------------------- the scripts to copy

@@ -14,6 +14,7 @@
 
 import json
 import math
+from contextlib import nullcontext
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -28,6 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from examples.research.common import plots
 from examples.research.common.bases import SMOLLM2, BaseOption
+from examples.research.common.bfloat16 import ProductsInFloat32
 from examples.research.common.files import write_json
 from examples.research.common.provenance import recipe
 from examples.research.memory import methods, texts
@@ -75,7 +77,7 @@ def method_of(name: str, base, slots: int, values: dict, *, rate: float, begin: 
         return methods.context(base, slots, (0, *COUNTS), begin=begin)
     if name == "none":
         return methods.context(base, 0, (0, *COUNTS), begin=begin)
-    asked = None if every == 1 else range(0, max(CHUNKS.values()), every)
+    asked = None if every == 1 else {1, 2, *range(0, max(CHUNKS.values()), every)}
     return methods.context(base, slots, asked, begin=begin)
 
 
@@ -90,7 +92,7 @@ def measure(
     values: Annotated[str, typer.Option(help="Fields of the memory's configuration, as JSON.")] = "{}",
     rate: Annotated[float, typer.Option(help="Rate of adam and sgd.")] = 1e-3,
     begin: Annotated[bool, typer.Option(help="Whether baselines see a beginning token.")] = False,
-    every: Annotated[int, typer.Option(help="fewer is asked after every so many chunks.")] = 1,
+    every: Annotated[int, typer.Option(help="fewer is asked after 0, 1, 2, and every so many chunks.")] = 1,
     seed: Annotated[int, typer.Option(help="Draws A of the memory.")] = 0,
     dtype: str = "float32",
     data: Annotated[Path, typer.Option(help="Folder of books.")] = Path("../shared/data/text"),
@@ -119,7 +121,8 @@ def measure(
         "dtype": dtype,
     }
     for found in tqdm(drawn[len(done["losses"]) :], method, disable=None):
-        losses = read(torch.tensor([found.ids]), size)
+        with ProductsInFloat32() if dtype == "bfloat16" else nullcontext():
+            losses = read(torch.tensor([found.ids]), size)
         done["losses"].append([None if math.isnan(loss) else round(loss, 5) for loss in losses])
         done["groups"].append(found.group)
         command = f"research.memory.curve measure {method} --text {text}"
