@@ -3,6 +3,7 @@
 Axes: B tasks, C classes, d width of features, L layers, H heads, P slots.
 """
 
+import numpy as np
 import pytest
 import torch
 from tiny import chunks, make_model
@@ -12,6 +13,7 @@ import hf_iai.cores.both
 from hf_iai.heads import ClassRows, GaussianRows, LearnedStep, LearnedStepSettings
 from hf_iai.heads.average import RunningAverage
 from hf_iai.heads.gaussian_rows import PENALTY, ROUNDING
+from hf_iai.heads.gaussian_rows import _of_task as gaussian_inputs
 from hf_iai.heads.guards import LESS, updated_trust
 
 WIDTH = 5
@@ -61,6 +63,150 @@ def test_a_margin_counts_where_both_classes_were_read():
     assert margin[0, 0, 0].item() == pytest.approx(
         ((logits[0] - logits[1:3].max()).clamp(-20, 20) / 10).item(), rel=1e-4
     )
+
+
+def of_network(network: nn.Module, inputs: np.ndarray) -> np.ndarray:
+    return network(torch.tensor(inputs, dtype=torch.float32)).detach().double().numpy()
+
+
+class ClassRowsByHand:
+    """The formulas of `ClassRows` in the words of its docstring, for one task, in float64."""
+
+    def __init__(self, head: ClassRows, num_classes: int) -> None:
+        self.head, self.count = head, np.zeros(num_classes)
+        self.total, self.correction = np.zeros((num_classes, WIDTH)), np.zeros((num_classes, WIDTH))
+        self.moment = np.zeros((WIDTH, WIDTH))
+
+    def task(self) -> np.ndarray:
+        """Number of examples and classes, degrees of freedom, scatter within and between classes, effective rank."""
+        n, classes = self.count.sum(), (self.count > 0).sum()
+        of_means = sum(t @ t / c for t, c in zip(self.total, self.count, strict=True) if c > 0)
+        within = np.trace(self.moment) - of_means
+        between = of_means - self.total.sum(0) @ self.total.sum(0) / max(n, 1e-6)
+        rank = np.trace(self.moment) ** 2 / max((self.moment**2).sum(), 1e-9)
+        sizes = [np.log1p(n) - 4, np.log(max(classes, 1)) - 2, np.log1p(max(n - classes, 0)) - 3]
+        return np.array([*sizes, 2 * within / max(n, 1), 2 * between / max(n, 1), np.log(max(rank, 1)) - 3])
+
+    def rows(self) -> tuple[np.ndarray, np.ndarray]:
+        task, n, seen = self.task(), self.count.sum(), self.count > 0
+        rho, log_scale, _ = 3 * of_network(self.head.of_task, task)
+        common = self.total.sum(0) / max(n, 1e-6)
+        scatter = self.moment - sum(np.outer(t, t) / c for t, c in zip(self.total, self.count, strict=True) if c > 0)
+        rows, bias = np.zeros_like(self.total), np.full(len(seen), -1e4)
+        for c in range(len(seen)):
+            share = np.clip(np.log(max(self.count[c], 1e-6) * max(seen.sum(), 1) / max(n, 1e-6)), -4, 4)
+            inputs = np.concatenate([task, [np.log1p(self.count[c]) - 2, share]])
+            drawn, offset = 3 * of_network(self.head.of_class, inputs)
+            if not seen[c]:
+                continue
+            mean = (self.total[c] + max(drawn, 0) * common) / (self.count[c] + max(drawn, 0))
+            row = 50 * np.exp(log_scale) * np.linalg.solve(np.eye(WIDTH) + max(rho, 0) * scatter, mean)
+            corrected = self.correction[c] / self.count[c]
+            rows[c], bias[c] = row + corrected, offset - row @ mean / 2 - corrected @ common
+        return rows, bias
+
+    def judged(self, features: np.ndarray, labels: np.ndarray) -> np.ndarray:  # (n, d), (n,) -> (n, C, 9)
+        rows, bias = self.rows()
+        y = np.eye(len(bias))[labels]
+        logits, seen = features @ rows.T + bias, self.count > 0
+        p = np.exp(logits - logits.max(1, keepdims=True))
+        p = p / p.sum(1, keepdims=True) * seen
+        margin = np.zeros_like(p)
+        for i, label in enumerate(labels):
+            for c in range(len(bias)):
+                other = np.delete(logits[i], label).max() if c == label else logits[i, label]
+                margin[i, c] = np.clip(logits[i, c] - other, -20, 20) / 10 * (seen[c] and seen[label])
+        logs = [np.log1p(self.count) - 2, np.log1p(y.sum(0)), np.log1p(self.count.sum()) - 4]
+        logs = [np.broadcast_to(t, p.shape) for t in logs]
+        return np.stack([y, p, y - p, margin, *logs, y * (1 - p), (1 - y) * p], -1)
+
+    def read(self, features: np.ndarray, labels: np.ndarray) -> None:
+        judged = self.judged(features, labels)
+        log_weight, push = np.moveaxis(of_network(self.head.of_example, judged), -1, 0)
+        y, error = judged[..., 0], np.abs(judged[..., 2])
+        weighted = y * np.exp(np.clip((log_weight * y).sum(1, keepdims=True), -3, 3))
+        before, weight = self.count, weighted.sum(1)
+        self.count, self.total = before + weighted.sum(0), self.total + weighted.T @ features
+        self.moment = self.moment + (features * weight[:, None]).T @ features
+        n, common = self.count.sum(), self.total.sum(0) / self.count.sum()
+        sigma = max(3 * of_network(self.head.of_task, self.task())[2], 0.2)  # the least in eval mode
+        spread = np.eye(WIDTH) + sigma * (self.moment - n * np.outer(common, common))
+        steps = 10 * (push * error).T @ np.linalg.solve(spread, (features - common).T).T
+        grown = np.where(before > 0, self.count / np.maximum(before, 1e-6), 0)
+        self.correction = self.correction * grown[:, None] + steps * self.count[:, None]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_class_rows_are_their_formulas(seed):
+    """Two chunks of class numbers 0 to 2, then one in which class 3 is met, with padding in all of them; never 4."""
+    torch.manual_seed(seed)
+    head, draw = ClassRows().eval(), np.random.default_rng(seed)
+    for network in (head.of_task, head.of_class, head.of_example):
+        network[-1].weight.data.normal_(0, 0.3), network[-1].bias.data.uniform_(0, 0.3)
+    by_hand, kept = ClassRowsByHand(head, 5), head.initial(1, 5, WIDTH)
+    for met in (3, 3, 4):
+        labels = draw.integers(met, size=9)
+        features = draw.normal(size=(9, WIDTH)) + 0.5
+        features /= np.linalg.norm(features, axis=1, keepdims=True)
+        judged = head._judge(
+            kept, torch.tensor(features[None]).float(), nn.functional.one_hot(torch.tensor(labels)[None], 5).float()
+        )[0]
+        np.testing.assert_allclose(judged[0].numpy(), by_hand.judged(features, labels), rtol=1e-3, atol=1e-3)
+        padded = np.append(labels, -100)[None], np.append(features, np.full((1, WIDTH), np.nan), 0)[None]
+        by_hand.read(features, labels)
+        kept = {n: t.detach() for n, t in head(kept, torch.tensor(padded[1]), torch.tensor(padded[0])).items()}
+        for name in kept:
+            np.testing.assert_allclose(kept[name][0].numpy(), getattr(by_hand, name), rtol=2e-3, atol=2e-3)
+        rows, bias = (t.detach()[0].numpy() for t in head.rows(kept))
+        np.testing.assert_allclose(rows, by_hand.rows()[0], rtol=2e-3, atol=1e-2)
+        np.testing.assert_allclose(bias, by_hand.rows()[1], rtol=2e-3, atol=1e-2)
+
+
+@pytest.mark.parametrize("num", [1, 4, 40])
+@pytest.mark.parametrize("outputs", [1, 2])
+def test_the_inputs_of_a_learned_penalty_are_their_formulas(num, outputs):
+    """Against fits to the examples themselves: explained variance, and generalised cross-validation."""
+    draw = np.random.default_rng(num)
+    x = draw.normal(size=(num, WIDTH)) * np.arange(1, WIDTH + 1) + 1
+    y = x @ draw.normal(size=(WIDTH, outputs)) + draw.normal(size=(num, outputs))
+    head = GaussianRows()
+    kept = head(head.initial(1, outputs, WIDTH), *(torch.tensor(t[None]) for t in (x, y)), torch.ones(1, num))
+    centred, target = x - x.mean(0), y - y.mean(0)
+    values = np.linalg.eigvalsh(centred.T @ centred).clip(0)
+    rank = values.sum() ** 2 / max((values**2).sum(), 1e-300)
+    expected = [np.log1p(num) - 4, np.log(WIDTH) - 4, np.log1p(num) - np.log(WIDTH), np.log(max(rank, 1)) - 3]
+    for relative in (PENALTY, 0.1, 10.0):
+        added = relative * values.sum() / WIDTH + ROUNDING * (x**2).sum() + np.finfo(float).tiny ** 0.5
+        fit = np.linalg.solve(centred.T @ centred + added * np.eye(WIDTH), centred.T @ target)
+        varies = (target**2).sum(0) > ROUNDING * (y**2).sum(0)
+        share = np.ones(outputs)
+        share[varies] = (((target - centred @ fit) ** 2).sum(0)[varies] / (target**2).sum(0)[varies]).clip(0, 1)
+        free = max(1 - (1 + (values / (values + added)).sum()) / num, 0.05)
+        left = np.log(np.maximum(share / free**2, 1e-3))
+        expected += [(1 - share).mean(), left.mean()]
+    np.testing.assert_allclose(gaussian_inputs(kept)[0].numpy(), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_learned_penalty_is_its_formula():
+    torch.manual_seed(0)
+    head = disturbed(GaussianRows())
+    x = torch.randn(2, 8, WIDTH)
+    kept = head(head.initial(2, 1, WIDTH), x, x[..., :1], torch.ones(2, 8))
+    found, log = head.penalty(kept), 10 * torch.tanh(0.3 * head.of_task(gaussian_inputs(kept)))[:, 0]
+    spread = (x - x.mean(1, keepdim=True)).double().square().sum((1, 2))
+    expected = PENALTY * log.double().exp() * spread / WIDTH + ROUNDING * x.double().square().sum((1, 2))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+    assert (log.abs() > 0.1).all()
+
+
+def test_a_regression_of_nothing_and_of_constant_features_is_finite():
+    head = GaussianRows()
+    nothing = head.initial(1, 2, WIDTH)
+    constant = head(nothing, torch.zeros(1, 3, WIDTH), torch.arange(6.0).view(1, 3, 2), torch.ones(1, 3))
+    for kept, bias in ((nothing, [0.0, 0.0]), (constant, [2.0, 3.0])):
+        assert head.penalty(kept).item() > 0
+        rows, found = head.rows(kept)
+        assert not rows.any() and found[0].tolist() == bias
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e6])
