@@ -14,7 +14,8 @@ from hf_iai.heads import ClassRows, GaussianRows, LearnedStep, LearnedStepSettin
 from hf_iai.heads.average import RunningAverage
 from hf_iai.heads.gaussian_rows import PENALTY, ROUNDING
 from hf_iai.heads.gaussian_rows import _of_task as gaussian_inputs
-from hf_iai.heads.guards import LESS, updated_trust
+from hf_iai.heads.guards import LESS, first_trust, trusted, updated_trust
+from hf_iai.heads.normalized import NormalizedStep
 
 WIDTH = 5
 
@@ -235,6 +236,115 @@ def test_trust_changes_only_where_the_slope_is_certain(slope, trust, less):
 def test_trust_grows_back_to_one_at_most():
     kept = {"slope": torch.tensor([-9.0]), "slope_square": torch.tensor([1.0]), "trust": torch.tensor([0.9])}
     assert updated_trust(kept, torch.tensor([-3.0]), doubt=1.0)[0]["trust"].item() == 1.0
+
+
+def root_mean_square(values: np.ndarray) -> float:
+    return float(np.sqrt((values**2).mean()))
+
+
+class LearnedStepByHand:
+    """The formulas of `LearnedStep` for one matrix of one task, in float64; no step is surprising or doubted."""
+
+    def __init__(self, head: LearnedStep, shape: tuple[int, int]) -> None:
+        self.head, self.momentum, self.second = head, np.zeros((3, *shape)), np.zeros((2, *shape))
+        self.row, self.column, self.count = np.zeros(shape[0]), np.zeros(shape[1]), 0
+
+    def features(self, theta: np.ndarray, gradient: np.ndarray) -> np.ndarray:
+        """Each over its root mean square: (O, I, F)."""
+        momenta = [m / (1 - d**self.count) for m, d in zip(self.momentum, (0.5, 0.9, 0.99), strict=True)]
+        seconds = [s / (1 - d**self.count) for s, d in zip(self.second, (0.9, 0.999), strict=True)]
+        row, column = (t / (1 - 0.999**self.count) for t in (self.row[:, None], self.column[None]))
+        factored = row * column / row.mean()
+        found = [gradient, theta, *momenta, *(np.sqrt(s) for s in seconds)]
+        found += [gradient / np.sqrt(s) for s in seconds] + [m / np.sqrt(seconds[1]) for m in momenta]
+        found += [np.sqrt(t) * np.ones_like(theta) for t in (row, column)]
+        found += [t / np.sqrt(factored) for t in (gradient, *momenta)] + [seconds[1] ** -0.5, factored**-0.5]
+        return np.stack([t / root_mean_square(t) for t in found], -1)
+
+    def step(self, theta: np.ndarray, gradient: np.ndarray) -> np.ndarray:
+        for averages, decays, new in (
+            (self.momentum, (0.5, 0.9, 0.99), gradient),
+            (self.second, (0.9, 0.999), gradient**2),
+        ):
+            for average, decay in zip(averages, decays, strict=True):
+                average[:] = decay * average + (1 - decay) * new
+        self.row = 0.999 * self.row + 0.001 * (gradient**2).mean(1)
+        self.column = 0.999 * self.column + 0.001 * (gradient**2).mean(0)
+        times = np.tanh(self.count / np.array(self.head.settings.times) - 1)
+        self.count += 1
+        learned = {name: values["a"].item() for name, values in self.learned().items()}
+        root = np.sqrt(self.second[1] / (1 - 0.999**self.count))
+        precondition = np.maximum(root / root_mean_square(root), 1e-3) ** (-10 * learned["power"])
+        stepped = theta - 0.1 * np.exp(10 * learned["log_rate"]) * precondition * gradient
+        hidden = of_network(self.head.read, self.features(theta, gradient)) + of_network(self.head.read_times, times)
+        hidden = of_network(self.head.middle, hidden.clip(0)).clip(0)
+        direction, size = np.moveaxis(of_network(self.head.write, hidden), -1, 0)
+        u = direction * np.exp(3 * np.tanh(size / 3))
+        length = 0.01 * np.exp(10 * learned["log_step"]) * max(root_mean_square(theta), 0.1)
+        return stepped - length * u / max(root_mean_square(u), 1)
+
+    def learned(self) -> dict[str, nn.ParameterDict]:
+        return {name: getattr(self.head, name) for name in ("log_rate", "log_step", "power")}
+
+
+@pytest.mark.parametrize("scale", [0.3, 30.0])
+def test_a_learned_step_is_its_formulas(scale):
+    """Two tasks in one batch, four steps; the network's outputs are small, and large enough to be normed."""
+    head = disturbed(LearnedStep({"w": "a"}, 0.1, LearnedStepSettings(largest_surprise=1e6, doubt=1e6)))
+    head.write.weight.data.mul_(scale)
+    for values in (head.log_rate, head.log_step, head.power):
+        values["a"].data.uniform_(0.02, 0.1)
+    draw = np.random.default_rng(0)
+    theta, kept = draw.normal(size=(2, 3, 4)), head.initial({"w": torch.zeros(2, 3, 4)})
+    start, by_hand = {"w": torch.zeros(3, 4)}, [LearnedStepByHand(head, (3, 4)) for _ in theta]
+    for count in range(4):
+        gradient = draw.normal(size=(2, 3, 4))
+        found, kept = head(
+            {"w": torch.tensor(theta).float()},
+            kept,
+            {"w": torch.tensor(gradient).float()},
+            torch.tensor([count, count]),
+            start,
+        )
+        theta = np.stack([task.step(t, g) for task, t, g in zip(by_hand, theta, gradient, strict=True)])
+        np.testing.assert_allclose(found["w"].detach().numpy(), theta, rtol=1e-3, atol=1e-4)
+
+
+def test_a_learned_step_without_a_kind_takes_the_mean_over_kinds():
+    head = LearnedStep({"v": "a", "w": "b"}, 0.1, LearnedStepSettings())
+    head.log_rate["a"].data.fill_(0.1), head.log_rate["b"].data.fill_(0.3)
+    averages = {name.removesuffix("_w"): t for name, t in head.initial({"w": torch.zeros(1, 2, 3)}).items()}
+    averages = {name: averages[name] for name in ("momentum", "second", "row", "column")}
+    moved = [head.stepped(kind, torch.zeros(1, 2, 3), averages, torch.ones(1, 2, 3), torch.zeros(1)) for kind in "ab"]
+    both = head.stepped(None, torch.zeros(1, 2, 3), averages, torch.ones(1, 2, 3), torch.zeros(1))
+    torch.testing.assert_close(both, -(moved[0] * moved[1]).sqrt())  # rates are learned as logarithms
+
+
+def test_a_normalized_step_is_its_formula():
+    """Two tasks, three steps; the factored second moment is a running mean whose decay grows with the step."""
+    head = disturbed(NormalizedStep({"w": torch.zeros(3, 4)}, 0.02), 0.01)
+    draw, theta = np.random.default_rng(0), {"w": torch.zeros(2, 3, 4)}
+    kept, row, column, expected = head.initial(theta), 0.0, 0.0, np.zeros((2, 3, 4))
+    for count in range(3):
+        gradient = draw.normal(size=(2, 3, 4)) * np.array([1.0, 1e3])[:, None, None]
+        share = (count + 1) ** -0.8
+        row = (1 - share) * row + share * (gradient**2).mean(2)
+        column = (1 - share) * column + share * (gradient**2).mean(1)
+        u = gradient / np.sqrt(row[..., None] * column[:, None] / row.mean(1)[:, None, None])
+        u /= np.maximum(np.sqrt((u**2).mean((1, 2), keepdims=True)), 1)
+        expected = expected - head.rate("w").item() * u
+        kept = kept | first_trust(theta["w"])  # without doubt
+        theta, kept = head(
+            theta, kept, {"w": torch.tensor(gradient).float()}, torch.tensor([count, count]), {"w": torch.zeros(3, 4)}
+        )
+        np.testing.assert_allclose(theta["w"].detach().numpy(), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_doubted_step_is_taken_in_part():
+    theta, after, start = torch.full((3, 2, 2), 3.0), torch.full((3, 2, 2), 5.0), torch.ones(2, 2)
+    found = trusted(theta, after, start, torch.tensor([1.0, 0.8, 0.8]), torch.tensor([1.0, 0.5, 1.0]))
+    # start + less * way + trust * step
+    assert found[:, 0, 0].tolist() == pytest.approx([5.0, 1 + 0.8 * 2 + 0.5 * 2, 1 + 0.8 * 2 + 2.0])
 
 
 def test_a_task_without_a_gradient_stays_where_it_is():
