@@ -370,6 +370,15 @@ def test_both_keeps_the_mean_gradient(monkeypatch):
         assert torch.allclose(state.tensors[f"gradient_{name}"], torch.tensor(3.0))
 
 
+def test_both_learns_from_labels_alone():
+    """Tokens whose label is -100 are read, but give no gradient."""
+    model, text = make_model(signal="both"), chunks(1)[0]["input_ids"]
+    unlabelled = model.adapt([{"input_ids": text, "labels": torch.full_like(text, -100)}])
+    default = model.adapt([{"input_ids": text}])
+    for name in ("key", "value"):
+        assert not unlabelled.tensors[f"gradient_{name}"].any() and default.tensors[f"gradient_{name}"].any()
+
+
 def test_little_mass_counts_as_a_least_mass_and_none_as_nothing():
     head = disturbed(RunningAverage(num_layers=1, num_heads=2, num_slots=3, width=4))
     head.mass_exponent.data.fill_(0.02)

@@ -23,6 +23,11 @@ def class_state():
     return make_classifier().adapt(chunk_examples(ROWS, BYTES, chunk_size=6))
 
 
+def regression_state():
+    rows = [{"inputs_embeds": torch.randn(1, 4, 32), "labels": torch.randn(1, 4, 2)}]
+    return make_classifier(likelihood="gaussian").adapt(rows)
+
+
 def as_format_1(folder, **changes):
     """Turn a saved state into one of the format before: no metadata but the format, and `config.json` decides."""
     fields = json.loads((folder / CONFIG).read_text())
@@ -100,6 +105,7 @@ FIELDS = [
     (text_state, "tensors", {}),
     (text_state, "tensors", None),
     (text_state, "label_names", [["a"], ["b"]]),
+    (regression_state, "label_names", [["a", "b"]]),
     *((class_state, "label_names", names) for names in (
         None, 4, "abc", [], {"a": 1}, ["abcd"], [[]], [["cat", "dog"]], [["a", "b", "c", "d", "e"]],
         [["a", "a", "b", "c"]], [[1, 2, 3, 4]], [["a", None, "b", "c"]], [["a", "b", "c", "d"]] * 2,
