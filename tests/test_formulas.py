@@ -233,6 +233,13 @@ def test_trust_changes_only_where_the_slope_is_certain(slope, trust, less):
     assert after["slope_square"].item() == pytest.approx(0.9 + slope**2 if slope else 1.0)
 
 
+@pytest.mark.parametrize("slope", [-2.0, 2.0])
+def test_a_slope_that_is_only_as_large_as_its_error_is_not_certain(slope):
+    kept = {"slope": torch.tensor([0.0]), "slope_square": torch.tensor([0.0]), "trust": torch.tensor([0.5])}
+    after, factor = updated_trust(kept, torch.tensor([slope]), doubt=1.0)
+    assert after["trust"].item() == 0.5 and factor.item() == 1.0
+
+
 def test_trust_grows_back_to_one_at_most():
     kept = {"slope": torch.tensor([-9.0]), "slope_square": torch.tensor([1.0]), "trust": torch.tensor([0.9])}
     assert updated_trust(kept, torch.tensor([-3.0]), doubt=1.0)[0]["trust"].item() == 1.0

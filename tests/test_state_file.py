@@ -55,6 +55,14 @@ def test_every_state_is_one_file_and_loads_in_both_formats(member, tmp_path):
         TaskState.from_pretrained(tmp_path)
 
 
+def test_a_state_in_one_line():
+    """A count that differs between tasks is a range, with the smallest and the largest."""
+    state = make_model().adapt(chunks(2, batch=3))
+    assert f"({state.accumulation}, tasks=3, chunks=2, tokens=20, bytes={state.nbytes}, adapter=" in repr(state)
+    found = repr(replace(state, step=torch.tensor([4, 2, 3]), num_tokens=torch.tensor([7, 7, 5])))
+    assert "chunks=2..4, tokens=5..7" in found
+
+
 def test_the_copy_may_be_missing_or_older_but_not_changed(tmp_path):
     old, new = class_state(), replace(class_state(), class_names=(("a", "b", "c", "d"),))
     old.save_pretrained(tmp_path)

@@ -112,6 +112,17 @@ def test_a_state_that_has_read_nothing_is_no_state():
         assert (found - model(input_ids=query).logits).abs().max() < 1e-5
 
 
+def test_empty_slots_hold_zeros():
+    """Padding has keys and values, too, which must not be stored."""
+    model, text = memory(), ids(2, 6)
+    mask = torch.tensor([[1] * 6, [1] * 3 + [0] * 3])
+    tensors = model.adapt([{"input_ids": text, "attention_mask": mask}]).tensors
+    empty = (tensors["age"] == NEVER).expand_as(tensors["key"])
+    assert empty[1].any() and not empty.all()
+    for name in ("key", "value"):
+        assert not tensors[name][empty].any() and tensors[name][~empty].all()
+
+
 def tokens(worth: list[float], ages: list[int]) -> dict:
     """One head; a key says which token it is."""
     shape = (1, 1, 1, len(worth), 1)
