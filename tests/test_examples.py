@@ -1,7 +1,8 @@
-"""The scripts of examples/: the six to copy run alone in an empty folder, and every other script answers --help."""
+"""The scripts of examples/: the seven to copy run alone in an empty folder, and every other script answers --help."""
 
 import ast
 import doctest
+import json
 import os
 import re
 import runpy
@@ -54,7 +55,7 @@ def test_products_in_float32():
 # ---------------------------------------------------------------- the scripts to copy
 
 
-def test_there_are_the_six_that_are_tested_here():
+def test_there_are_the_seven_that_are_tested_here():
     assert TO_COPY == [
         "classify_texts",
         "learned_optimizer_in_trainer",
@@ -62,6 +63,7 @@ def test_there_are_the_six_that_are_tested_here():
         "refine",
         "regress",
         "train_on_documents",
+        "train_on_tasks",
     ]
 
 
@@ -144,6 +146,22 @@ def test_train_on_documents(tmp_path):
     assert all(method in output for method in ("iai", "fewer_shots", "full_context"))
     assert (tmp_path / "my-reader" / "adapter_config.json").is_file()
     assert (tmp_path / "my-reader" / "curve.png").stat().st_size > 1000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("folder", [None, "tasks"])
+def test_train_on_tasks(tmp_path, folder):
+    if folder is not None:
+        (tmp_path / folder).mkdir()
+        for number in range(5):
+            rows = [{"prompt": f"{i} plus {number}:", "completion": f" {i + number}"} for i in range(30)]
+            (tmp_path / folder / f"{number}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    output = run("train_on_tasks", tmp_path, *[folder] * (folder is not None), "--steps", 20)
+    before, after = (
+        [float(number) for number in line.split()[1:]] for line in output.splitlines() if line.split()[:1] == ["iai"]
+    )
+    assert after[-1] < before[-1] < before[0]
+    assert (tmp_path / "my-memory" / "adapter_config.json").is_file()
 
 
 @pytest.mark.slow

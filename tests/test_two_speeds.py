@@ -399,6 +399,33 @@ def test_recent_tokens_hide_empty_slots_where_they_would_harm(monkeypatch, num_r
 
 @pytest.mark.slow
 @pytest.mark.skipif(not SMOLLM2.is_dir(), reason="make smollm2 makes the base")
+def test_a_chat_turn_under_a_memory():
+    """An instruct model answers from what was just read; a state that has read nothing changes no answer."""
+    tokenizer = AutoTokenizer.from_pretrained(SMOLLM2)
+    config = IAIConfig(task_type="CAUSAL_LM", state_type="prefix+lora")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(SMOLLM2), config)
+    text = (
+        "The harbour of Lindby lies on the north coast of the island. Its lighthouse was built in 1887 by the engineer "
+        "Ada Holm. The lighthouse is 31 metres high and painted green. Every spring the town holds a festival of lamps."
+    )
+    state = model.adapt(chunk_text(text, tokenizer, model=model))
+
+    def answer(question: str, state: TaskState | None) -> str:
+        messages = [{"role": "system", "content": "Answer in one sentence."}, {"role": "user", "content": question}]
+        query = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        tokens = model.generate(**query, task_state=state, max_new_tokens=24, do_sample=False)
+        return tokenizer.decode(tokens[0, query["input_ids"].shape[1] :])
+
+    asked = "Who built the lighthouse of Lindby?"
+    assert "Ada Holm" in answer(asked, state) and "Ada Holm" not in answer(asked, None)
+    for question in (asked, "Name three fruits.", "What is the capital of France?"):
+        assert answer(question, model.initial_state()) == answer(question, None)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not SMOLLM2.is_dir(), reason="make smollm2 makes the base")
 def test_a_real_base_needs_a_sink():
     assert Base(AutoModelForCausalLM.from_pretrained(SMOLLM2)).needs_sink()
 
