@@ -12,7 +12,7 @@ from torch import nn
 import hf_iai.cores.both
 from hf_iai.heads import ClassRows, GaussianRows, LearnedStep, LearnedStepSettings
 from hf_iai.heads.average import RunningAverage
-from hf_iai.heads.gaussian_rows import PENALTY, ROUNDING
+from hf_iai.heads.gaussian_rows import PENALTY, ROUNDING, same_outputs, with_outputs
 from hf_iai.heads.gaussian_rows import _of_task as gaussian_inputs
 from hf_iai.heads.guards import LESS, first_trust, trusted, updated_trust
 from hf_iai.heads.normalized import NormalizedStep
@@ -186,6 +186,18 @@ def test_the_inputs_of_a_learned_penalty_are_their_formulas(num, outputs):
         left = np.log(np.maximum(share / free**2, 1e-3))
         expected += [(1 - share).mean(), left.mean()]
     np.testing.assert_allclose(gaussian_inputs(kept)[0].numpy(), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_outputs_of_states_that_have_read_nothing():
+    """They are those of the states that have read something; other numbers do not go together."""
+    head = GaussianRows()
+    nothing = head.initial(1, 0, WIDTH)
+    read = head(head.initial(1, 2, WIDTH), torch.randn(1, 3, WIDTH), torch.randn(1, 3, 2), torch.ones(1, 3))
+    for kept in same_outputs([nothing, read]):
+        assert [tuple(kept[name].shape) for name in ("target", "square", "cross")] == [(1, 2), (1, 2), (1, 2, WIDTH)]
+    assert all(torch.equal(t, read[name]) for name, t in same_outputs([nothing, read])[1].items())
+    with pytest.raises(ValueError, match="states of 2 and 3 outputs do not go together"):
+        with_outputs(read, 3)
 
 
 def test_a_learned_penalty_is_its_formula():
@@ -384,6 +396,16 @@ def test_both_learns_from_labels_alone():
     default = model.adapt([{"input_ids": text}])
     for name in ("key", "value"):
         assert not unlabelled.tensors[f"gradient_{name}"].any() and default.tensors[f"gradient_{name}"].any()
+
+
+def test_precision_and_rate_are_their_formulas():
+    """Learned weights of published adapters count in these units."""
+    head = disturbed(RunningAverage(num_layers=2, num_heads=3, num_slots=2, width=4), 1.0)
+    hidden, mass = torch.randn(1, 2, 4), torch.rand(1, 2, 3, 2)
+    normed = hidden / hidden.square().mean(-1, keepdim=True).sqrt()
+    score = torch.einsum("bpw,lhw->blhp", normed, head.weight.view(2, 3, 4)) + 10 * head.mass_exponent * mass.log()
+    torch.testing.assert_close(head.precision(hidden, mass), (6 * torch.tanh(score / 6)).exp(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(head.rate(), (0.03 * head.forgetting).clamp_min(0))
 
 
 def test_little_mass_counts_as_a_least_mass_and_none_as_nothing():

@@ -257,3 +257,24 @@ def test_class_numbers_without_names_stay_within_reason():
     labels[0, 0] = 10**7
     with pytest.raises(ValueError, match="class number 10000000 without label_names.*at most 9999"):
         make_classifier().adapt([unnamed | {"labels": labels}])
+
+
+def test_a_regression_loses_half_the_mean_squared_error_of_real_queries():
+    model, draw = make_classifier(likelihood="gaussian"), torch.Generator().manual_seed(0)
+    x, y = torch.randn(2, 9, 32, generator=draw), torch.randn(2, 9, 2, generator=draw)
+    mask = torch.ones(2, 9, dtype=torch.long)
+    mask[0, 5:] = 0  # padding, which changes nothing
+    state = model.adapt([{"inputs_embeds": x, "labels": y, "attention_mask": mask}])
+    alone = model.adapt([{"inputs_embeds": x[:1, :5], "labels": y[:1, :5]}])
+    assert state.num_tokens.tolist() == [5, 9] and alone.num_tokens.tolist() == [5]
+    for name, tensor in alone.tensors.items():
+        torch.testing.assert_close(state.tensors[name][:1], tensor)
+    queries, labels = torch.randn(4, 32, generator=draw), torch.randn(4, 2, generator=draw)
+    output = model(inputs_embeds=queries, labels=labels, task_state=state)
+    torch.testing.assert_close(output.loss, (output.logits - labels).square().mean() / 2)
+    for wrong in (labels[:, :1], labels.long(), labels[:, 0]):
+        with pytest.raises(ValueError, match=r"labels must be floating numbers \(4, 2\)"):
+            model(inputs_embeds=queries, labels=wrong, task_state=state)
+    one = model.adapt([{"inputs_embeds": x, "labels": y[..., 0]}])  # one target needs no axis of its own
+    output = model(inputs_embeds=queries, labels=labels[:, 0], task_state=one)
+    torch.testing.assert_close(output.loss, (output.logits[:, 0] - labels[:, 0]).square().mean() / 2)
