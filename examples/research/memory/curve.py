@@ -90,6 +90,7 @@ def measure(
     num: Annotated[int | None, typer.Option(help="How many texts; by default 48 windows, 16 streams.")] = None,
     chunks: Annotated[int | None, typer.Option(help="Chunks of each text; by default 17 or 65.")] = None,
     values: Annotated[str, typer.Option(help="Fields of the memory's configuration, as JSON.")] = "{}",
+    adapter: Annotated[Path | None, typer.Option(help="A memory that was trained.")] = None,
     rate: Annotated[float, typer.Option(help="Rate of adam and sgd.")] = 1e-3,
     begin: Annotated[bool, typer.Option(help="Whether baselines see a beginning token.")] = False,
     every: Annotated[int, typer.Option(help="fewer is asked after 0, 1, 2, and every so many chunks.")] = 1,
@@ -109,13 +110,14 @@ def measure(
     path = work / ("validation" if validation else "") / text / f"{label or method}.json"
     done = json.loads(path.read_text()) if path.exists() else {"losses": [], "groups": []}
     model = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, dtype)).eval()
-    values_of_memory = {"seed": seed} | json.loads(values)
+    values_of_memory = {"seed": seed, "adapter": adapter} | json.loads(values)
     read = method_of(method, model, size, values_of_memory, rate=rate, begin=begin, every=every)
     settings = {
         "seed": seed,
         "base": base,
         "size": size,
         "values": values,
+        "adapter": None if adapter is None else str(adapter),
         "rate": rate,
         "begin": begin,
         "dtype": dtype,

@@ -5,9 +5,10 @@ token, NaN where a method was not asked. No method is scored on the first token 
 """
 
 from collections.abc import Callable, Collection, Iterable
+from pathlib import Path
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -17,11 +18,17 @@ Method = Callable[[Tensor, int], list[float]]
 NOT_ASKED = float("nan")
 
 
-def memory(base, *, slots: int, seed: int = 0, **values) -> tuple[Method, torch.nn.Module]:
-    """A state that keeps the loss of each chunk, prefix+lora if `values` do not say otherwise; and its model."""
+def memory(base, *, slots: int, seed: int = 0, adapter: Path | None = None, **values) -> tuple[Method, torch.nn.Module]:
+    """A state that keeps the loss of each chunk, prefix+lora if `values` do not say otherwise; and its model.
+
+    With `adapter` it is the one that was trained, and `values` are not used.
+    """
     torch.manual_seed(seed)
     values = {"state_type": "prefix+lora", "num_state_tokens": slots} | values
-    model = get_peft_model(base, IAIConfig(task_type="CAUSAL_LM", **values)).eval()
+    if adapter is None:
+        model = get_peft_model(base, IAIConfig(task_type="CAUSAL_LM", **values)).eval()
+    else:
+        model = PeftModel.from_pretrained(base, adapter).eval()
 
     def read(ids: Tensor, size: int) -> list[float]:
         chunks = ({"input_ids": chunk} for chunk in ids.split(size, 1))
