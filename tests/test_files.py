@@ -1,5 +1,6 @@
 """Files and folders are replaced whole, and nothing of others is."""
 
+import json
 import os
 import signal
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +11,7 @@ import hf_iai.files
 from hf_iai.files import (
     LOCK,
     MARK,
+    MARK_FORMAT,
     TEMPORARY,
     _locked_folder,
     check_replaceable,
@@ -29,17 +31,18 @@ def names(folder):
 
 
 def test_a_file_is_replaced_whole(tmp_path):
-    replace_file(tmp_path / "deep" / "a.txt", lambda path: path.write_text("one"))
-    replace_file(tmp_path / "deep" / "a.txt", lambda path: path.write_text("two"))
-    assert (tmp_path / "deep" / "a.txt").read_text() == "two" and names(tmp_path / "deep") == ["a.txt"]
+    folder = tmp_path / "very" / "deep"
+    replace_file(folder / "a.txt", lambda path: path.write_text("one"))
+    replace_file(folder / "a.txt", lambda path: path.write_text("two"))
+    assert (folder / "a.txt").read_text() == "two" and names(folder) == ["a.txt"]
 
     def half(path):
         path.write_text("hal")
         raise OSError("no space left")
 
     with pytest.raises(OSError, match="no space left"):
-        replace_file(tmp_path / "deep" / "a.txt", half)
-    assert (tmp_path / "deep" / "a.txt").read_text() == "two" and names(tmp_path / "deep") == ["a.txt"]
+        replace_file(folder / "a.txt", half)
+    assert (folder / "a.txt").read_text() == "two" and names(folder) == ["a.txt"]
 
 
 @pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "rename"])
@@ -85,6 +88,10 @@ def test_this_system_exchanges_folders(tmp_path):
         assert names(tmp_path) == ["a", "a/a", "b", "b/b"]
 
 
+def marked_with(values):
+    return lambda path: (replace_folder(path, write("x")), (path / MARK).write_text(json.dumps(values)))
+
+
 @pytest.mark.parametrize(
     ("make", "found"),
     [
@@ -99,8 +106,12 @@ def test_this_system_exchanges_folders(tmp_path):
         (lambda path: (replace_folder(path, write("x")), (path / MARK).write_text("[]")), "holds 'a.txt'"),
         (lambda path: (replace_folder(path, write("x")), (path / MARK).write_text("{")), "holds 'a.txt'"),
         (lambda path: (replace_folder(path, write("x")), (path / MARK).write_text('{"files": 3}')), "holds 'a.txt'"),
+        *((marked_with(values), "holds 'a.txt'") for values in (
+            {"format": MARK_FORMAT, "files": "a.txt"}, {"format": MARK_FORMAT}, {"files": ["a.txt"]},
+            {"format": "another", "files": ["a.txt"]}, {"format": "x", "files": ["a.txt"]},
+        )),
     ],
-)
+)  # fmt: skip
 def test_what_is_not_ours_is_refused_by_name(tmp_path, make, found):
     path = tmp_path / "x"
     make(path)

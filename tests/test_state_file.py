@@ -2,7 +2,7 @@
 
 import json
 import random
-from dataclasses import replace
+from dataclasses import FrozenInstanceError, replace
 
 import pytest
 import torch
@@ -61,6 +61,13 @@ def test_a_state_in_one_line():
     assert f"({state.accumulation}, tasks=3, chunks=2, tokens=20, bytes={state.nbytes}, adapter=" in repr(state)
     found = repr(replace(state, step=torch.tensor([4, 2, 3]), num_tokens=torch.tensor([7, 7, 5])))
     assert "chunks=2..4, tokens=5..7" in found
+
+
+def test_states_are_not_changed_in_place_and_are_compared_as_objects():
+    state = text_state()
+    with pytest.raises(FrozenInstanceError):
+        state.step = state.step + 1
+    assert state == state and state != replace(state)
 
 
 def test_the_copy_may_be_missing_or_older_but_not_changed(tmp_path):
@@ -143,6 +150,7 @@ TENSORS = {
     "negative count": lambda t: {"step": -t["step"]},
     "negative tokens": lambda t: {"num_tokens": t["num_tokens"] - 10**6},
     "negative precision": lambda t: {"precision": -t["precision"] - 1},
+    "precision just below 0": lambda t: {"precision": t["precision"] * 0 - 0.01},
     "floating count": lambda t: {"step": t["step"].float() + 0.5},
     "huge": lambda t: {"key": t["key"] * 0 + 3e38},
     "infinite": lambda t: {"key": t["key"] * float("inf")},

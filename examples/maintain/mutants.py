@@ -67,7 +67,7 @@ PARTS = {
     "cores/gradient.py": "test_gradients",
     "cores/recent.py": "test_reading",
     "cores/core.py": "test_reading test_gradients",
-    "state.py": "test_state_file test_roundtrip test_memory test_two_speeds",
+    "state.py": "test_state_file test_reading test_roundtrip test_memory test_two_speeds",
     "state_file.py": "test_state_file",
     "files.py": "test_files",
 }
