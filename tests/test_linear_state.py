@@ -278,3 +278,14 @@ def test_a_regression_loses_half_the_mean_squared_error_of_real_queries():
     one = model.adapt([{"inputs_embeds": x, "labels": y[..., 0]}])  # one target needs no axis of its own
     output = model(inputs_embeds=queries, labels=labels[:, 0], task_state=one)
     torch.testing.assert_close(output.loss, (output.logits[:, 0] - labels[:, 0]).square().mean() / 2)
+
+
+def test_a_training_episode_of_a_regression_is_reading_then_answering():
+    model, draw = make_classifier(likelihood="gaussian"), torch.Generator().manual_seed(0)
+    x, y = torch.randn(1, 3, 5, 32, generator=draw), torch.randn(1, 3, 5, 2, generator=draw)
+    queries, labels = torch.randn(1, 4, 32, generator=draw), torch.randn(1, 4, 2, generator=draw)
+    episode = model(inputs_embeds=queries, labels=labels, chunk_inputs_embeds=x, chunk_labels=y)
+    state = model.adapt({"inputs_embeds": x[:, k], "labels": y[:, k]} for k in range(3))
+    expected = model(inputs_embeds=queries[0], labels=labels[0], task_state=state)
+    torch.testing.assert_close(episode.loss, expected.loss)
+    torch.testing.assert_close(episode.logits[0], expected.logits)

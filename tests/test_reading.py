@@ -254,6 +254,8 @@ def test_kept_slots_not_yet_filled_show_the_start():
     assert torch.equal(start["value"][0], model.core.state.start["value"])
     assert torch.equal(shown["value"][..., 2:7, :], start["value"][..., 2:7, :])
     assert (shown["value"][..., 7:, :] - start["value"][..., 7:, :]).abs().amin() > 0
+    corrected = model.core.corrected(model.reader.base, state)
+    assert all(t.isfinite().all() for t in corrected.values())
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])

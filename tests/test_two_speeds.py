@@ -150,6 +150,14 @@ def test_each_head_keeps_its_own_tokens():
     assert (ages[:, 0] == 59).all() and all(set(range(4)) <= set(row.tolist()) for row in ages)
 
 
+def test_worth_is_a_sum_behind_the_state_and_a_mean_behind_the_start():
+    """Of the first chunk both are read behind nothing; later chunks do not see it, so it is final."""
+    text = [{"input_ids": ids(1, 20)}]
+    behind, apart = (slots(num_state_tokens=24, read_behind=b).adapt(text).tensors for b in ("state", "start"))
+    assert torch.equal(behind["age"], apart["age"]) and behind["worth"].any()
+    assert torch.allclose(apart["worth"], behind["worth"] / (behind["age"] + 1), atol=1e-6)
+
+
 def test_slots_read_from_the_start_merge_exactly():
     model, stream = slots(read_behind="start"), chunks(4)
     halves = [model.adapt(stream[:2]), model.adapt(stream[2:])]

@@ -7,7 +7,8 @@
     python -m examples.maintain.mutants report
 
 Each mutant is made in a copy of the checkout, and tested in a process that starts with the libraries already loaded.
-The tests that run the changed line come first.
+The tests that run the changed line come first. `docs/equivalent_mutants.json` lists those that change nothing that can
+be observed, and why.
 """
 
 import ast
@@ -48,7 +49,7 @@ PARTS = {
     "heads/step_settings.py": "test_gradients test_learned_optimizer",
     "heads/classical.py": "test_gradients",
     "heads/delta.py": "test_formulas test_reading test_memory",
-    "heads/average.py": "test_formulas test_reading test_memory",
+    "heads/average.py": "test_formulas test_reading test_errors",
     "heads/correction.py": "test_formulas test_reading test_memory test_gradients",
     "signals/one_pass.py": "test_two_speeds",
     "signals/gradients.py": "test_gradients",
@@ -67,7 +68,7 @@ PARTS = {
     "cores/gradient.py": "test_gradients",
     "cores/recent.py": "test_reading",
     "cores/core.py": "test_reading test_gradients",
-    "state.py": "test_state_file test_reading test_roundtrip test_memory test_two_speeds",
+    "state.py": "test_state_file test_linear_state test_reading test_roundtrip test_memory test_two_speeds",
     "state_file.py": "test_state_file",
     "files.py": "test_files",
 }
@@ -75,6 +76,7 @@ OPERATORS = ("Add_Sub", "Sub_Add", "Mul_Div", "Div_Mul", "Pow_Mul", "FloorDiv_Mu
 KINDS = ("NumberReplacer", "ReplaceTrueWithFalse", "ReplaceFalseWithTrue", "ReplaceAndWithOr", "ReplaceOrWithAnd")
 KINDS += ("AddNot", "ZeroIterationForLoop", "ReplaceUnaryOperator", "ReplaceComparisonOperator")
 LOADED = ("torch", "transformers", "peft", "datasets", "pandas", "pytest", "scipy.stats", "transformers.models.llama")
+EQUIVALENT = ROOT / "docs" / "equivalent_mutants.json"
 WORK, NAME = Path("work/mutants"), "mutants.json"
 SECONDS = 600  # a mutant that hangs is noticed too
 
@@ -225,6 +227,15 @@ def judge(copy: Path, work: Path, part: str, name: str, number: int, line: int) 
     return {"part": part, "line": line, "operator": name, "number": number, "killed": killed, "mutant": text}
 
 
+def key(mutant: dict) -> tuple[str, str]:
+    return mutant["part"], mutant["mutant"]
+
+
+def equivalent() -> dict[tuple[str, str], str]:
+    """Mutants that change nothing that can be observed, and why."""
+    return {key(mutant): mutant["why"] for mutant in json.loads(EQUIVALENT.read_text())}
+
+
 def prepare(work: Path) -> tuple[list[dict], Path]:
     """What was done before, and a fresh copy of the checkout."""
     for name in LOADED:
@@ -253,30 +264,30 @@ def run(
 
 @app.command()
 def again(work: Path = WORK) -> None:
-    """Test the mutants again that were not noticed."""
-    done, copy = prepare(work)
+    """Test the mutants again that were not noticed, though they change something."""
+    (done, copy), equal = prepare(work), equivalent()
     settings = json.loads((work / NAME).read_text())["recipe"]
     for place, mutant in enumerate(tqdm(done, disable=None)):
-        if not mutant["killed"]:
+        if not mutant["killed"] and key(mutant) not in equal:
             done[place] = judge(copy, work, *(mutant[key] for key in ("part", "operator", "number", "line")))
             write_json({"recipe": settings, "mutants": done}, work / NAME)
 
 
 @app.command()
 def report(work: Path = WORK) -> None:
-    """Print the share of mutants that were noticed, for each part, and those that were not."""
-    done = json.loads((work / NAME).read_text())["mutants"]
-    table = Table("part", "mutants", "noticed")
-    for part in PARTS:
-        own = [mutant["killed"] for mutant in done if mutant["part"] == part]
-        table.add_row(part, str(len(own)), f"{sum(own) / len(own):.2f}" if own else "")
-    killed = [mutant["killed"] for mutant in done]
-    table.add_row("all", str(len(killed)), f"{sum(killed) / len(killed):.2f}")
+    """Print how many mutants of each folder were noticed, and those that were not."""
+    done, equal = json.loads((work / NAME).read_text())["mutants"], equivalent()
+    table = Table("part", "mutants", "noticed", "equivalent", "missed")
+    for part in ["", *sorted({mutant["part"].split("/")[0] for mutant in done})]:
+        own = [mutant for mutant in done if mutant["part"].startswith(part)]
+        noticed, same = sum(m["killed"] for m in own), sum(not m["killed"] and key(m) in equal for m in own)
+        table.add_row(part or "all", *map(str, (len(own), noticed, same, len(own) - noticed - same)))
     console = Console(width=160)
     console.print(table)
     for mutant in done:
         if not mutant["killed"]:
-            console.print(f"{mutant['part']}:{mutant['line']}  {mutant['mutant']}", markup=False)
+            why = equal.get(key(mutant), "missed")
+            console.print(f"{mutant['part']}:{mutant['line']}  {mutant['mutant']}  ({why})", markup=False)
 
 
 if __name__ == "__main__":
