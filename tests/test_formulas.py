@@ -344,6 +344,7 @@ def test_a_normalized_step_is_its_formula():
     head = disturbed(NormalizedStep({"w": torch.zeros(3, 4)}, 0.02), 0.01)
     draw, theta = np.random.default_rng(0), {"w": torch.zeros(2, 3, 4)}
     kept, row, column, expected = head.initial(theta), 0.0, 0.0, np.zeros((2, 3, 4))
+    assert kept["row_w"].shape == (2, 3) and kept["column_w"].shape == (2, 4)
     for count in range(3):
         gradient = draw.normal(size=(2, 3, 4)) * np.array([1.0, 1e3])[:, None, None]
         share = (count + 1) ** -0.8
