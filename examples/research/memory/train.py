@@ -1,7 +1,9 @@
 """Train a memory: where its fast weights start, A, and a rate for each tensor. Nothing else is learned.
 
-    python -m examples.research.memory.train --base hf_iai/embedded/base --size 128 --seed 0    # 20 minutes on one core
-    python -m examples.research.memory.curve measure memory --adapter work/memory/trained/0/adapter --label trained ...
+    B="--base hf_iai/embedded/base --size 128"
+    python -m examples.research.memory.train train $B --seed 0        # 20 minutes on one core
+    python -m examples.research.memory.train evaluate $B              # all seeds
+    python -m examples.research.memory.curve measure memory $B --adapter work/memory/trained/0/adapter --label trained
 
 Trained on windows of installed packages that no measurement reads: 1 to 8 chunks to read, and the next one to predict,
 after the last 1, 2, 4 and 8 of them. A killed run goes on from its checkpoint.
@@ -11,17 +13,25 @@ import json
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from examples.research.common.bases import SMOLLM2, BaseOption
 from examples.research.common.training import train_adapter
+from examples.research.documents.adapt_to_documents import report
 from hf_iai import IAIConfig, episodes_from_documents
 from hf_iai.embedded import library_documents
+from hf_iai.evaluation import Curve, evaluate_curve
+
+app = typer.Typer(no_args_is_help=True)
+COUNTS = (0, 1, 2, 4, 8, 16)
+WORK = Path("work/memory/trained")
 
 
-def main(
+@app.command()
+def train(
     base: BaseOption = SMOLLM2,
     size: Annotated[int, typer.Option(help="C, tokens of a chunk, and m, slots of the state.")] = 256,
     max_chunks: Annotated[int, typer.Option(help="K, the most chunks that are read.")] = 8,
@@ -31,8 +41,9 @@ def main(
     lr: Annotated[float, typer.Option(help="Learning rate of rates and A.")] = 1e-3,
     start_lr: Annotated[float, typer.Option(help="Learning rate of the start.")] = 1e-3,
     values: Annotated[str, typer.Option(help="Fields of the configuration, as JSON.")] = "{}",
-    work: Path = Path("work/memory/trained"),
+    work: Path = WORK,
 ) -> None:
+    """Train one memory."""
     set_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(base)
     fields = {"state_type": "prefix+lora", "regime": "parametric", "num_state_tokens": size} | json.loads(values)
@@ -64,5 +75,31 @@ def main(
     )
 
 
+@app.command()
+def evaluate(
+    base: BaseOption = SMOLLM2,
+    size: Annotated[int, typer.Option(help="C, tokens of a chunk, and m, slots of the state.")] = 256,
+    num: Annotated[int, typer.Option(help="Windows of packages that no training has seen.")] = 128,
+    work: Path = WORK,
+) -> None:
+    """Measure every memory that was trained, next to the untrained one and the bare base: curve.json."""
+    tokenizer, curves = AutoTokenizer.from_pretrained(base), []
+    windows = episodes_from_documents(
+        library_documents("held_out"), tokenizer, chunk_size=size, num_chunks=COUNTS[-1], max_per_document=2
+    )
+    windows = windows.shuffle(seed=0).select(range(min(num, len(windows))))
+    for folder in sorted(work.glob("*/adapter")):
+        seed = int(folder.parent.name)
+        options = {"tokenizer": tokenizer, "chunk_size": size, "seed": seed}
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)
+        curves.append(evaluate_curve(model, windows, COUNTS, **options))
+        torch.manual_seed(seed)
+        config = IAIConfig(task_type="CAUSAL_LM", state_type="prefix+lora", num_state_tokens=size)
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+        curves.append(evaluate_curve(model, windows, COUNTS, baselines=(), method="untrained", **options))
+    command = f"python -m examples.research.memory.train evaluate --base {base} --size {size} --num {num}"
+    report(Curve.concat(curves), work, command=command, windows=len(windows), files=len(set(windows["group"])))
+
+
 if __name__ == "__main__":
-    typer.run(main)
+    app()
