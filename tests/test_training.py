@@ -162,6 +162,18 @@ def test_loss_after_all_chunks_alone():
     assert (total - torch.stack(expected).mean()).abs() < 1e-5
 
 
+@pytest.mark.parametrize("objective", ["unrolled", "truncated", "greedy"])
+def test_without_a_chunk_the_start_is_scored(objective):
+    model, inputs = make_model(), batch(num_chunks=3)
+    inputs["chunk_input_ids"] = inputs["chunk_input_ids"][:, :0]
+    for module in model.modules():
+        module.training = True
+    found = model(**inputs, objective=Objective(objective)).loss
+    query, labels = inputs["input_ids"].flatten(0, 1), inputs["labels"].flatten(0, 1)
+    start = model.initial_state(len(query))
+    assert (found - model(input_ids=query, labels=labels, task_state=start).loss).abs() < 1e-5
+
+
 def test_fewest_chunks_of_a_step(tmp_path):
     args = arguments(tmp_path, min_chunks=3, curriculum=0.0, halve_chunks=0.0)
     trainer = IAITrainer(make_model(), args, train_dataset=episodes(), processing_class=tokenizer())
