@@ -72,6 +72,18 @@ def test_trained_average_reads_in_parallel_and_merges_where_nothing_is_forgotten
     assert largest_difference(model.adapt(support), TaskState.merge(singles)) < 1e-5
 
 
+@pytest.mark.parametrize("config", [{}, {"accumulation": "recent"}, {"signal": "gradients"}])
+def test_a_row_without_tokens_has_not_read(config):
+    model, chunk = make_model(**config), chunks(1)[0]
+    before = model.adapt(chunks(1, seed=1))
+    mask = torch.ones_like(chunk["input_ids"])
+    mask[0] = 0
+    after = model.adapt([chunk | {"attention_mask": mask}], state=before)
+    assert after.step.tolist() == [1, 2] and after.num_tokens.tolist() == [10, 20]
+    for name, tensor in after.tensors.items():
+        assert torch.equal(tensor[0], before.tensors[name][0]) and tensor.isfinite().all()
+
+
 def test_weights_follow_their_formula():
     """theta after three chunks, against a direct sum over precision and age."""
     model = make_model()

@@ -46,6 +46,7 @@ def test_unset_fields():
     model = make_model("llama", trained=False, state_type="prefix+lora", num_state_tokens=None)
     config = model.active_peft_config
     assert (config.num_state_tokens, config.state_target_modules) == (32, "all-linear")  # a quarter of the window
+    assert config.initial_rate == 6e-3
     assert model.usual_chunk_size == 32 and model.max_chunk_size == 64
 
 
