@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from datasets import Dataset
-from peft import get_peft_model
+from peft import AutoPeftModelForCausalLM, get_peft_model
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
@@ -19,6 +19,7 @@ from ..data import chunk_text, episodes_from_documents
 from ..embedded import EMBEDDED_NAME, embedded_base, library_documents
 from ..embedded.generated_tasks import markov_chain, markov_symbols, symbols_to_text
 from ..evaluation import evaluate_curve
+from ..hub.published import published_adapter
 from ..model import IAIModel
 from ..state import TaskState
 from ..trainer import IAITrainer
@@ -57,12 +58,19 @@ def run(output: Path, base: str = EMBEDDED_NAME) -> None:
 
 
 def load_memory(base: str) -> tuple[IAIModel, PreTrainedTokenizerBase]:
-    """A base with an untrained memory: slots for what was just said, and fast weights for what the text is like."""
-    console.rule("1. Load the base, and give it a memory; nothing is trained")
-    torch.manual_seed(0)
+    """A base with a memory: slots for what was just said, and fast weights for what the text is like.
+
+    That of the embedded base was trained on other packages; any other base gets an untrained one.
+    """
     folder = embedded_base() if base == EMBEDDED_NAME else base
-    config = IAIConfig(task_type="CAUSAL_LM", state_type="prefix+lora")
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), config).eval()
+    if base == EMBEDDED_NAME:
+        console.rule("1. Load the base, with the memory 'code-memory', trained on other packages")
+        model = AutoPeftModelForCausalLM.from_pretrained(published_adapter("code-memory")).eval()
+    else:
+        console.rule("1. Load the base, and give it a memory; nothing is trained")
+        torch.manual_seed(0)
+        config = IAIConfig(task_type="CAUSAL_LM", state_type="prefix+lora")
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), config).eval()
     console.print(
         f"base: {num_parameters(model) / 1e6:.1f}M parameters, window {model.window} tokens\n"
         f"memory: {model.num_slots} slots, and fast weights of rank {model.active_peft_config.state_r}"
