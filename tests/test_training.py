@@ -211,13 +211,15 @@ def test_graph_does_not_grow_with_chunks(objective, state_type):
     assert kept[0] == kept[1]
 
 
-def test_kl_to_the_full_context_teacher():
-    model, inputs = make_model().train(), batch()
+@pytest.mark.parametrize("num_chunks", [CHUNKS, 12])
+def test_kl_to_the_full_context_teacher(num_chunks):
+    """The teacher sees all chunks, or of more than fit its window the last tokens."""
+    model, inputs = make_model().train(), batch(num_chunks)
     losses = []
     for weight in (0.0, 1.0):
         losses.append(model(**inputs, objective=Objective("unrolled", kl_weight=weight)).loss)
     base_logits = []
-    context = inputs["chunk_input_ids"].flatten(1).repeat_interleave(2, 0)
+    context = inputs["chunk_input_ids"].flatten(1).repeat_interleave(2, 0)[:, -(model.window - CHUNK) :]
     query = inputs["input_ids"].flatten(0, 1)
     with torch.no_grad(), model.disable_adapter():
         base_logits = model.base_model.model(torch.cat([context, query], 1)).logits[:, -CHUNK:]
