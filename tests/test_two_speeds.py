@@ -189,6 +189,19 @@ def test_one_pass_is_the_gradient_of_the_loss_behind_the_slots():
     assert any(g.abs().max() > 1e-4 for g in gradient)
 
 
+def test_what_is_kept_of_a_chunk_depends_on_the_rates_before_it():
+    """Keys and values of a chunk are read under fast weights, so training sees through them."""
+    model = memory().train()
+    reader, text = model.base_model.reader, ids(1, 2, 8)
+    start = reader.core.initial_state(reader.base, 1, model.identity)
+    for num_chunks, learns in ((1, False), (2, True)):
+        part = text[:, :num_chunks]
+        state = reader.read_on(start, (part, torch.ones_like(part), part))
+        rates = list(reader.core.head.log_rate.values())
+        found = torch.autograd.grad(state.tensors["value"].square().sum(), rates, allow_unused=True)
+        assert any(g is not None and g.any() for g in found) == learns
+
+
 def test_labels_say_what_is_written():
     model, text = memory(), ids(1, 8)
     state = model.adapt([{"input_ids": text, "labels": torch.full_like(text, -100)}])

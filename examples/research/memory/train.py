@@ -38,8 +38,8 @@ def train(
     seed: int = 0,
     steps: int = 300,
     batch_size: int = 4,
-    lr: Annotated[float, typer.Option(help="Learning rate of rates and A.")] = 1e-3,
-    start_lr: Annotated[float, typer.Option(help="Learning rate of the start.")] = 1e-3,
+    lr: Annotated[float, typer.Option(help="Learning rate of rates and A.")] = 2e-3,
+    start_lr: Annotated[float, typer.Option(help="Learning rate of the start.")] = 2e-3,
     values: Annotated[str, typer.Option(help="Fields of the configuration, as JSON.")] = "{}",
     work: Path = WORK,
 ) -> None:
