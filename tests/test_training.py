@@ -162,6 +162,19 @@ def test_loss_after_all_chunks_alone():
     assert (total - torch.stack(expected).mean()).abs() < 1e-5
 
 
+@pytest.mark.parametrize(("objective", "last"), [("truncated", 3), ("truncated", 1), ("greedy", 3), ("greedy", 1)])
+def test_chunks_before_the_window_are_read_too(objective, last):
+    """The state after the last 1 or 3 chunks is scored, whatever part of them has gradient."""
+    model, inputs, draw = make_model(), batch(num_chunks=3, queries=1), random.Random(0)
+    draw.randint = lambda low, high: last
+    for module in model.modules():
+        module.training = True
+    total = model(**inputs, objective=Objective(objective, window=2, draw=draw)).loss
+    model.eval()
+    expected = [model(**last_chunks(inputs, n)).loss for n in (0, last)]
+    assert (total - torch.stack(expected).mean()).abs() < 1e-5
+
+
 @pytest.mark.parametrize("objective", ["unrolled", "truncated", "greedy"])
 def test_without_a_chunk_the_start_is_scored(objective):
     model, inputs = make_model(), batch(num_chunks=3)
