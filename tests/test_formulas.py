@@ -360,6 +360,11 @@ def test_a_normalized_step_is_its_formula():
         np.testing.assert_allclose(theta["w"].detach().numpy(), expected, rtol=1e-4, atol=1e-6)
 
 
+def test_a_trusted_step_is_taken_bitwise():
+    theta, after, start = torch.randn(3, 2, 8, 8, generator=torch.Generator().manual_seed(0)).unbind()
+    assert torch.equal(trusted(theta, after, start, torch.ones(2), torch.ones(2)), after)
+
+
 def test_a_doubted_step_is_taken_in_part():
     theta, after, start = torch.full((3, 2, 2), 3.0), torch.full((3, 2, 2), 5.0), torch.ones(2, 2)
     found = trusted(theta, after, start, torch.tensor([1.0, 0.8, 0.8]), torch.tensor([1.0, 0.5, 1.0]))

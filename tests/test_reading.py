@@ -28,6 +28,10 @@ def test_recent_with_pinned_bos(state_type):
     state = model.adapt([{"input_ids": text}])
     expected = make_base()(torch.cat([torch.tensor([[1]]), text[:, -3:], query], 1)).logits[:, 4:]
     assert (model(input_ids=query, task_state=state).logits - expected).abs().max() < 1e-5
+    first = next(iter(model.core.state.start))  # before anything was read, too
+    start, now = model.initial_state().tensors[first], state.tensors[first]
+    assert (start[..., 0, :] - now[..., 0, :]).abs().max() < 1e-6
+    assert torch.equal(start[0, ..., 1:, :], model.core.state.start[first][..., 1:, :])
 
 
 def test_recent_keeps_start_in_slots_not_yet_filled():
