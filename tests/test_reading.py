@@ -274,6 +274,11 @@ def test_kept_slots_not_yet_filled_show_the_start():
     assert all(t.isfinite().all() for t in corrected.values())
 
 
+def test_one_kept_slot_holds_the_latest_token():
+    state = make_model(num_state_tokens=4, num_kept_tokens=1).adapt([{"input_ids": ids(1, 9)}])
+    assert state.tensors["kept_age"].flatten().tolist() == [0] and state.tensors["kept_value"].all()
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_rotation_re_places_keys_exactly(family):
     """Keys of a token read at position p, rotated by q - p, are those of the token read at q."""

@@ -153,6 +153,7 @@ TENSORS = {
     "precision just below 0": lambda t: {"precision": t["precision"] * 0 - 0.01},
     "floating count": lambda t: {"step": t["step"].float() + 0.5},
     "huge": lambda t: {"key": t["key"] * 0 + 3e38},
+    "huge and negative": lambda t: {"key": t["key"] * 0 - 3e38},
     "infinite": lambda t: {"key": t["key"] * float("inf")},
     "nan": lambda t: {"value": t["value"] * float("nan")},
     "another batch": lambda t: {"key": t["key"][:1]},

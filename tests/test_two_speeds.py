@@ -189,6 +189,15 @@ def test_one_pass_is_the_gradient_of_the_loss_behind_the_slots():
     assert any(g.abs().max() > 1e-4 for g in gradient)
 
 
+def test_states_that_have_read_nothing_merge():
+    model = memory(read_behind="start")
+    nothing, read = model.initial_state(), model.adapt(chunks(2, batch=1))
+    for states, expected in (([nothing, nothing], nothing), ([read, nothing], read), ([nothing, read], read)):
+        merged = TaskState.merge(states)
+        assert largest_difference(merged, expected) < 1e-6 and merged.step.equal(expected.step)
+        assert torch.equal(merged.tensors["loss"], expected.tensors["loss"])
+
+
 def test_what_is_kept_of_a_chunk_depends_on_the_rates_before_it():
     """Keys and values of a chunk are read under fast weights, so training sees through them."""
     model = memory().train()
