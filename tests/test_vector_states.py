@@ -159,6 +159,18 @@ def test_the_gradient_of_an_mlp_state(likelihood, second_order):
     assert (core.state.start["rows"].grad - expected).abs().max() < 1e-5
 
 
+@every_likelihood
+def test_an_example_is_read_as_its_vector_plus_its_target(likelihood, monkeypatch):
+    model, (chunk, *_) = vector_model("prefix", likelihood), stream(likelihood)
+    core, seen = model.base_model.core, []
+    read_out = core._read_out
+    monkeypatch.setattr(core, "_read_out", lambda base, x, mask: seen.append(x) or read_out(base, x, mask))
+    model.adapt([chunk])
+    labels = chunk["labels"] if likelihood == "softmax" else chunk["labels"].view(1, -1, TARGETS)
+    expected = core.vector(chunk["inputs_embeds"]) + core.target(labels)
+    torch.testing.assert_close(seen[0], expected.detach())
+
+
 @pytest.mark.parametrize("kind", ["prefix", "mlp by gradients"])
 def test_saved_and_loaded(kind, tmp_path):
     base = make_vector_base()
