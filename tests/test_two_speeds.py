@@ -196,6 +196,7 @@ def test_states_that_have_read_nothing_merge():
         merged = TaskState.merge(states)
         assert largest_difference(merged, expected) < 1e-6 and merged.step.equal(expected.step)
         assert torch.equal(merged.tensors["loss"], expected.tensors["loss"])
+        assert all(t.isfinite().all() for t in merged.tensors.values())
 
 
 def test_what_is_kept_of_a_chunk_depends_on_the_rates_before_it():
