@@ -88,6 +88,40 @@ def test_this_system_exchanges_folders(tmp_path):
         assert names(tmp_path) == ["a", "a/a", "b", "b/b"]
 
 
+class Library:
+    """A C library that can exchange folders, or not."""
+
+    def __init__(self, **functions):
+        self.__dict__.update(functions)
+
+
+@pytest.mark.parametrize("result", [0, -1])
+def test_macos_exchanges_folders_with_its_own_function(tmp_path, monkeypatch, result):
+    called = []
+    library = Library(renamex_np=lambda *arguments: called.append(arguments) or result)
+    monkeypatch.setattr(hf_iai.files.ctypes, "CDLL", lambda name: library)
+    monkeypatch.setattr(hf_iai.files.sys, "platform", "darwin")
+    assert hf_iai.files._exchanged(tmp_path / "a", tmp_path / "b") == (result == 0)
+    assert called == [(os.fsencode(tmp_path / "a"), os.fsencode(tmp_path / "b"), 2)]  # RENAME_SWAP of <stdio.h>
+
+
+@pytest.mark.parametrize("system", ["Linux", "FreeBSD", "Windows"])
+def test_a_system_that_cannot_exchange_folders(tmp_path, monkeypatch, system):
+    """An old C library of Linux, another system with a function of that name, a system without `CDLL(None)`."""
+
+    def library(name):
+        assert system != "Windows", "a Windows system has no library without a name"
+        return Library(renameat2=lambda *arguments: 0) if system == "FreeBSD" else Library()
+
+    a, b = tmp_path / "a", tmp_path / "b"
+    monkeypatch.setattr(hf_iai.files.ctypes, "CDLL", library)
+    monkeypatch.setattr(hf_iai.files.platform, "system", lambda: system)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "name", "nt" if system == "Windows" else "posix")
+        found = hf_iai.files._exchanged(a, b)
+    assert found is False
+
+
 def marked_with(values):
     return lambda path: (replace_folder(path, write("x")), (path / MARK).write_text(json.dumps(values)))
 
@@ -159,6 +193,7 @@ def test_litter_of_dead_writers_is_cleared_and_that_of_living_ones_stays(tmp_pat
         clear_litter(tmp_path)
         assert set(tmp_path.glob(f"{TEMPORARY}*")) == {mine, tmp_path / f"{TEMPORARY}link"}
     assert {path.name for path in tmp_path.iterdir()} == {"a", ".hf_iai", "tmp1234", f"{TEMPORARY}link"}
+    assert names(tmp_path / "a") == ["file"]  # nothing is written behind a link
 
 
 def test_without_locks_litter_is_cleared_after_a_day(tmp_path, monkeypatch):

@@ -262,18 +262,18 @@ def root_mean_square(values: np.ndarray) -> float:
 
 
 class LearnedStepByHand:
-    """The formulas of `LearnedStep` for one matrix of one task, in float64; no step is surprising or doubted."""
+    """The formulas of `LearnedStep` for the matrices of one task, in float64; no step is surprising or doubted."""
 
-    def __init__(self, head: LearnedStep, shape: tuple[int, int]) -> None:
+    def __init__(self, head: LearnedStep, shape: tuple[int, int, int]) -> None:  # L matrices (O, I)
         self.head, self.momentum, self.second = head, np.zeros((3, *shape)), np.zeros((2, *shape))
-        self.row, self.column, self.count = np.zeros(shape[0]), np.zeros(shape[1]), 0
+        self.row, self.column, self.count = np.zeros(shape[:2]), np.zeros((shape[0], shape[2])), 0
 
     def features(self, theta: np.ndarray, gradient: np.ndarray) -> np.ndarray:
-        """Each over its root mean square: (O, I, F)."""
+        """Each over its root mean square over all matrices: (L, O, I, F)."""
         momenta = [m / (1 - d**self.count) for m, d in zip(self.momentum, (0.5, 0.9, 0.99), strict=True)]
         seconds = [s / (1 - d**self.count) for s, d in zip(self.second, (0.9, 0.999), strict=True)]
-        row, column = (t / (1 - 0.999**self.count) for t in (self.row[:, None], self.column[None]))
-        factored = row * column / row.mean()
+        row, column = (t / (1 - 0.999**self.count) for t in (self.row[..., None], self.column[:, None]))
+        factored = row * column / row.mean(1, keepdims=True)
         found = [gradient, theta, *momenta, *(np.sqrt(s) for s in seconds)]
         found += [gradient / np.sqrt(s) for s in seconds] + [m / np.sqrt(seconds[1]) for m in momenta]
         found += [np.sqrt(t) * np.ones_like(theta) for t in (row, column)]
@@ -287,8 +287,8 @@ class LearnedStepByHand:
         ):
             for average, decay in zip(averages, decays, strict=True):
                 average[:] = decay * average + (1 - decay) * new
-        self.row = 0.999 * self.row + 0.001 * (gradient**2).mean(1)
-        self.column = 0.999 * self.column + 0.001 * (gradient**2).mean(0)
+        self.row = 0.999 * self.row + 0.001 * (gradient**2).mean(2)
+        self.column = 0.999 * self.column + 0.001 * (gradient**2).mean(1)
         times = np.tanh(self.count / np.array(self.head.settings.times) - 1)
         self.count += 1
         learned = {name: values["a"].item() for name, values in self.learned().items()}
@@ -314,10 +314,10 @@ def test_a_learned_step_is_its_formulas(scale):
     for values in (head.log_rate, head.log_step, head.power):
         values["a"].data.uniform_(0.02, 0.1)
     draw = np.random.default_rng(0)
-    theta, kept = draw.normal(size=(2, 3, 4)), head.initial({"w": torch.zeros(2, 3, 4)})
-    start, by_hand = {"w": torch.zeros(3, 4)}, [LearnedStepByHand(head, (3, 4)) for _ in theta]
+    theta, kept = draw.normal(size=(2, 2, 3, 4)), head.initial({"w": torch.zeros(2, 2, 3, 4)})
+    start, by_hand = {"w": torch.zeros(2, 3, 4)}, [LearnedStepByHand(head, (2, 3, 4)) for _ in theta]
     for count in range(4):
-        gradient = draw.normal(size=(2, 3, 4))
+        gradient = draw.normal(size=(2, 2, 3, 4))
         found, kept = head(
             {"w": torch.tensor(theta).float()},
             kept,
