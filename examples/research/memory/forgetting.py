@@ -3,9 +3,10 @@
     python -m examples.research.memory.forgetting --base .bases/SmolLM2-135M-Instruct    # 10 minutes a stream, one core
 
 Each stream is 64 chunks of one package, 16 chunks of a novel, then 8 more of the package. Writes
-`work/memory/forgetting.json`.
+`work/memory/forgetting.json` after each stream, and goes on where it was stopped.
 """
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -43,8 +44,9 @@ def main(
     code = texts.streams(texts.packages(False), tokenizer, (BEFORE + AFTER) * size, streams, seed=2)
     novels = texts.windows(texts.books(data), tokenizer, OTHER * size, streams, seed=2)
     _, model = methods.memory(AutoModelForCausalLM.from_pretrained(base).eval(), slots=size)
-    rows = []
-    for text, novel in tqdm(list(zip(code, novels, strict=True)), disable=None):
+    path = work / "forgetting.json"
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    for text, novel in tqdm(list(zip(code, novels, strict=True))[len(rows) :], disable=None):
         chunks = torch.tensor([text.ids]).split(size, 1)
         others = torch.tensor([novel.ids]).split(size, 1)
         _, state = losses(model, chunks[:BEFORE], None)
@@ -60,7 +62,7 @@ def main(
                 np.mean(again[part]) - np.mean(straight[part])
             )
         rows.append(row)
-        write_rows(rows, work / "forgetting.json", "research.memory.forgetting", {"base": base, "size": size})
+        write_rows(rows, path, "research.memory.forgetting", {"base": base, "size": size})
     print_rows([{"figure": name, **{str(n): row[name] for n, row in enumerate(rows)}} for name in rows[0]])
 
 

@@ -86,10 +86,9 @@ def main(
         before = json.loads(path.read_text())["right"]
         scores |= {name: {int(n): s for n, s in at.items()} for name, at in before.items()}
     for method in methods:
-        if len(scores[method][counts[0]]) == streams:
-            continue
-        model = reader(base, method, size)
-        for seed in tqdm(range(streams), method, disable=None):
+        done = len(scores[method][counts[0]])
+        model = reader(base, method, size) if done < streams else None
+        for seed in tqdm(range(done, streams), method, disable=None):
             told, later, facts = stream(seed, num_facts, 6 * size * (most + 1))
             ids = tokenizer(told + later, return_tensors="pt")["input_ids"]
             chunks, state = ids.split(size, 1)[: most + 1], None
