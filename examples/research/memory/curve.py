@@ -149,20 +149,20 @@ def report(
     folder = work / ("validation" if validation else "") / text
     found = {path.stem: load(folder / path.name) for path in sorted(folder.glob("*.json"))}
     (ours, groups), num_chunks = found[method], found[method][0].shape[1]
-    blocks = {name: b for name, b in BLOCKS.items() if b[1] < num_chunks}
+    blocks = blocks_of(num_chunks)
     means = {name: _means(losses, {"0": (0, 0)} | blocks) for name, (losses, _) in found.items()}
-    differences = {
-        name: _differences(ours, losses, groups, blocks) for name, (losses, _) in found.items() if name != method
+    compared = {
+        name: differences(ours, losses, groups, blocks) for name, (losses, _) in found.items() if name != method
     }
     table = Table("nats per token, after chunks", "texts", "0", *blocks, title=str(text))
     for name, of_blocks in means.items():
         num = str(len(found[name][0]))
         table.add_row(name, num, *("" if mean is None else f"{mean:.3f}" for mean in of_blocks.values()))
-    for name, of_blocks in differences.items():
+    for name, of_blocks in compared.items():
         cells = ["" if of_blocks[at] is None else "{:+.3f} ({:+.3f}, {:+.3f})".format(*of_blocks[at]) for at in blocks]
         table.add_row(f"{method} - {name}", "", "", *cells)
     Console(width=240).print(table)
-    for name, of_blocks in differences.items():
+    for name, of_blocks in compared.items():
         if of_blocks["slope"] is not None:
             print(
                 "slope of {} - {} on log2(chunks): {:+.4f} ({:+.4f}, {:+.4f})".format(method, name, *of_blocks["slope"])
@@ -172,10 +172,15 @@ def report(
     draw(found, method, output / f"memory_{text}.png", str(text))
     recipes = {path.stem: json.loads(path.read_text())["recipe"] for path in sorted(folder.glob("*.json"))}
     report = {"texts": {name: len(losses) for name, (losses, _) in found.items()}, "groups": sorted(set(groups))}
-    report |= {"means": means, "differences": differences, "measured": recipes}
+    report |= {"means": means, "differences": compared, "measured": recipes}
     write_json(
         {"recipe": recipe(f"research.memory.curve report --text {text}"), **report}, output / f"memory_{text}.json"
     )
+
+
+def blocks_of(num_chunks: int) -> dict[str, tuple[int, int]]:
+    """The blocks of chunks that texts of so many chunks have."""
+    return {name: block for name, block in BLOCKS.items() if block[1] < num_chunks}
 
 
 def _means(losses: np.ndarray, blocks: dict) -> dict[str, float | None]:
@@ -183,7 +188,7 @@ def _means(losses: np.ndarray, blocks: dict) -> dict[str, float | None]:
     return {name: None if np.isnan(part).all() else round(float(np.nanmean(part)), 4) for name, part in found.items()}
 
 
-def _differences(ours: np.ndarray, losses: np.ndarray, groups: np.ndarray, blocks: dict) -> dict:
+def differences(ours: np.ndarray, losses: np.ndarray, groups: np.ndarray, blocks: dict) -> dict:
     """Paired, with intervals, over the texts and counts that both methods were measured at."""
     num, length = min(len(losses), len(ours)), min(losses.shape[1], ours.shape[1])
     paired, found = ours[:num, :length] - losses[:num, :length], {}
