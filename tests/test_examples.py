@@ -17,6 +17,8 @@ import torch
 from transformers import AutoModelForSequenceClassification, BertConfig, ByT5Tokenizer
 
 from examples.research.common import bfloat16
+from examples.research.common.files import write_json
+from examples.research.common.provenance import earlier, recipe
 
 ROOT = Path(__file__).parent.parent
 TO_COPY = sorted(path.stem for path in (ROOT / "examples").glob("*.py") if path.stem != "__init__")
@@ -181,3 +183,12 @@ def test_a_script_answers_help(script, monkeypatch, capsys):
         runpy.run_path(str(ROOT / script), run_name="__main__")
     assert not ended.value.code
     assert "usage:" in capsys.readouterr().out.lower()
+
+
+def test_a_run_goes_on_only_with_the_settings_it_began_with(tmp_path):
+    path = tmp_path / "losses.json"
+    assert earlier(path, size=256) == {}
+    write_json({"recipe": recipe("research.memory.curve measure", size=256), "losses": [1.5]}, path)
+    assert earlier(path, size=256, dtype="float32")["losses"] == [1.5]  # a setting that is newer than the file
+    with pytest.raises(ValueError, match="was made with size=256, not 128"):
+        earlier(path, size=128)

@@ -1,5 +1,6 @@
 """Where a figure comes from: the command, its settings, the commit and the version of torch."""
 
+import json
 import subprocess
 from pathlib import Path
 
@@ -30,3 +31,19 @@ def recipe(command: str, **settings) -> dict:
         settings: whatever else decides the figures.
     """
     return {"command": f"python -m examples.{command}", **settings, **provenance()}
+
+
+def earlier(path: Path, **settings) -> dict:
+    """What a run that was stopped has written to `path`, or nothing, if it was made with the same settings.
+
+    Raises:
+        ValueError: if it was made with others.
+    """
+    found = json.loads(path.read_text()) if path.exists() else {}
+    made = found.get("recipe", {})
+    for name, value in settings.items():
+        if made.get(name, value) != value:
+            raise ValueError(
+                f"{path} was made with {name}={made[name]!r}, not {value!r}: give another folder as --work"
+            )
+    return found

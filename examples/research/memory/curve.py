@@ -31,7 +31,7 @@ from examples.research.common import plots
 from examples.research.common.bases import SMOLLM2, BaseOption
 from examples.research.common.bfloat16 import ProductsInFloat32
 from examples.research.common.files import write_json
-from examples.research.common.provenance import recipe
+from examples.research.common.provenance import earlier, recipe
 from examples.research.memory import methods, texts
 from examples.research.memory.attention_matching import attention_matching
 from hf_iai.evaluation import bootstrap_mean
@@ -108,10 +108,6 @@ def measure(
     draw = texts.streams if text is Kind.streams else texts.windows
     drawn = draw(sources, tokenizer, length, num)
     path = work / ("validation" if validation else "") / text / f"{label or method}.json"
-    done = json.loads(path.read_text()) if path.exists() else {"losses": [], "groups": []}
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, dtype)).eval()
-    values_of_memory = {"seed": seed, "adapter": adapter} | json.loads(values)
-    read = method_of(method, model, size, values_of_memory, rate=rate, begin=begin, every=every)
     settings = {
         "seed": seed,
         "base": base,
@@ -122,6 +118,10 @@ def measure(
         "begin": begin,
         "dtype": dtype,
     }
+    done = {name: earlier(path, **settings).get(name, []) for name in ("losses", "groups")}
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, dtype)).eval()
+    values_of_memory = {"seed": seed, "adapter": adapter} | json.loads(values)
+    read = method_of(method, model, size, values_of_memory, rate=rate, begin=begin, every=every)
     for found in tqdm(drawn[len(done["losses"]) :], method, disable=None):
         with ProductsInFloat32() if dtype == "bfloat16" else nullcontext():
             losses = read(torch.tensor([found.ids]), size)

@@ -6,7 +6,6 @@ Each stream is 64 chunks of one package, 16 chunks of a novel, then 8 more of th
 `work/memory/forgetting.json` after each stream, and goes on where it was stopped.
 """
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -18,6 +17,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from examples.research.common.bases import SMOLLM2, BaseOption
+from examples.research.common.provenance import earlier
 from examples.research.common.rows import print_rows, write_rows
 from examples.research.memory import methods, texts
 from hf_iai import TaskState
@@ -45,7 +45,8 @@ def main(
     novels = texts.windows(texts.books(data), tokenizer, OTHER * size, streams, seed=2)
     _, model = methods.memory(AutoModelForCausalLM.from_pretrained(base).eval(), slots=size)
     path = work / "forgetting.json"
-    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    settings = {"base": base, "size": size}
+    rows = earlier(path, **settings).get("rows", [])
     for text, novel in tqdm(list(zip(code, novels, strict=True))[len(rows) :], disable=None):
         chunks = torch.tensor([text.ids]).split(size, 1)
         others = torch.tensor([novel.ids]).split(size, 1)
@@ -62,7 +63,7 @@ def main(
                 np.mean(again[part]) - np.mean(straight[part])
             )
         rows.append(row)
-        write_rows(rows, path, "research.memory.forgetting", {"base": base, "size": size})
+        write_rows(rows, path, "research.memory.forgetting", settings)
     print_rows([{"figure": name, **{str(n): row[name] for n, row in enumerate(rows)}} for name in rows[0]])
 
 

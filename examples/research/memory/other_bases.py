@@ -3,8 +3,7 @@
     python -m examples.research.memory.other_bases     # 20 minutes on one core; work/memory/small_bases.json
 
 Two models of children's stories read novels and plays, the embedded base reads code. A chunk has m tokens, a quarter of
-the window.
-CHECKPOINTS holds the folders `stories260K` and `babyllama_tok361`. Goes on where it was stopped.
+the window. CHECKPOINTS holds the folders `stories260K` and `babyllama_tok361`. It goes on where it was stopped.
 """
 
 from pathlib import Path

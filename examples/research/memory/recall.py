@@ -8,7 +8,6 @@ answer is right if the base, which picks the most likely token each time, contin
 `work/memory/recall.json`.
 """
 
-import json
 import random
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -23,6 +22,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from examples.research.common.bases import SMOLLM2, BaseOption
+from examples.research.common.provenance import earlier
 from examples.research.common.rows import print_rows, write_rows
 from hf_iai import IAIConfig, TaskState
 
@@ -81,10 +81,10 @@ def main(
     counts = [n for n in COUNTS if n <= most]
     methods = (*STATES, "full context")
     scores: dict[str, dict[int, list[int]]] = {name: {n: [] for n in counts} for name in methods}
-    path, settings = work / "recall.json", {"base": base, "size": size, "num_facts": num_facts, "streams": streams}
-    if path.exists():  # goes on where it was stopped
-        before = json.loads(path.read_text())["right"]
-        scores |= {name: {int(n): s for n, s in at.items()} for name, at in before.items()}
+    path, settings = work / "recall.json", {"base": base, "size": size, "num_facts": num_facts}
+    before = earlier(path, **settings).get("right", {})  # goes on where it was stopped
+    scores |= {name: {int(n): s for n, s in at.items()} for name, at in before.items()}
+    settings["streams"] = streams
     for method in methods:
         done = len(scores[method][counts[0]])
         model = reader(base, method, size) if done < streams else None
