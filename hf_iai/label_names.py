@@ -13,7 +13,7 @@ from .tensors import NO_LOSS
 
 Names = tuple[str, ...]  # class names of one task
 MOST_UNNAMED = 10_000  # class numbers without names; more are likely ids of something
-OF_CLASSES = ("count", "total", "correction")  # the tensors of a state with shape (B, C, ...)
+OF_CLASSES = ("count", "total", "fitted", "prototype", "mass")  # the tensors of a state with shape (B, C, ...)
 
 
 def names_of_tasks(given: Sequence | None, known: tuple[Names, ...], labels: Tensor) -> tuple[Names, ...]:  # (B, n)
@@ -87,7 +87,7 @@ def union(known: Sequence[Names], more: Sequence[Names]) -> tuple[tuple[Names, .
 
 
 def with_classes(tensors: dict[str, Tensor], num_classes: int) -> dict[str, Tensor]:
-    """Give a state's sums exactly C classes. New classes are empty; classes beyond C must be empty and are dropped."""
+    """Give a state's tensors exactly C classes. New classes are empty; those beyond C must be empty and are dropped."""
     sized = {}
     for name, tensor in tensors.items():
         if name in OF_CLASSES:
@@ -97,7 +97,7 @@ def with_classes(tensors: dict[str, Tensor], num_classes: int) -> dict[str, Tens
 
 
 def in_order(tensors: dict[str, Tensor], numbers: list[list[int]], num_classes: int) -> dict[str, Tensor]:
-    """Renumber the classes of a state's sums: class c of task b becomes number `numbers[b][c]` of C."""
+    """Renumber the classes of a state's tensors: class c of task b becomes number `numbers[b][c]` of C."""
     ordered = {}
     for name, tensor in tensors.items():
         if name in OF_CLASSES:

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import Cache
 
 from .bases.hub_ids import is_hub_id
-from .heads import KEPT, followed_by, same_outputs
+from .heads import KEPT, followed_by, same_outputs, united
 from .heads.chosen import with_later
 from .label_names import Names, in_order, union, with_classes
 from .state_file import CONFIG, WEIGHTS, names_of, read_state_file, write_state_file
@@ -170,8 +170,8 @@ class TaskState:
         have read, so give the states in the order of their texts, the earliest first.
 
         The sums of linear states are added. Classes of the same name are added to each other. For regressions this
-        equals reading in sequence. The learned corrections and example weights of a classifier depend on what was read
-        before, so there it is equal only without them.
+        equals reading in sequence. The prototypes of a classifier are united and its fitted rows averaged; both depend
+        on the order in which examples were read, so there it is only close.
 
         Slots that hold tokens (`accumulation="attention"` or `"surprisal"`, with `read_behind="start"`) keep the tokens
         that they would have kept in sequence. Fast weights of a prefix+lora state become the mean over all chunks.
@@ -339,14 +339,15 @@ def _merge_two(a: TaskState, b: TaskState) -> TaskState:
 def _add_two(a: TaskState, b: TaskState) -> TaskState:
     if a.class_names is None:
         names = None
-        a_tensors, b_tensors = same_outputs([a.tensors, b.tensors])
+        one, other = same_outputs([a.tensors, b.tensors])
+        tensors = {name: tensor + other[name] for name, tensor in one.items()}
     else:
         names, places_of_b = union(a.class_names, b.class_names)
         most = max(map(len, names))
-        a_tensors, b_tensors = with_classes(a.tensors, most), in_order(b.tensors, places_of_b, most)
+        tensors = united(with_classes(a.tensors, most), in_order(b.tensors, places_of_b, most))
     return replace(
         a,
-        tensors={name: t + b_tensors[name] for name, t in a_tensors.items()},
+        tensors=tensors,
         step=a.step + b.step,
         num_tokens=a.num_tokens + b.num_tokens,
         class_names=names,

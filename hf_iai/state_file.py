@@ -26,7 +26,7 @@ from .label_names import OF_CLASSES, Names
 WEIGHTS, CONFIG = "task_state.safetensors", "config.json"
 FORMAT, FORMAT_1 = "hf_iai.task_state.v2", "hf_iai.task_state.v1"
 COUNTS = ("step", "num_tokens")
-NOT_NEGATIVE = (*COUNTS, "precision", "count", "age", "kept_age", "square")
+NOT_NEGATIVE = (*COUNTS, "precision", "count", "mass", "age", "kept_age", "square")
 ACCUMULATIONS = ("average", "recent", "gradients", "both", "sums", "memory", "attention", "surprisal")
 ACCUMULATIONS += tuple(f"kept by {rule}" for rule in ("attention", "surprisal", "recent", "worth"))
 

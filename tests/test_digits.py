@@ -56,13 +56,14 @@ def test_features_are_the_vectors_centred_and_of_unit_length():
     np.testing.assert_allclose(found, centred / np.linalg.norm(centred, axis=1, keepdims=True), atol=1e-5)
 
 
-def test_the_curve_of_vectors_starts_as_the_nearest_class_mean():
+def test_the_curve_of_vectors_starts_between_its_two_parts():
     model = get_peft_model(vector_base(WIDTH), IAIConfig(**CONFIG))
     episodes = digit_episodes(2, 60, 40)
     curve = evaluate_curve(model, episodes, (1, 3), list(CLASSIFIERS), chunk_size=20, show_progress=False)
     assert curve.metric == "accuracy" and curve.losses["iai", 3, 0].shape == (2, 40)
     for n in (1, 3):
-        assert (curve.losses["iai", n, 0] == curve.losses["nearest_class_mean", n, 0]).all()
+        ours, *others = (curve.losses[m, n, 0].mean() for m in ("iai", "nearest_class_mean", "logistic_regression"))
+        assert min(others) - 0.05 < ours < max(others) + 0.05
     numbers = [
         {part: [row | {"label": int(row["label"])} for row in rows] for part, rows in e.items()} for e in episodes
     ]

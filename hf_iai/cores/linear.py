@@ -18,10 +18,7 @@ class LinearCore(RowsCore):
     """`state_type="linear"`: `heads.ClassRows` updates a classifier.
 
     With features x of a text, the logits of a query are W x + b; `rows(state)` gives W and b. Before training they are
-    those of a streaming classifier by nearest class mean m_c, `50 (m_c' x - |m_c|^2 / 2)`.
-
-    No gradient is computed. But the learned correction of a row is a sum of examples with coefficients label minus
-    probability. The gradient of the softmax loss with respect to the rows has the same coefficients.
+    those of a logistic regression on prototypes of what was read, which starts from the nearest class mean.
     """
 
     @staticmethod

@@ -35,9 +35,10 @@ def accuracy_curve(
     """`evaluate_curve` for classes: whether each query is answered right.
 
     At n, the model has read the first n chunks of examples. The baselines in `hf_iai.evaluation.classifiers`
-    (`nearest_class_mean`, `nearest_neighbours`, `logistic_regression`, `sgd_rows`, `adam_rows`) are fitted to the
-    features of all examples in these chunks; with `vector_width`, to the vectors themselves. `lora_fine_tuning` trains
-    the encoder on the texts of these examples, anew for each n, which takes about a minute.
+    (`nearest_class_mean`, `nearest_neighbours`, `logistic_regression`, `kernel_discriminant`, `random_ridge`,
+    `sgd_rows`, `adam_rows`) are fitted to the features of all examples in these chunks; with `vector_width`, to the
+    vectors themselves. `lora_fine_tuning` trains the encoder on the texts of these examples, anew for each n, which
+    takes about a minute.
 
     A query whose class has not been met yet counts as wrong. With `vector_width` and classes that are numbers below
     `num_outputs`, such a query may be right by chance.

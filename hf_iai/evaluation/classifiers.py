@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .extras import require_extra
+from .random_features import kernel_discriminant, random_ridge
 
 Classifier = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]  # (S, d), (S,), (Q, d) -> (Q,)
 FOLDS, STRENGTHS, FEW = 3, (0.1, 1.0, 10.0, 100.0), 10.0  # values of C: for cross-validation, and without it
@@ -39,9 +40,15 @@ def nearest_neighbours(x: np.ndarray, y: np.ndarray, queries: np.ndarray) -> np.
 
 def logistic_regression(x: np.ndarray, y: np.ndarray, queries: np.ndarray) -> np.ndarray:
     """Logistic regression on all examples. C is 10, or cross-validated (3 folds) if every class has 3 examples."""
+    classes, probabilities = logistic_probabilities(x, y, queries)
+    return classes[probabilities.argmax(1)]
+
+
+def logistic_probabilities(x: np.ndarray, y: np.ndarray, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The classes (C,) and the probabilities (Q, C) that `logistic_regression` gives them."""
     linear = require_extra("sklearn.linear_model", "baselines")
     if len(np.unique(y)) == 1:
-        return np.full(len(queries), y[0])
+        return np.unique(y), np.ones((len(queries), 1))
     # The penalty does not change under rotation, so fitting in the span of the examples gives the same result faster.
     basis = np.linalg.qr(x.T)[0]
     model = linear.LogisticRegression(C=FEW, max_iter=1000)
@@ -50,7 +57,8 @@ def logistic_regression(x: np.ndarray, y: np.ndarray, queries: np.ndarray) -> np
         model = linear.LogisticRegressionCV(**search, use_legacy_attributes=False, max_iter=1000)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", require_extra("sklearn.exceptions", "baselines").ConvergenceWarning)
-        return model.fit(x @ basis, y).predict(queries @ basis)
+        model.fit(x @ basis, y)
+    return model.classes_, model.predict_proba(queries @ basis)
 
 
 def sgd_rows(x: np.ndarray, y: np.ndarray, queries: np.ndarray) -> np.ndarray:
@@ -85,6 +93,8 @@ CLASSIFIERS: dict[str, Classifier] = {
     "nearest_class_mean": nearest_class_mean,
     "nearest_neighbours": nearest_neighbours,
     "logistic_regression": logistic_regression,
+    "kernel_discriminant": kernel_discriminant,
+    "random_ridge": random_ridge,
     "sgd_rows": sgd_rows,
     "adam_rows": adam_rows,
 }

@@ -1,7 +1,7 @@
 """Heads: they turn the evidence of a chunk (read-outs, gradients, labelled features) into the next state."""
 
 from .average import RunningAverage
-from .class_rows import ClassRows
+from .class_rows import ClassRows, united
 from .classical import SGD, MetaSGD, PathAware
 from .correction import Correction
 from .delta import WRITES, DeltaRule
@@ -32,5 +32,6 @@ __all__ = [
     "keep_tokens",
     "same_outputs",
     "trace",
+    "united",
     "with_outputs",
 ]

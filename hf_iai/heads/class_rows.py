@@ -1,60 +1,62 @@
-"""A classifier head that is computed from running sums: class means, scatter within classes, learned corrections.
+"""A classifier head that is computed from what a state keeps of labelled examples, with learned coefficients.
 
-Axes: B tasks, n examples of a chunk, C classes, d features.
+Axes: B tasks, n examples of a chunk, C classes, P prototypes of a class, d features.
 """
 
 import torch
 from torch import Tensor, nn
 
 from ..tensors import clamp_with_gradient, zero_linear
+from .logistic import fit
+from .prototypes import absorb, unite
 
 Kept = dict[str, Tensor]
-SCALE = 50.0  # scale of the logits before training; features have unit length
+PROTOTYPES, FIT_STEPS = 16, 4  # of a class; of a chunk
+SCALE, PENALTY = 15.0, 0.03  # of the discriminant's rows and of the fitted rows before training, for unit features
 GAIN = 3.0  # factor on the small networks' outputs, which have to move by whole units within a few hundred steps
 UNSEEN = -1e4  # bias of a class without an example; fits into every half-precision type
 MOST_LOG_WEIGHT, MOST_MARGIN = 3.0, 20.0  # clamps of an example's log weight and of a margin
-PUSH = 10.0  # unit of the correction's steps: a step of about 1 moves a margin by about 1
+# Clamps of the learned logarithms of scale, penalty and sharpness. A discriminant on a large scale explains all
+# examples, and leaves nothing to the fit.
+MOST_LOGS = (0.5, 1.5, 3.0)
 LEAST = 1e-6  # counts are clamped to this before something is divided by them
-LEAST_SIGMA = 0.2  # smallest sigma in eval mode: below it, steps hardly shrink and rows diverge on long streams
 
 
 class ClassRows(nn.Module):
     """A classifier head: it computes the rows W and biases b of a linear classifier from chunks of labelled features.
 
-    The state holds sums over weighted examples: for every class the count n_c, the sum of features t_c and n_c r_c,
-    where r_c is a learned correction; for all examples together M = sum w x x'. Let g be the mean of all examples and
+    The state holds sums over weighted examples: for every class the count n_c and the sum of features t_c, for all
+    examples together M = sum w x x'. It also holds 16 prototypes of every class, weighted points that stand for its
+    examples (`heads.prototypes`), and the fitted rows V. Let g be the mean of all examples and
     S = M - sum_c t_c t_c' / n_c the scatter within classes. Then
 
         m_c = (t_c + k_c g) / (n_c + k_c)                        class mean, pulled towards the common mean
-        A   = I + rho S
-        W_c = s A^-1 m_c + r_c
-        b_c = a_c - s m_c' A^-1 m_c / 2 - r_c' g                 -1e4 for a class without an example
+        U_c = s (I + rho S)^-1 m_c                               rows of the discriminant
+        a_c = o_c - U_c m_c / 2                                  its biases; -1e4 for a class without an example
+        V   = argmin sum_j q_j u_j CE((U + V) z_j + a, c_j) + lambda / 2 |V|^2   over prototypes z_j of mass u_j
+        W   = h (U + V),   b = h a
 
-    Three small networks give the coefficients:
+    The discriminant is what is known after few examples. The fit is a logistic regression that starts from it: every
+    chunk takes four steps of conjugate gradients on the prototypes (`heads.logistic`), from the V before. Small
+    networks give the coefficients:
 
-    - one sees counts, traces and the effective rank of M, and gives rho, s and sigma for the task;
-    - one sees the same and the counts of a class, and gives k_c and a_c;
-    - one sees how the current rows judge an example, and gives the weight w of the example and its step v_c in every
-      class. Its inputs are y (1 if this is the label), the probability p, y - p, the margin, logarithms of counts,
-      y (1 - p) and (1 - y) p.
+    - one sees counts, traces and the effective rank of M, and gives rho, s, lambda and the sharpness h for the task;
+    - one sees the same and the counts of a class, and gives k_c and o_c;
+    - one sees how the current rows judge an example, and gives its weight w. Its inputs are the probability p of its
+      class, 1 - p, the margin, and logarithms of counts;
+    - one sees how the discriminant judges a prototype, and gives the trust q in its label, 1 in the mean over all mass.
+      Its inputs are the margin, also in units of its spread, the share of margins above 0, and the logarithms of mass
+      and count.
 
-    With T = M - n g g', the scatter of all examples so far including this chunk, the correction takes the step
+    The last layer of every network starts at zero. Then k = o = rho = 0, w = q = h = 1, lambda = 0.03 and U is the
+    nearest class mean, 15 m_c: the head starts as a logistic regression on prototypes. The rows stay in the span of
+    what was read. The inputs of the networks do not change if the features are rotated, and do not depend on the number
+    of a class or of a step. Reading a chunk costs the same once all prototypes are taken, and less before. Two states
+    can be united (`united`): sums are added, prototypes united, and V is the mean, weighted by how many examples of the
+    class each state has read.
 
-        r_c += 10 v_c |y_c - p_c| (I + sigma T)^-1 (x - g)
-
-    If v has the sign of y - p, this resembles an online Newton step on the softmax loss, with the scatter in place of
-    the curvature. Steps get smaller as more is read, without a learning rate that depends on the step number. They do
-    not get smaller if sigma is 0, which can happen on streams much longer than those of training. In eval mode sigma
-    is therefore at least 0.2.
-
-    The last layer of every network starts at zero. Then k = a = rho = sigma = r = 0, w = 1 and the logits are
-    50 (m_c' x - |m_c|^2 / 2): the streaming classifier by nearest class mean (Euclidean distance). The rows stay in the
-    span of what was read, since A^-1 x differs from x by a combination of examples and means. The inputs of the
-    networks do not change if the features are rotated, and do not depend on the number of a class or of a step.
-    Reading a chunk always costs the same: two d x d linear systems with n and C right-hand sides. Two states can be
-    added up. The corrections of the sum are means, weighted by how many examples of the class each state has read.
-
-    Features must be float32 and have unit length.
+    Features must be float32 and have unit length. Gradients run through the sums and through the steps of the last
+    chunk, not through prototypes and earlier steps.
 
     Args:
         hidden: width of the hidden layers of the first two networks.
@@ -64,66 +66,66 @@ class ClassRows(nn.Module):
         >>> head = ClassRows()
         >>> kept = head.initial(num_tasks=1, num_classes=2, width=2)
         >>> kept = head(kept, torch.tensor([[[1.0, 0.0], [0.0, 1.0]]]), torch.tensor([[0, 1]]))
-        >>> head.rows(kept)[0].detach()
-        tensor([[[50.,  0.],
-                 [ 0., 50.]]])
+        >>> head.rows(kept)[0].argmax(-1)
+        tensor([[0, 1]])
 
     Source: shrunk linear discriminants, Friedman, Regularized Discriminant Analysis (1989), and their streaming form,
-    Hayes and Kanan, arXiv 1909.01520; online Newton steps, Hazan, Agarwal and Kale, Logarithmic Regret Algorithms for
-    Online Convex Optimization (2007). The learned coefficients are ours.
+    Hayes and Kanan, arXiv 1909.01520. The fit from their rows and the learned coefficients are ours.
     """
 
     def __init__(self, hidden: int = 16) -> None:
         super().__init__()
-        self.of_task, self.of_class = _network(6, hidden, outputs=3), _network(8, hidden)
-        self.of_example = _network(9, 24, num_layers=2)
+        self.of_task, self.of_class = _network(6, hidden, outputs=4), _network(8, hidden)
+        self.of_example = _network(6, 24, num_layers=2, outputs=1)
+        self.of_prototype = _network(5, 24, num_layers=2, outputs=1)
 
     @staticmethod
     def initial(num_tasks: int, num_classes: int, width: int, device=None) -> Kept:
-        """The sums before anything was read, all 0.
+        """The state before anything was read, all 0.
 
-        `count` (B, C), `total` and `correction` (B, C, d), `moment` (B, d, d).
+        `count` (B, C), `total` and `fitted` (B, C, d), `prototype` (B, C, P, d), `mass` (B, C, P), `moment` (B, d, d).
         """
         shapes = {
             "count": (num_classes,),
             "total": (num_classes, width),
+            "fitted": (num_classes, width),
+            "prototype": (num_classes, PROTOTYPES, width),
+            "mass": (num_classes, PROTOTYPES),
             "moment": (width, width),
-            "correction": (num_classes, width),
         }
         return {name: torch.zeros(num_tasks, *shape, device=device) for name, shape in shapes.items()}
 
-    @staticmethod
-    def grow(kept: Kept, num_classes: int) -> Kept:
-        """Append empty classes until there are `num_classes`."""
-        more = num_classes - kept["count"].shape[1]
-        grown = {name: nn.functional.pad(kept[name], (0, 0, 0, more)) for name in ("total", "correction")}
-        return kept | grown | {"count": nn.functional.pad(kept["count"], (0, more))}
-
     def forward(self, kept: Kept, features: Tensor, labels: Tensor) -> Kept:  # (B, n, d), (B, n)
-        """Add the examples of a chunk to the sums; a label of -100 marks padding."""
+        """Read the examples of a chunk; a label of -100 marks padding."""
         real = labels >= 0
         x = features.float().masked_fill(~real.unsqueeze(-1), 0.0)
         y = nn.functional.one_hot(labels.clamp_min(0), kept["count"].shape[1]).float() * real.unsqueeze(-1)  # (B, n, C)
-        judged, error = self._judge(kept, x, y)
-        log_weight, push = self.of_example(judged).unbind(-1)  # (B, n, C) each
-        weight = (log_weight * y).sum(-1, keepdim=True).clamp(-MOST_LOG_WEIGHT, MOST_LOG_WEIGHT).exp()  # (B, n, 1)
-        weighted = y * weight
+        log_weight = self.of_example(self._judge(kept, x, y)).clamp(-MOST_LOG_WEIGHT, MOST_LOG_WEIGHT)  # (B, n, 1)
+        weight = log_weight.exp() * real.unsqueeze(-1)
         sums = {
-            "count": kept["count"] + weighted.sum(1),
-            "total": kept["total"] + weighted.mT @ x,
+            "count": kept["count"] + (y * weight).sum(1),
+            "total": kept["total"] + (y * weight).mT @ x,
             "moment": kept["moment"] + (x * weight).mT @ x,
         }
-        count, steps = sums["count"].unsqueeze(-1), PUSH * (push * error).mT @ self._steps(sums, x)
-        grown = count / kept["count"].clamp_min(LEAST).unsqueeze(-1)  # exactly 1 where nothing was read
-        return sums | {"correction": kept["correction"] * grown + steps * count}
+        prototype, mass = absorb(kept["prototype"], kept["mass"], x, labels, weight.squeeze(-1))
+        read = sums | {"prototype": prototype, "mass": mass, "fitted": kept["fitted"]}
+        return read | {"fitted": self._fit(read, real.any(1))}
 
     def rows(self, kept: Kept) -> tuple[Tensor, Tensor]:
-        """The classifier that the sums give: W (B, C, d) and b (B, C)."""
+        """The classifier that the state gives: W (B, C, d) and b (B, C)."""
+        rows, bias, _, sharpness = self._discriminant(kept)
+        seen = kept["count"] > 0
+        return sharpness.unsqueeze(-1) * (rows + kept["fitted"]), (sharpness * bias).masked_fill(~seen, UNSEEN)
+
+    def _discriminant(self, kept: Kept) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """U (B, C, d), a (B, C), lambda (B,), h (B, 1)."""
         count, total, common = kept["count"], kept["total"], _common(kept)
         seen, number = count > 0, count.sum(1, keepdim=True).clamp_min(LEAST)
         scatter = kept["moment"] - total.mT @ _means(kept)
         task = _of_task(kept)
-        rho, log_scale, _ = (GAIN * self.of_task(task)).unbind(-1)
+        rho, *logs = (GAIN * self.of_task(task)).unbind(-1)
+        bounded = (clamp_with_gradient(log, -most, most) for log, most in zip(logs, MOST_LOGS, strict=True))
+        scale, penalty, sharpness = (log.exp() for log in bounded)  # (B,) each
         share = count.clamp_min(LEAST) * seen.sum(1, keepdim=True).clamp_min(1) / number
         single = torch.stack([count.log1p() - 2, share.log().clamp(-4, 4)], -1)
         by_class = torch.cat([task.unsqueeze(1).expand(-1, count.shape[1], -1), single], -1)
@@ -131,34 +133,72 @@ class ClassRows(nn.Module):
         drawn = clamp_with_gradient(drawn, low=0).unsqueeze(-1)
         means = (total + drawn * common) / (count.unsqueeze(-1) + drawn).clamp_min(LEAST)
         means = means.masked_fill(~seen.unsqueeze(-1), 0.0)
-        scale, correction = SCALE * log_scale.exp().view(-1, 1, 1), _correction(kept)
-        rows = scale * _solve(scatter, rho, means)
-        bias = offset - 0.5 * (rows * means).sum(-1) - (correction * common).sum(-1)
-        return rows + correction, bias.masked_fill(~seen, UNSEEN)
+        rows = SCALE * scale.view(-1, 1, 1) * _solve(scatter, rho, means)
+        bias = offset - 0.5 * (rows * means).sum(-1)
+        return rows, bias.masked_fill(~seen, UNSEEN), PENALTY * penalty, sharpness.unsqueeze(-1)
 
-    def _steps(self, sums: Kept, x: Tensor) -> Tensor:  # (B, n, d)
-        """(I + sigma T)^-1 (x - g), the direction in which each example moves the rows."""
-        common, number = _common(sums), sums["count"].sum(1).view(-1, 1, 1)
-        spread = sums["moment"] - number * common.mT @ common
-        sigma = GAIN * self.of_task(_of_task(sums))[:, 2]
-        return _solve(spread, sigma if self.training else sigma.clamp_min(LEAST_SIGMA), x - common)
+    def _fit(self, kept: Kept, has_read: Tensor) -> Tensor:  # (B,) -> (B, C, d)
+        """V after the steps of this chunk; tasks without an example in it keep theirs."""
+        rows, bias, penalty, _ = self._discriminant(kept)
+        points, said, mass = _occupied(kept)
+        prior = points @ rows.mT + bias.unsqueeze(1)
+        mass = mass * self._trust(prior.detach(), said, mass, kept["count"].detach())
+        fitted = fit(kept["fitted"], points, said, mass, prior, kept["moment"], penalty, FIT_STEPS)
+        return torch.where(has_read.view(-1, 1, 1), fitted, kept["fitted"])
+
+    def _trust(self, logits: Tensor, said: Tensor, mass: Tensor, count: Tensor) -> Tensor:
+        """q (B, N, 1), from logits (B, N, C), one-hot classes (B, N, C), masses (B, N, 1) and counts (B, C)."""
+        _, margin = _right(logits, said)  # (B, N)
+        mass = mass.squeeze(-1)
+        share = mass / mass.sum(1, keepdim=True).clamp_min(LEAST)
+        mean = (share * margin).sum(1, keepdim=True)
+        spread = (share * (margin - mean).square()).sum(1, keepdim=True).clamp_min(LEAST).sqrt()
+        agree = (share * (margin > 0)).sum(1, keepdim=True)  # low where many labels are wrong
+        of_class = (said @ count.unsqueeze(-1)).squeeze(-1).log1p() - 2
+        inputs = [margin / 10, (margin - mean) / spread, agree.expand_as(margin), mass.log1p(), of_class]
+        logs = self.of_prototype(torch.stack(inputs, -1)).squeeze(-1).clamp(-MOST_LOG_WEIGHT, MOST_LOG_WEIGHT)
+        return (logs.exp() / (share * logs.exp()).sum(1, keepdim=True).clamp_min(LEAST)).unsqueeze(-1)
 
     @torch.no_grad()  # the current rows are only measured here, so no gradient runs back through the whole stream
-    def _judge(self, kept: Kept, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:  # (B, n, C, 9), (B, n, C)
-        """The third network's inputs for each example and class, and |y - p|."""
+    def _judge(self, kept: Kept, x: Tensor, y: Tensor) -> Tensor:  # (B, n, d), (B, n, C) -> (B, n, 6)
+        """The third network's inputs for each example."""
         rows, bias = self.rows(kept)
         seen = (kept["count"] > 0).float().unsqueeze(1)  # (B, 1, C)
         logits = x @ rows.mT + bias.unsqueeze(1)
-        p = logits.softmax(-1) * seen
-        own, other = (logits * y).sum(-1, keepdim=True), logits.masked_fill(y > 0, -1e9).amax(-1, keepdim=True)
-        margin = torch.where(y > 0, logits - other, logits - own).clamp(-MOST_MARGIN, MOST_MARGIN) / 10
-        margin = margin * seen * (y @ seen.mT)  # 0 unless both classes have been read
-        counts = [kept["count"].unsqueeze(1).log1p() - 2, y.sum(1, keepdim=True).log1p()]
-        counts.append(kept["count"].sum(1).log1p().view(-1, 1, 1) - 4)
-        counts = [t.expand_as(p) for t in counts]
-        missed, wrong = y * (1 - p), (1 - y) * p
-        error = (missed + wrong) * y.sum(-1, keepdim=True)  # 0 for padding
-        return torch.stack([y, p, y - p, margin, *counts, missed, wrong], -1), error
+        p, margin = _right(logits, y)
+        read = (seen * y).sum(-1)
+        known = read * (seen * (1 - y)).amax(-1)  # its class and another one have been read
+        p, margin = p * read, margin / 10 * known
+        of_class = [(y @ count.unsqueeze(-1)).squeeze(-1).log1p() for count in (kept["count"], y.sum(1))]
+        of_all = kept["count"].sum(1, keepdim=True).log1p().expand_as(p) - 4
+        return torch.stack([p, 1 - p, margin, of_class[0] - 2, of_class[1], of_all], -1)
+
+
+def united(one: Kept, other: Kept) -> Kept:
+    """The state of two that read different chunks of the same tasks, with the same classes."""
+    added = {name: one[name] + other[name] for name in ("count", "total", "moment")}
+    parts = [(kept["prototype"], kept["mass"]) for kept in (one, other)]
+    share = other["count"] / added["count"].clamp_min(LEAST)
+    prototype, mass = unite(*parts)
+    fitted = one["fitted"].lerp(other["fitted"], share.unsqueeze(-1))
+    return added | {"fitted": fitted, "prototype": prototype, "mass": mass}
+
+
+def _right(logits: Tensor, said: Tensor) -> tuple[Tensor, Tensor]:  # (B, n, C) each -> (B, n) each
+    """The probability of the right class, and how far its logit is above the others."""
+    own, other = (logits * said).sum(-1), logits.masked_fill(said > 0, 2 * UNSEEN).amax(-1)
+    return (logits.softmax(-1) * said).sum(-1), (own - other).clamp(-MOST_MARGIN, MOST_MARGIN)
+
+
+def _occupied(kept: Kept) -> tuple[Tensor, Tensor, Tensor]:
+    """The prototypes that stand for something, in any order: points (B, N, d), classes (B, N, C), masses (B, N, 1)."""
+    mass = kept["mass"].flatten(1)  # (B, C P)
+    mass, places = mass.sort(descending=True, stable=True)
+    num = int((mass > 0).sum(1).max()) if mass.numel() else 0
+    mass, places = mass[:, :num].unsqueeze(-1), places[:, :num]
+    points = kept["prototype"].flatten(1, 2)
+    points = points.gather(1, places.unsqueeze(-1).expand(-1, -1, points.shape[-1]))
+    return points, nn.functional.one_hot(places // PROTOTYPES, kept["mass"].shape[1]).float(), mass
 
 
 def _means(kept: Kept) -> Tensor:  # (B, C, d)
@@ -167,10 +207,6 @@ def _means(kept: Kept) -> Tensor:  # (B, C, d)
 
 def _common(kept: Kept) -> Tensor:  # (B, 1, d)
     return kept["total"].sum(1, keepdim=True) / kept["count"].sum(1).clamp_min(LEAST).view(-1, 1, 1)
-
-
-def _correction(kept: Kept) -> Tensor:  # (B, C, d)
-    return kept["correction"] / kept["count"].clamp_min(LEAST).unsqueeze(-1)
 
 
 def _solve(scatter: Tensor, factor: Tensor, rows: Tensor) -> Tensor:  # (B, d, d), (B,), (B, n, d) -> (B, n, d)

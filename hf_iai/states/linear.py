@@ -16,7 +16,9 @@ class LinearState(SlotState):
     A classifier with C classes keeps, in float32:
 
         count (B, C)                     weighted number of examples of each class
-        total, correction (B, C, d)      sum of their features; learned correction of the row, times the count
+        total, fitted (B, C, d)          sum of their features; what a fit to the prototypes adds to the row
+        prototype (B, C, 16, d)          weighted points that stand for the examples of a class
+        mass (B, C, 16)                  their weights
         moment (B, d, d)                 sum of x x' over all examples
 
     A regression with o outputs keeps, in float64:

@@ -72,7 +72,7 @@ def training_tasks(
             "num_examples": chunk_size * min(most_chunks, there_are // chunk_size),
             "num_queries": num_queries,
             "imbalance": np.exp(rng.uniform(0, np.log(20))) if rng.random() < 0.25 else 1.0,
-            "noise": rng.uniform(0, 0.3) if rng.random() < 0.1 else 0.0,
+            "noise": rng.uniform(0, 0.3) if rng.random() < 0.2 else 0.0,
         }
         drawn.append(draw_task(rng, corpora[corpus], labels, **options))
         drawn_from.append(corpora[corpus])
@@ -89,8 +89,8 @@ def _padded(values: np.ndarray, length: int, value: int) -> np.ndarray:
 def train(
     split: int = 0,
     seed: int = 0,
-    steps: int = 300,
-    batch_size: int = 8,
+    steps: int = 120,
+    batch_size: int = 4,
     lr: float = 1e-2,
     data: Path = DATA,
     encoder: str = ENCODER,

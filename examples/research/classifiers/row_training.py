@@ -64,9 +64,10 @@ def train_head(
     decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, 2 * (1 - step / steps)))
     for _ in (bar := tqdm(range(steps), "train", mininterval=10)):
         tasks = draw(int(np.exp(rng.uniform(0, np.log(MOST_CHUNKS + 0.99)))))
-        read = list(states(head, tasks))
-        scored = {len(read), max(1, len(read) // 2)}
-        loss = torch.stack([loss_of(head, read[n - 1], tasks) for n in scored]).mean()
+        num_chunks = -(-tasks.features.shape[1] // tasks.chunk_size)
+        scored = {num_chunks, max(1, num_chunks // 2)}
+        losses = [loss_of(head, kept, tasks) for n, kept in enumerate(states(head, tasks), 1) if n in scored]
+        loss = torch.stack(losses).mean()
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(head.parameters(), 1.0)

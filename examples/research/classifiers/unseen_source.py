@@ -46,13 +46,13 @@ def new_reader(name: str):
     return get_peft_model(base, IAIConfig(task_type="SEQ_CLS", state_type="linear"))
 
 
-def trained_head(name: str, corpus: Corpus, seed: int, work: Path, steps: int = 300) -> ClassRows:
+def trained_head(name: str, corpus: Corpus, seed: int, work: Path, steps: int = 120) -> ClassRows:
     """Train on all labels of one corpus, in the same way as `meta_train_intents`; the head is kept in `work`."""
     torch.manual_seed(seed)
     head, rng = new_reader(name).base_model.core.head, np.random.default_rng(seed)
     file = work / f"after-{corpus.name}-{seed}.safetensors"
     if not file.exists():
-        train_head(head, lambda most: training_tasks(rng, [corpus], (), 8, most), rng, steps=steps, lr=1e-2)
+        train_head(head, lambda most: training_tasks(rng, [corpus], (), 4, most), rng, steps=steps, lr=1e-2)
         with replacing(file) as temporary:
             save_file(head.state_dict(), temporary)
     head.load_state_dict(load_file(file))
