@@ -18,7 +18,8 @@ UNSEEN = -1e4  # bias of a class without an example; fits into every half-precis
 MOST_LOG_WEIGHT, MOST_MARGIN = 3.0, 20.0  # clamps of an example's log weight and of a margin
 # Clamps of the learned logarithms of scale, penalty and sharpness. A discriminant on a large scale explains all
 # examples, and leaves nothing to the fit.
-MOST_LOGS = (0.5, 1.5, 3.0)
+MOST_LOGS = (0.5, 2.0, 3.0)
+MEMORY = 0.99  # how much a guess counts after one more example
 LEAST = 1e-6  # counts are clamped to this before something is divided by them
 
 
@@ -75,9 +76,8 @@ class ClassRows(nn.Module):
 
     def __init__(self, hidden: int = 16) -> None:
         super().__init__()
-        self.of_task, self.of_class = _network(6, hidden, outputs=4), _network(8, hidden)
-        self.of_example = _network(6, 24, num_layers=2, outputs=1)
-        self.of_prototype = _network(5, 24, num_layers=2, outputs=1)
+        self.of_task, self.of_class = _network(8, hidden, outputs=4), _network(10, hidden)
+        self.of_prototype = _network(8, 24, num_layers=2, outputs=1)
 
     @staticmethod
     def initial(num_tasks: int, num_classes: int, width: int, device=None) -> Kept:
@@ -88,10 +88,11 @@ class ClassRows(nn.Module):
         shapes = {
             "count": (num_classes,),
             "total": (num_classes, width),
-            "fitted": (num_classes, width),
+            "fitted": (num_classes, width + 1),
             "prototype": (num_classes, PROTOTYPES, width),
             "mass": (num_classes, PROTOTYPES),
             "moment": (width, width),
+            "guessed": (3,),
         }
         return {name: torch.zeros(num_tasks, *shape, device=device) for name, shape in shapes.items()}
 
@@ -100,22 +101,23 @@ class ClassRows(nn.Module):
         real = labels >= 0
         x = features.float().masked_fill(~real.unsqueeze(-1), 0.0)
         y = nn.functional.one_hot(labels.clamp_min(0), kept["count"].shape[1]).float() * real.unsqueeze(-1)  # (B, n, C)
-        log_weight = self.of_example(self._judge(kept, x, y)).clamp(-MOST_LOG_WEIGHT, MOST_LOG_WEIGHT)  # (B, n, 1)
-        weight = log_weight.exp() * real.unsqueeze(-1)
-        sums = {
-            "count": kept["count"] + (y * weight).sum(1),
-            "total": kept["total"] + (y * weight).mT @ x,
-            "moment": kept["moment"] + (x * weight).mT @ x,
+        prototype, mass = absorb(kept["prototype"], kept["mass"], x, labels, real.float())
+        read = {
+            "count": kept["count"] + y.sum(1),
+            "total": kept["total"] + y.mT @ x,
+            "moment": kept["moment"] + x.mT @ x,
+            "guessed": kept["guessed"] * MEMORY ** real.sum(1, keepdim=True) + self._guess(kept, x, y),
+            "prototype": prototype,
+            "mass": mass,
+            "fitted": kept["fitted"],
         }
-        prototype, mass = absorb(kept["prototype"], kept["mass"], x, labels, weight.squeeze(-1))
-        read = sums | {"prototype": prototype, "mass": mass, "fitted": kept["fitted"]}
         return read | {"fitted": self._fit(read, real.any(1))}
 
     def rows(self, kept: Kept) -> tuple[Tensor, Tensor]:
         """The classifier that the state gives: W (B, C, d) and b (B, C)."""
         rows, bias, _, sharpness = self._discriminant(kept)
-        seen = kept["count"] > 0
-        return sharpness.unsqueeze(-1) * (rows + kept["fitted"]), (sharpness * bias).masked_fill(~seen, UNSEEN)
+        rows, bias = rows + kept["fitted"][..., :-1], bias + kept["fitted"][..., -1]
+        return sharpness.unsqueeze(-1) * rows, (sharpness * bias).masked_fill(kept["count"] == 0, UNSEEN)
 
     def _discriminant(self, kept: Kept) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """U (B, C, d), a (B, C), lambda (B,), h (B, 1)."""
@@ -124,7 +126,7 @@ class ClassRows(nn.Module):
         scatter = kept["moment"] - total.mT @ _means(kept)
         task = _of_task(kept)
         rho, *logs = (GAIN * self.of_task(task)).unbind(-1)
-        bounded = (clamp_with_gradient(log, -most, most) for log, most in zip(logs, MOST_LOGS, strict=True))
+        bounded = ((log / most).tanh() * most for log, most in zip(logs, MOST_LOGS, strict=True))
         scale, penalty, sharpness = (log.exp() for log in bounded)  # (B,) each
         share = count.clamp_min(LEAST) * seen.sum(1, keepdim=True).clamp_min(1) / number
         single = torch.stack([count.log1p() - 2, share.log().clamp(-4, 4)], -1)
@@ -142,41 +144,38 @@ class ClassRows(nn.Module):
         rows, bias, penalty, _ = self._discriminant(kept)
         points, said, mass = _occupied(kept)
         prior = points @ rows.mT + bias.unsqueeze(1)
-        mass = mass * self._trust(prior.detach(), said, mass, kept["count"].detach())
-        fitted = fit(kept["fitted"], points, said, mass, prior, kept["moment"], penalty, FIT_STEPS)
+        mass = mass * self._trust(prior.detach(), said, mass, kept)
+        points, moment = nn.functional.pad(points, (0, 1), value=1.0), _moment_with_one(kept)
+        fitted = fit(kept["fitted"], points, said, mass, prior, moment, penalty, FIT_STEPS)
         return torch.where(has_read.view(-1, 1, 1), fitted, kept["fitted"])
 
-    def _trust(self, logits: Tensor, said: Tensor, mass: Tensor, count: Tensor) -> Tensor:
-        """q (B, N, 1), from logits (B, N, C), one-hot classes (B, N, C), masses (B, N, 1) and counts (B, C)."""
+    def _trust(self, logits: Tensor, said: Tensor, mass: Tensor, kept: Kept) -> Tensor:
+        """q (B, N, 1), from logits (B, N, C), one-hot classes (B, N, C) and masses (B, N, 1)."""
         _, margin = _right(logits, said)  # (B, N)
         mass = mass.squeeze(-1)
         share = mass / mass.sum(1, keepdim=True).clamp_min(LEAST)
         mean = (share * margin).sum(1, keepdim=True)
         spread = (share * (margin - mean).square()).sum(1, keepdim=True).clamp_min(LEAST).sqrt()
         agree = (share * (margin > 0)).sum(1, keepdim=True)  # low where many labels are wrong
-        of_class = (said @ count.unsqueeze(-1)).squeeze(-1).log1p() - 2
-        inputs = [margin / 10, (margin - mean) / spread, agree.expand_as(margin), mass.log1p(), of_class]
+        of_class = (said @ kept["count"].unsqueeze(-1)).squeeze(-1).log1p() - 2
+        of_task = [value.unsqueeze(1).expand_as(margin) for value in _of_task(kept)[:, [1, 6, 7]].unbind(1)]
+        inputs = [margin / 10, (margin - mean) / spread, agree.expand_as(margin), mass.log1p(), of_class, *of_task]
         logs = self.of_prototype(torch.stack(inputs, -1)).squeeze(-1).clamp(-MOST_LOG_WEIGHT, MOST_LOG_WEIGHT)
         return (logs.exp() / (share * logs.exp()).sum(1, keepdim=True).clamp_min(LEAST)).unsqueeze(-1)
 
-    @torch.no_grad()  # the current rows are only measured here, so no gradient runs back through the whole stream
-    def _judge(self, kept: Kept, x: Tensor, y: Tensor) -> Tensor:  # (B, n, d), (B, n, C) -> (B, n, 6)
-        """The third network's inputs for each example."""
+    @torch.no_grad()
+    def _guess(self, kept: Kept, x: Tensor, y: Tensor) -> Tensor:  # (B, n, d), (B, n, C) -> (B, 3)
+        """How many examples the current rows could judge, how many of them they have right, and the sum of p."""
         rows, bias = self.rows(kept)
         seen = (kept["count"] > 0).float().unsqueeze(1)  # (B, 1, C)
-        logits = x @ rows.mT + bias.unsqueeze(1)
-        p, margin = _right(logits, y)
-        read = (seen * y).sum(-1)
-        known = read * (seen * (1 - y)).amax(-1)  # its class and another one have been read
-        p, margin = p * read, margin / 10 * known
-        of_class = [(y @ count.unsqueeze(-1)).squeeze(-1).log1p() for count in (kept["count"], y.sum(1))]
-        of_all = kept["count"].sum(1, keepdim=True).log1p().expand_as(p) - 4
-        return torch.stack([p, 1 - p, margin, of_class[0] - 2, of_class[1], of_all], -1)
+        known = (seen * y).sum(-1) * (seen * (1 - y)).amax(-1)  # its class and another one have been read
+        p, margin = _right(x @ rows.mT + bias.unsqueeze(1), y)
+        return torch.stack([known, known * (margin > 0), known * p], -1).sum(1)
 
 
 def united(one: Kept, other: Kept) -> Kept:
     """The state of two that read different chunks of the same tasks, with the same classes."""
-    added = {name: one[name] + other[name] for name in ("count", "total", "moment")}
+    added = {name: one[name] + other[name] for name in ("count", "total", "moment", "guessed")}
     parts = [(kept["prototype"], kept["mass"]) for kept in (one, other)]
     share = other["count"] / added["count"].clamp_min(LEAST)
     prototype, mass = unite(*parts)
@@ -199,6 +198,13 @@ def _occupied(kept: Kept) -> tuple[Tensor, Tensor, Tensor]:
     points = kept["prototype"].flatten(1, 2)
     points = points.gather(1, places.unsqueeze(-1).expand(-1, -1, points.shape[-1]))
     return points, nn.functional.one_hot(places // PROTOTYPES, kept["mass"].shape[1]).float(), mass
+
+
+def _moment_with_one(kept: Kept) -> Tensor:  # (B, d + 1, d + 1)
+    """The sum of (x, 1) (x, 1)'."""
+    total, number = kept["total"].sum(1), kept["count"].sum(1)  # (B, d), (B,)
+    moment = torch.cat([kept["moment"], total.unsqueeze(1)], 1)
+    return torch.cat([moment, torch.cat([total, number.unsqueeze(1)], 1).unsqueeze(-1)], -1)
 
 
 def _means(kept: Kept) -> Tensor:  # (B, C, d)
@@ -230,7 +236,9 @@ def _of_task(kept: Kept) -> Tensor:  # (B, 6)
     rank = trace.square() / moment.square().sum((1, 2)).clamp_min(1e-9)
     sizes = [number.log1p() - 4, classes.clamp_min(1).log() - 2, (number - classes).clamp_min(0).log1p() - 3]
     parts = [2 * within / number.clamp_min(1), 2 * between / number.clamp_min(1), rank.clamp_min(1).log() - 3]
-    return torch.stack([*sizes, *parts], -1)
+    known, right, p = kept["guessed"].unbind(-1)
+    guessed = [(2 * value - known) / (known + 10) for value in (right, p)]
+    return torch.stack([*sizes, *parts, *guessed], -1)
 
 
 def _network(inputs: int, hidden: int, num_layers: int = 1, outputs: int = 2) -> nn.Sequential:

@@ -77,7 +77,8 @@ def _length(
         slope = ((mean - (said * moved).sum(-1, keepdim=True)) * mass).sum((1, 2), keepdim=True)
         bend = (((p * moved.square()).sum(-1, keepdim=True) - mean.square()) * mass).sum((1, 2), keepdim=True)
         slope, bend = slope + penalty * (_dot(rows, direction) + length * square), bend + penalty * square
-        length = torch.where(bend > 0, length - slope / bend, length).clamp_min(0)
+        moved_to = torch.where(bend > 0, length - slope / bend, length)
+        length = torch.where(moved_to > 0, moved_to, length / 2)  # the step before may have gone much too far
     return length
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from examples.research.classifiers.row_training import CHUNK, MOST_CHUNKS, Tasks
@@ -87,6 +87,22 @@ def load_corpora(data: Path, cache: Path, model, tokenizer) -> list[Corpus]:
 
 
 # ---------------------------------------------------------------- tasks
+
+
+def varied(rng: np.random.Generator, corpus: Corpus) -> Corpus:
+    """As if from another source: a third of the draws has features closer to the mean of their label, a third has noise.
+
+    Sources differ in how clean they are, and a reader that is trained on one of them meets another one.
+    """
+    kind, size, features = rng.integers(3), float(rng.uniform()), corpus.features
+    if kind == 1:
+        means = torch.empty_like(features)
+        for rows in corpus.rows.values():
+            means[rows] = features[rows].mean(0)
+        features = features.lerp(means, 0.5 * size)
+    if kind == 2:
+        features = features + size * torch.randn_like(features) / features.shape[1] ** 0.5
+    return corpus._replace(features=nn.functional.normalize(features, dim=-1))
 
 
 def draw_task(

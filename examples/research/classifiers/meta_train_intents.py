@@ -30,6 +30,7 @@ from examples.research.classifiers.intent_tasks import (
     evaluation_tasks,
     load_corpora,
     stack,
+    varied,
 )
 from examples.research.classifiers.row_report import COUNTS, draw, print_table, rows_of
 from examples.research.classifiers.row_training import CHUNK, Tasks, logits_of, states, train_head
@@ -58,13 +59,15 @@ def training_tasks(
     rng: np.random.Generator, corpora: list[Corpus], held_out: tuple[str, ...], num: int, most_chunks: int
 ) -> Tasks:
     """Tasks of 3 to all labels of the training topics; some are unbalanced (up to 1:20), some mislabelled (up to 30%).
+    Some are of varied sources (`varied`).
 
     Half of the batches are read in larger chunks, up to five times as many examples in a chunk.
     """
     drawn_from, drawn, chunk_size = [], [], int(rng.choice(CHUNK_SIZES))
     for corpus in rng.choice(len(corpora), num):
         labels = corpora[corpus].labels(held_out, held_out=False)
-        ways = int(np.exp(rng.uniform(np.log(FEWEST_WAYS), np.log(len(labels) + 0.99))))
+        ways = int(np.exp(rng.uniform(np.log(FEWEST_WAYS), np.log(2 * len(labels)))))
+        ways = min(ways, len(labels))
         labels = list(rng.choice(labels, ways, replace=False))
         num_queries = int(np.clip(200 // ways, 2, QUERIES))
         there_are = sum(len(corpora[corpus].rows[label]) - num_queries for label in labels)
@@ -75,7 +78,7 @@ def training_tasks(
             "noise": rng.uniform(0, 0.3) if rng.random() < 0.2 else 0.0,
         }
         drawn.append(draw_task(rng, corpora[corpus], labels, **options))
-        drawn_from.append(corpora[corpus])
+        drawn_from.append(varied(rng, corpora[corpus]))
     longest = max(len(task[0]) for task in drawn)
     drawn = [(_padded(rows, longest, 0), _padded(said, longest, -100), *asked) for rows, said, *asked in drawn]
     return stack(drawn_from, drawn)._replace(chunk_size=chunk_size)
