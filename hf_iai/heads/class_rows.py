@@ -15,7 +15,7 @@ PROTOTYPES, FIT_STEPS = 16, 4  # of a class; of a chunk
 SCALE, PENALTY = 15.0, 0.03  # of the discriminant's rows and of the fitted rows before training, for unit features
 GAIN = 3.0  # factor on the small networks' outputs, which have to move by whole units within a few hundred steps
 UNSEEN = -1e4  # bias of a class without an example; fits into every half-precision type
-MOST_LOG_WEIGHT, MOST_MARGIN = 3.0, 20.0  # clamps of an example's log weight and of a margin
+MOST_MARGIN, THRESHOLD = 20.0, 3.0  # clamp of a margin; how negative it must be to cast doubt, before training
 # Clamps of the learned logarithms of scale, penalty and sharpness. A discriminant on a large scale explains all
 # examples, and leaves nothing to the fit.
 MOST_LOGS = (0.5, 2.0, 3.0)
@@ -76,8 +76,7 @@ class ClassRows(nn.Module):
 
     def __init__(self, hidden: int = 16) -> None:
         super().__init__()
-        self.of_task, self.of_class = _network(8, hidden, outputs=4), _network(10, hidden)
-        self.of_prototype = _network(8, 24, num_layers=2, outputs=1)
+        self.of_task, self.of_class = _network(8, hidden, outputs=6), _network(10, hidden)
 
     @staticmethod
     def initial(num_tasks: int, num_classes: int, width: int, device=None) -> Kept:
@@ -115,17 +114,18 @@ class ClassRows(nn.Module):
 
     def rows(self, kept: Kept) -> tuple[Tensor, Tensor]:
         """The classifier that the state gives: W (B, C, d) and b (B, C)."""
-        rows, bias, _, sharpness = self._discriminant(kept)
+        rows, bias, _, sharpness, _ = self._discriminant(kept)
         rows, bias = rows + kept["fitted"][..., :-1], bias + kept["fitted"][..., -1]
         return sharpness.unsqueeze(-1) * rows, (sharpness * bias).masked_fill(kept["count"] == 0, UNSEEN)
 
-    def _discriminant(self, kept: Kept) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """U (B, C, d), a (B, C), lambda (B,), h (B, 1)."""
+    def _discriminant(self, kept: Kept) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """U (B, C, d), a (B, C), lambda (B,), h (B, 1), and doubt and threshold (B, 2)."""
         count, total, common = kept["count"], kept["total"], _common(kept)
         seen, number = count > 0, count.sum(1, keepdim=True).clamp_min(LEAST)
         scatter = kept["moment"] - total.mT @ _means(kept)
         task = _of_task(kept)
-        rho, *logs = (GAIN * self.of_task(task)).unbind(-1)
+        rho, *logs, doubt, threshold = (GAIN * self.of_task(task)).unbind(-1)
+        doubts = torch.stack([clamp_with_gradient(doubt, low=0), threshold - THRESHOLD], -1)
         bounded = ((log / most).tanh() * most for log, most in zip(logs, MOST_LOGS, strict=True))
         scale, penalty, sharpness = (log.exp() for log in bounded)  # (B,) each
         share = count.clamp_min(LEAST) * seen.sum(1, keepdim=True).clamp_min(1) / number
@@ -137,31 +137,17 @@ class ClassRows(nn.Module):
         means = means.masked_fill(~seen.unsqueeze(-1), 0.0)
         rows = SCALE * scale.view(-1, 1, 1) * _solve(scatter, rho, means)
         bias = offset - 0.5 * (rows * means).sum(-1)
-        return rows, bias.masked_fill(~seen, UNSEEN), PENALTY * penalty, sharpness.unsqueeze(-1)
+        return rows, bias.masked_fill(~seen, UNSEEN), PENALTY * penalty, sharpness.unsqueeze(-1), doubts
 
     def _fit(self, kept: Kept, has_read: Tensor) -> Tensor:  # (B,) -> (B, C, d)
         """V after the steps of this chunk; tasks without an example in it keep theirs."""
-        rows, bias, penalty, _ = self._discriminant(kept)
+        rows, bias, penalty, _, doubts = self._discriminant(kept)
         points, said, mass = _occupied(kept)
         prior = points @ rows.mT + bias.unsqueeze(1)
-        mass = mass * self._trust(prior.detach(), said, mass, kept)
+        mass = mass * _trust(prior.detach(), said, doubts)
         points, moment = nn.functional.pad(points, (0, 1), value=1.0), _moment_with_one(kept)
         fitted = fit(kept["fitted"], points, said, mass, prior, moment, penalty, FIT_STEPS)
         return torch.where(has_read.view(-1, 1, 1), fitted, kept["fitted"])
-
-    def _trust(self, logits: Tensor, said: Tensor, mass: Tensor, kept: Kept) -> Tensor:
-        """q (B, N, 1), from logits (B, N, C), one-hot classes (B, N, C) and masses (B, N, 1)."""
-        _, margin = _right(logits, said)  # (B, N)
-        mass = mass.squeeze(-1)
-        share = mass / mass.sum(1, keepdim=True).clamp_min(LEAST)
-        mean = (share * margin).sum(1, keepdim=True)
-        spread = (share * (margin - mean).square()).sum(1, keepdim=True).clamp_min(LEAST).sqrt()
-        agree = (share * (margin > 0)).sum(1, keepdim=True)  # low where many labels are wrong
-        of_class = (said @ kept["count"].unsqueeze(-1)).squeeze(-1).log1p() - 2
-        of_task = [value.unsqueeze(1).expand_as(margin) for value in _of_task(kept)[:, [1, 6, 7]].unbind(1)]
-        inputs = [margin / 10, (margin - mean) / spread, agree.expand_as(margin), mass.log1p(), of_class, *of_task]
-        logs = self.of_prototype(torch.stack(inputs, -1)).squeeze(-1).clamp(-MOST_LOG_WEIGHT, MOST_LOG_WEIGHT)
-        return (logs.exp() / (share * logs.exp()).sum(1, keepdim=True).clamp_min(LEAST)).unsqueeze(-1)
 
     @torch.no_grad()
     def _guess(self, kept: Kept, x: Tensor, y: Tensor) -> Tensor:  # (B, n, d), (B, n, C) -> (B, 3)
@@ -181,6 +167,12 @@ def united(one: Kept, other: Kept) -> Kept:
     prototype, mass = unite(*parts)
     fitted = one["fitted"].lerp(other["fitted"], share.unsqueeze(-1))
     return added | {"fitted": fitted, "prototype": prototype, "mass": mass}
+
+
+def _trust(logits: Tensor, said: Tensor, doubts: Tensor) -> Tensor:  # (B, N, C), (B, N, C), (B, 2) -> (B, N, 1)
+    """q, less where the discriminant contradicts a label."""
+    doubt, threshold = doubts.unsqueeze(-1).unbind(1)  # (B, 1) each
+    return (-doubt * (threshold - _right(logits, said)[1]).sigmoid()).exp().unsqueeze(-1)
 
 
 def _right(logits: Tensor, said: Tensor) -> tuple[Tensor, Tensor]:  # (B, n, C) each -> (B, n) each
