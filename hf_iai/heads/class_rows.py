@@ -15,10 +15,10 @@ PROTOTYPES, FIT_STEPS = 16, 4  # of a class; of a chunk
 SCALE, PENALTY = 15.0, 0.03  # of the discriminant's rows and of the fitted rows before training, for unit features
 GAIN = 3.0  # factor on the small networks' outputs, which have to move by whole units within a few hundred steps
 UNSEEN = -1e4  # bias of a class without an example; fits into every half-precision type
-MOST_MARGIN, THRESHOLD = 20.0, 3.0  # clamp of a margin; how negative it must be to cast doubt, before training
+MOST_MARGIN, AGAINST = 20.0, 4.0  # clamp of a margin; how far it must be below 0 to cast doubt, before training
 # Clamps of the learned logarithms of scale, penalty and sharpness. A discriminant on a large scale explains all
 # examples, and leaves nothing to the fit.
-MOST_LOGS = (0.5, 2.0, 3.0)
+MOST_LOGS = (0.5, 0.7, 3.0, 0.7)
 MEMORY = 0.99  # how much a guess counts after one more example
 LEAST = 1e-6  # counts are clamped to this before something is divided by them
 
@@ -124,10 +124,10 @@ class ClassRows(nn.Module):
         seen, number = count > 0, count.sum(1, keepdim=True).clamp_min(LEAST)
         scatter = kept["moment"] - total.mT @ _means(kept)
         task = _of_task(kept)
-        rho, *logs, doubt, threshold = (GAIN * self.of_task(task)).unbind(-1)
-        doubts = torch.stack([clamp_with_gradient(doubt, low=0), threshold - THRESHOLD], -1)
+        rho, doubt, *logs = (GAIN * self.of_task(task)).unbind(-1)
         bounded = ((log / most).tanh() * most for log, most in zip(logs, MOST_LOGS, strict=True))
-        scale, penalty, sharpness = (log.exp() for log in bounded)  # (B,) each
+        scale, penalty, sharpness, against = (log.exp() for log in bounded)  # (B,) each
+        doubts = torch.stack([clamp_with_gradient(doubt, low=0), AGAINST * against], -1)
         share = count.clamp_min(LEAST) * seen.sum(1, keepdim=True).clamp_min(1) / number
         single = torch.stack([count.log1p() - 2, share.log().clamp(-4, 4)], -1)
         by_class = torch.cat([task.unsqueeze(1).expand(-1, count.shape[1], -1), single], -1)
@@ -171,8 +171,8 @@ def united(one: Kept, other: Kept) -> Kept:
 
 def _trust(logits: Tensor, said: Tensor, doubts: Tensor) -> Tensor:  # (B, N, C), (B, N, C), (B, 2) -> (B, N, 1)
     """q, less where the discriminant contradicts a label."""
-    doubt, threshold = doubts.unsqueeze(-1).unbind(1)  # (B, 1) each
-    return (-doubt * (threshold - _right(logits, said)[1]).sigmoid()).exp().unsqueeze(-1)
+    doubt, against = doubts.unsqueeze(-1).unbind(1)  # (B, 1) each
+    return (-doubt * (-against - _right(logits, said)[1]).sigmoid()).exp().unsqueeze(-1)
 
 
 def _right(logits: Tensor, said: Tensor) -> tuple[Tensor, Tensor]:  # (B, n, C) each -> (B, n) each
