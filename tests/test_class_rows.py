@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_iai.heads import ClassRows
-from hf_iai.heads.class_rows import united
+from hf_iai.heads.class_rows import _trust, united
 from hf_iai.label_names import with_classes
 
 TASKS, CLASSES, WIDTH, CHUNK = 3, 5, 12, 8
@@ -26,7 +26,7 @@ def disturbed(scale=0.05) -> ClassRows:
     torch.manual_seed(1)
     head = ClassRows()
     with torch.no_grad():
-        for network in (head.of_task, head.of_class, head.of_example, head.of_prototype):
+        for network in (head.of_task, head.of_class):
             network[-1].weight.normal_(0, scale)
             network[-1].bias.fill_(0.2)
     return head
@@ -52,14 +52,16 @@ def assert_close(one, other, atol=1e-5):
 def test_starts_from_the_nearest_class_mean():
     head, (features, labels) = ClassRows(), stream()
     kept = read(head, features, labels)
-    rows, bias, penalty, sharpness = head._discriminant(kept)
+    rows, bias, penalty, sharpness, doubts = head._discriminant(kept)
     for task in range(TASKS):
         for c in range(CLASSES):
             mean = features[task, labels[task] == c].mean(0)
             torch.testing.assert_close(rows[task, c] / 15, mean, atol=1e-6, rtol=0)
             torch.testing.assert_close(bias[task, c] / 15, -mean.square().sum() / 2, atol=1e-6, rtol=0)
     assert torch.equal(sharpness, torch.ones(TASKS, 1)) and torch.allclose(penalty, torch.full((TASKS,), 0.03))
-    torch.testing.assert_close(head.rows(kept)[0], rows + kept["fitted"])
+    assert torch.equal(doubts[:, 0], torch.zeros(TASKS))
+    torch.testing.assert_close(head.rows(kept)[0], rows + kept["fitted"][..., :-1])
+    torch.testing.assert_close(head.rows(kept)[1], bias + kept["fitted"][..., -1])
 
 
 @pytest.mark.parametrize("make", [ClassRows, disturbed], ids=["start", "disturbed"])
@@ -85,19 +87,16 @@ def test_padding_changes_nothing():
     assert_close(head(kept, x, y), longer)
 
 
-def test_order_matters_only_to_weights_and_to_the_fit():
+def test_order_matters_only_to_guesses_and_to_the_fit():
     features, labels = stream()
     head = disturbed()
-    forward, backward = (read(head, f, y) for f, y in ((features, labels), (features.flip(1), labels.flip(1))))
-    assert not torch.allclose(forward["count"], backward["count"], atol=1e-3)
-    for parameter in head.of_example[-1].parameters():
-        torch.nn.init.zeros_(parameter)
     forward, backward = (read(head, f, y) for f, y in ((features, labels), (features.flip(1), labels.flip(1))))
     at_once = head(head.initial(TASKS, CLASSES, WIDTH), features, labels)
     for other in (backward, at_once):
         assert_close(*({name: kept[name] for name in ("count", "total", "moment")} for kept in (forward, other)))
     assert forward["mass"].eq(1).sum() == labels.numel()  # no class has more than 16 examples: all are kept
-    best = [to_the_minimum(head, kept)["fitted"] for kept in (forward, backward, at_once)]
+    same_guesses = ({**kept, "guessed": forward["guessed"]} for kept in (forward, backward, at_once))
+    best = [to_the_minimum(head, kept)["fitted"] for kept in same_guesses]
     torch.testing.assert_close(best[1], best[0], atol=2e-2, rtol=1e-2)
     torch.testing.assert_close(best[2], best[0], atol=2e-2, rtol=1e-2)
 
@@ -115,21 +114,46 @@ def test_the_fit_minimises_the_loss_of_the_examples():
     with torch.no_grad():
         kept = to_the_minimum(head, read(head, features, labels))
         weights = head._discriminant(kept)
-    rows, bias, penalty, sharpness = weights
+    rows, bias, penalty, sharpness, doubts = weights
     for task in range(TASKS):
         taken = kept["mass"][task] > 0
         points, mass = kept["prototype"][task][taken], kept["mass"][task][taken]
         said = torch.arange(CLASSES).unsqueeze(1).expand_as(taken)[taken]
         with torch.no_grad():
             prior, one_hot = points @ rows[task].T + bias[task], torch.nn.functional.one_hot(said, CLASSES).float()
-            parts = prior[None], one_hot[None], mass[None, :, None], kept["count"][task][None]
-            mass = mass * head._trust(*parts).flatten()
+            mass = mass * _trust(prior[None], one_hot[None], doubts[task : task + 1]).flatten()
         fitted = kept["fitted"][task].clone().requires_grad_()
-        nats = torch.nn.functional.cross_entropy(points @ (rows[task] + fitted).T + bias[task], said, reduction="none")
+        scores = points @ (rows[task] + fitted[:, :-1]).T + bias[task] + fitted[:, -1]
+        nats = torch.nn.functional.cross_entropy(scores, said, reduction="none")
         ((nats * mass).sum() + penalty[task] / 2 * fitted.square().sum()).backward()
         assert fitted.grad.abs().max() < 0.02
-        torch.testing.assert_close(head.rows(kept)[0][task], sharpness[task] * (rows[task] + kept["fitted"][task]))
-        torch.testing.assert_close(head.rows(kept)[1][task], sharpness[task] * bias[task])
+        found = head.rows(kept)
+        torch.testing.assert_close(found[0][task], sharpness[task] * (rows[task] + kept["fitted"][task, :, :-1]))
+        torch.testing.assert_close(found[1][task], sharpness[task] * (bias[task] + kept["fitted"][task, :, -1]))
+
+
+def test_a_contradicted_label_is_trusted_less():
+    """q = exp(-doubt sigmoid(-against - margin)); margins 5, -5 and 0, doubt 2 beyond 3."""
+    logits = torch.tensor([[[5.0, 0.0], [0.0, 5.0], [1.0, 1.0]]])
+    said = torch.tensor([[[1.0, 0.0]] * 3])[0]
+    q = _trust(logits, said, torch.tensor([[2.0, 3.0]])).flatten()
+    expected = [(-2 * torch.sigmoid(torch.tensor(-3.0 - margin))).exp() for margin in (5.0, -5.0, 0.0)]
+    torch.testing.assert_close(q, torch.stack(expected))
+    assert q[1] < 0.2 < 0.9 < q[2] < q[0]
+    assert torch.equal(_trust(logits, said, torch.tensor([[0.0, 3.0]])).flatten(), torch.ones(3))
+
+
+def test_guesses_are_those_of_the_rows_before():
+    head, (features, labels) = disturbed(), stream()
+    half = 2 * CHUNK
+    before = read(head, features[:, :half], labels[:, :half])
+    after = head(before, features[:, half:], labels[:, half:])
+    scores = logits(head, before, features[:, half:])
+    p = scores.softmax(-1).gather(2, labels[:, half:].unsqueeze(-1)).squeeze(-1)
+    right = scores.argmax(-1) == labels[:, half:]
+    found = torch.stack([torch.full((TASKS,), CHUNK), right.sum(1), (p < 0.05).sum(1), p.sum(1)], -1)
+    torch.testing.assert_close(after["guessed"], before["guessed"] * 0.99**CHUNK + found, atol=1e-4, rtol=1e-4)
+    assert not read(head, features[:, :CHUNK], labels[:, :CHUNK])["guessed"].any()  # nothing to guess from
 
 
 def test_turning_the_features_turns_the_rows():
@@ -194,7 +218,7 @@ def test_states_unite():
     half = 2 * CHUNK
     one, two = read(head, features[:, :half], labels[:, :half]), read(head, features[:, half:], labels[:, half:])
     both = united(one, two)
-    for name in ("count", "total", "moment"):
+    for name in ("count", "total", "moment", "guessed"):
         torch.testing.assert_close(both[name], one[name] + two[name])
     torch.testing.assert_close(both["mass"].sum(-1), both["count"], atol=1e-4, rtol=1e-4)
     share = (one["count"] / both["count"]).unsqueeze(-1)

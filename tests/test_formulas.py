@@ -12,6 +12,7 @@ from torch import nn
 import hf_iai.cores.both
 from hf_iai.heads import ClassRows, GaussianRows, LearnedStep, LearnedStepSettings
 from hf_iai.heads.average import RunningAverage
+from hf_iai.heads.class_rows import MOST_LOGS
 from hf_iai.heads.gaussian_rows import PENALTY, ROUNDING, same_outputs, with_outputs
 from hf_iai.heads.gaussian_rows import _of_task as gaussian_inputs
 from hf_iai.heads.guards import LESS, first_trust, trusted, updated_trust
@@ -59,22 +60,25 @@ class ClassRowsByHand:
 
     def __init__(self, head: ClassRows, num_classes: int) -> None:
         self.head, self.count = head, np.zeros(num_classes)
-        self.total, self.fitted = np.zeros((num_classes, WIDTH)), np.zeros((num_classes, WIDTH))
-        self.moment = np.zeros((WIDTH, WIDTH))
+        self.total, self.fitted = np.zeros((num_classes, WIDTH)), np.zeros((num_classes, WIDTH + 1))
+        self.moment, self.guessed = np.zeros((WIDTH, WIDTH)), np.zeros(4)
 
     def task(self) -> np.ndarray:
-        """Number of examples and classes, degrees of freedom, scatter within and between classes, effective rank."""
+        """Number of examples and classes, degrees of freedom, scatter within and between classes, rank, guesses."""
         n, classes = self.count.sum(), (self.count > 0).sum()
         of_means = sum(t @ t / c for t, c in zip(self.total, self.count, strict=True) if c > 0)
         within = np.trace(self.moment) - of_means
         between = of_means - self.total.sum(0) @ self.total.sum(0) / max(n, 1e-6)
         rank = np.trace(self.moment) ** 2 / max((self.moment**2).sum(), 1e-9)
         sizes = [np.log1p(n) - 4, np.log(max(classes, 1)) - 2, np.log1p(max(n - classes, 0)) - 3]
-        return np.array([*sizes, 2 * within / max(n, 1), 2 * between / max(n, 1), np.log(max(rank, 1)) - 3])
+        parts = [2 * within / max(n, 1), 2 * between / max(n, 1), np.log(max(rank, 1)) - 3]
+        known, right, ruled_out, p = self.guessed
+        return np.array([*sizes, *parts, *(np.array([2 * right - known, 2 * p - known, 5 * ruled_out]) / (known + 10))])
 
     def rows(self) -> tuple[np.ndarray, np.ndarray]:
         task, n, seen = self.task(), self.count.sum(), self.count > 0
-        rho, log_scale, _, log_sharpness = 3 * of_network(self.head.of_task, task)
+        rho, _, *logs, _ = 3 * of_network(self.head.of_task, task)
+        log_scale, _, log_sharpness = (most * np.tanh(log / most) for log, most in zip(logs, MOST_LOGS, strict=False))
         common = self.total.sum(0) / max(n, 1e-6)
         scatter = self.moment - sum(np.outer(t, t) / c for t, c in zip(self.total, self.count, strict=True) if c > 0)
         rows, bias = np.zeros_like(self.total), np.full(len(seen), -1e4)
@@ -86,29 +90,22 @@ class ClassRowsByHand:
                 continue
             mean = (self.total[c] + max(drawn, 0) * common) / (self.count[c] + max(drawn, 0))
             row = 15 * np.exp(log_scale) * np.linalg.solve(np.eye(WIDTH) + max(rho, 0) * scatter, mean)
-            rows[c] = np.exp(log_sharpness) * (row + self.fitted[c])
-            bias[c] = np.exp(log_sharpness) * (offset - row @ mean / 2)
+            rows[c] = np.exp(log_sharpness) * (row + self.fitted[c, :-1])
+            bias[c] = np.exp(log_sharpness) * (offset - row @ mean / 2 + self.fitted[c, -1])
         return rows, bias
-
-    def judged(self, features: np.ndarray, labels: np.ndarray) -> np.ndarray:  # (n, d), (n,) -> (n, 6)
-        rows, bias = self.rows()
-        logits, seen = features @ rows.T + bias, self.count > 0
-        inputs = []
-        for own, label in zip(logits, labels, strict=True):
-            p = np.exp(own - own.max()) / np.exp(own - own.max()).sum() * seen
-            others = np.delete(own, label)
-            known = seen[label] and np.delete(seen, label).any()
-            margin = np.clip(own[label] - others.max(), -20, 20) / 10 * known
-            of_class = np.log1p(self.count[label]) - 2, np.log1p((labels == label).sum())
-            inputs.append([p[label], 1 - p[label], margin, *of_class, np.log1p(self.count.sum()) - 4])
-        return np.array(inputs)
 
     def read(self, features: np.ndarray, labels: np.ndarray, fitted: np.ndarray) -> None:
         """The sums by hand; the fitted rows are those of the head, which test_class_rows.py checks."""
-        log_weight = of_network(self.head.of_example, self.judged(features, labels))
-        weighted = np.eye(len(self.count))[labels] * np.exp(np.clip(log_weight, -3, 3))
-        self.count, self.total = self.count + weighted.sum(0), self.total + weighted.T @ features
-        self.moment = self.moment + (features * weighted.sum(1, keepdims=True)).T @ features
+        rows, bias = self.rows()
+        logits, seen = features @ rows.T + bias, self.count > 0
+        self.guessed *= 0.99 ** len(labels)
+        for own, label in zip(logits, labels, strict=True):
+            if seen[label] and np.delete(seen, label).any():
+                p = np.exp(own[label] - own.max()) / np.exp(own - own.max()).sum()
+                self.guessed += [1, own[label] > np.delete(own, label).max(), p < 0.05, p]
+        said = np.eye(len(self.count))[labels]
+        self.count, self.total = self.count + said.sum(0), self.total + said.T @ features
+        self.moment = self.moment + features.T @ features
         self.fitted = fitted
 
 
@@ -117,21 +114,17 @@ def test_class_rows_are_their_formulas(seed):
     """Two chunks of class numbers 0 to 2, then one in which class 3 is met, with padding in all of them; never 4."""
     torch.manual_seed(seed)
     head, draw = ClassRows().eval(), np.random.default_rng(seed)
-    for network in (head.of_task, head.of_class, head.of_example):
+    for network in (head.of_task, head.of_class):
         network[-1].weight.data.normal_(0, 0.3), network[-1].bias.data.uniform_(0, 0.3)
     by_hand, kept = ClassRowsByHand(head, 5), head.initial(1, 5, WIDTH)
     for met in (3, 3, 4):
         labels = draw.integers(met, size=9)
         features = draw.normal(size=(9, WIDTH)) + 0.5
         features /= np.linalg.norm(features, axis=1, keepdims=True)
-        judged = head._judge(
-            kept, torch.tensor(features[None]).float(), nn.functional.one_hot(torch.tensor(labels)[None], 5).float()
-        )
-        np.testing.assert_allclose(judged[0].numpy(), by_hand.judged(features, labels), rtol=1e-3, atol=1e-3)
         padded = np.append(labels, -100)[None], np.append(features, np.full((1, WIDTH), np.nan), 0)[None]
         kept = {n: t.detach() for n, t in head(kept, torch.tensor(padded[1]), torch.tensor(padded[0])).items()}
         by_hand.read(features, labels, kept["fitted"][0].double().numpy())
-        for name in ("count", "total", "moment"):
+        for name in ("count", "total", "moment", "guessed"):
             np.testing.assert_allclose(kept[name][0].numpy(), getattr(by_hand, name), rtol=2e-3, atol=2e-3)
         rows, bias = (t.detach()[0].numpy() for t in head.rows(kept))
         np.testing.assert_allclose(rows, by_hand.rows()[0], rtol=2e-3, atol=1e-2)

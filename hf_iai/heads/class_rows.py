@@ -15,11 +15,12 @@ PROTOTYPES, FIT_STEPS = 16, 4  # of a class; of a chunk
 SCALE, PENALTY = 15.0, 0.03  # of the discriminant's rows and of the fitted rows before training, for unit features
 GAIN = 3.0  # factor on the small networks' outputs, which have to move by whole units within a few hundred steps
 UNSEEN = -1e4  # bias of a class without an example; fits into every half-precision type
-MOST_MARGIN, AGAINST = 20.0, 4.0  # clamp of a margin; how far it must be below 0 to cast doubt, before training
+MOST_MARGIN, AGAINST = 20.0, 3.0  # clamp of a margin; how far it must be below 0 to cast doubt, before training
 # Clamps of the learned logarithms of scale, penalty and sharpness. A discriminant on a large scale explains all
 # examples, and leaves nothing to the fit.
-MOST_LOGS = (0.5, 0.7, 3.0, 0.7)
+MOST_LOGS = (0.5, 1.2, 3.0, 1.1)
 MEMORY = 0.99  # how much a guess counts after one more example
+RULED_OUT = 0.05  # probability
 LEAST = 1e-6  # counts are clamped to this before something is divided by them
 
 
@@ -76,7 +77,7 @@ class ClassRows(nn.Module):
 
     def __init__(self, hidden: int = 16) -> None:
         super().__init__()
-        self.of_task, self.of_class = _network(8, hidden, outputs=6), _network(10, hidden)
+        self.of_task, self.of_class = _network(9, hidden, outputs=6), _network(11, hidden)
 
     @staticmethod
     def initial(num_tasks: int, num_classes: int, width: int, device=None) -> Kept:
@@ -91,7 +92,7 @@ class ClassRows(nn.Module):
             "prototype": (num_classes, PROTOTYPES, width),
             "mass": (num_classes, PROTOTYPES),
             "moment": (width, width),
-            "guessed": (3,),
+            "guessed": (4,),
         }
         return {name: torch.zeros(num_tasks, *shape, device=device) for name, shape in shapes.items()}
 
@@ -150,13 +151,13 @@ class ClassRows(nn.Module):
         return torch.where(has_read.view(-1, 1, 1), fitted, kept["fitted"])
 
     @torch.no_grad()
-    def _guess(self, kept: Kept, x: Tensor, y: Tensor) -> Tensor:  # (B, n, d), (B, n, C) -> (B, 3)
-        """How many examples the current rows could judge, how many of them they have right, and the sum of p."""
+    def _guess(self, kept: Kept, x: Tensor, y: Tensor) -> Tensor:  # (B, n, d), (B, n, C) -> (B, 4)
+        """How many examples the current rows could judge, how many they have right and rule out, and the sum of p."""
         rows, bias = self.rows(kept)
         seen = (kept["count"] > 0).float().unsqueeze(1)  # (B, 1, C)
         known = (seen * y).sum(-1) * (seen * (1 - y)).amax(-1)  # its class and another one have been read
         p, margin = _right(x @ rows.mT + bias.unsqueeze(1), y)
-        return torch.stack([known, known * (margin > 0), known * p], -1).sum(1)
+        return torch.stack([known, known * (margin > 0), known * (p < RULED_OUT), known * p], -1).sum(1)
 
 
 def united(one: Kept, other: Kept) -> Kept:
@@ -228,8 +229,8 @@ def _of_task(kept: Kept) -> Tensor:  # (B, 6)
     rank = trace.square() / moment.square().sum((1, 2)).clamp_min(1e-9)
     sizes = [number.log1p() - 4, classes.clamp_min(1).log() - 2, (number - classes).clamp_min(0).log1p() - 3]
     parts = [2 * within / number.clamp_min(1), 2 * between / number.clamp_min(1), rank.clamp_min(1).log() - 3]
-    known, right, p = kept["guessed"].unbind(-1)
-    guessed = [(2 * value - known) / (known + 10) for value in (right, p)]
+    known, right, ruled_out, p = kept["guessed"].unbind(-1)
+    guessed = [(2 * right - known) / (known + 10), (2 * p - known) / (known + 10), 5 * ruled_out / (known + 10)]
     return torch.stack([*sizes, *parts, *guessed], -1)
 
 

@@ -90,7 +90,7 @@ def load_corpora(data: Path, cache: Path, model, tokenizer) -> list[Corpus]:
 
 
 def varied(rng: np.random.Generator, corpus: Corpus) -> Corpus:
-    """As if from another source: a third of the draws has features closer to the mean of their label, a third has noise.
+    """As if from another source: features as they are, closer to the mean of their label, or with noise; a third each.
 
     Sources differ in how clean they are, and a reader that is trained on one of them meets another one.
     """
