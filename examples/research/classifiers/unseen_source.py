@@ -46,7 +46,7 @@ def new_reader(name: str):
     return get_peft_model(base, IAIConfig(task_type="SEQ_CLS", state_type="linear"))
 
 
-def trained_head(name: str, corpus: Corpus, seed: int, work: Path, steps: int = 120) -> ClassRows:
+def trained_head(name: str, corpus: Corpus, seed: int, work: Path, steps: int = 150) -> ClassRows:
     """Train on all labels of one corpus, in the same way as `meta_train_intents`; the head is kept in `work`."""
     torch.manual_seed(seed)
     head, rng = new_reader(name).base_model.core.head, np.random.default_rng(seed)
