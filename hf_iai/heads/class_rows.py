@@ -15,9 +15,9 @@ PROTOTYPES, FIT_STEPS = 16, 4  # of a class; of a chunk
 SCALE, PENALTY = 15.0, 0.03  # of the discriminant's rows and of the fitted rows before training, for unit features
 GAIN = 3.0  # factor on the small networks' outputs, which have to move by whole units within a few hundred steps
 UNSEEN = -1e4  # bias of a class without an example; fits into every half-precision type
-MOST_MARGIN, AGAINST = 20.0, 3.0  # clamp of a margin; how far it must be below 0 to cast doubt, before training
-# Clamps of the learned logarithms of scale, penalty and sharpness. A discriminant on a large scale explains all
-# examples, and leaves nothing to the fit.
+MOST_MARGIN, DISTANCE = 20.0, 3.0  # clamp of a margin; f before training
+# Bounds of the learned logarithms of s, lambda, h and f. A discriminant on a large scale explains all examples, and
+# leaves nothing to the fit.
 MOST_LOGS = (0.5, 1.2, 3.0, 1.1)
 MEMORY = 0.99  # how much a guess counts after one more example
 RULED_OUT = 0.05  # probability
@@ -27,41 +27,40 @@ LEAST = 1e-6  # counts are clamped to this before something is divided by them
 class ClassRows(nn.Module):
     """A classifier head: it computes the rows W and biases b of a linear classifier from chunks of labelled features.
 
-    The state holds sums over weighted examples: for every class the count n_c and the sum of features t_c, for all
-    examples together M = sum w x x'. It also holds 16 prototypes of every class, weighted points that stand for its
-    examples (`heads.prototypes`), and the fitted rows V. Let g be the mean of all examples and
-    S = M - sum_c t_c t_c' / n_c the scatter within classes. Then
+    The state holds sums over the examples: for every class the count n_c and the sum of features t_c, for all examples
+    together M = sum x x'. It also holds 16 prototypes of every class, weighted points that stand for its examples
+    (`heads.prototypes`), the fitted rows V and biases v, and how well the rows guessed each chunk before it was read.
+    Let g be the mean of all examples and S = M - sum_c t_c t_c' / n_c the scatter within classes. Then
 
-        m_c = (t_c + k_c g) / (n_c + k_c)                        class mean, pulled towards the common mean
-        U_c = s (I + rho S)^-1 m_c                               rows of the discriminant
-        a_c = o_c - U_c m_c / 2                                  its biases; -1e4 for a class without an example
-        V   = argmin sum_j q_j u_j CE((U + V) z_j + a, c_j) + lambda / 2 |V|^2   over prototypes z_j of mass u_j
-        W   = h (U + V),   b = h a
+        m_c  = (t_c + k_c g) / (n_c + k_c)                       class mean, pulled towards the common mean
+        U_c  = s (I + rho S)^-1 m_c                              rows of the discriminant
+        a_c  = o_c - U_c m_c / 2                                 its biases; -1e4 for a class without an example
+        q_j  = exp(-e sigmoid(-f - margin_j))                    trust in the label of prototype z_j, of mass u_j
+        V, v = argmin sum_j q_j u_j CE((U + V) z_j + a + v, c_j) + lambda / 2 |V, v|^2
+        W    = h (U + V),   b = h (a + v)
 
     The discriminant is what is known after few examples. The fit is a logistic regression that starts from it: every
-    chunk takes four steps of conjugate gradients on the prototypes (`heads.logistic`), from the V before. Small
-    networks give the coefficients:
+    chunk takes four steps of conjugate gradients on the prototypes (`heads.logistic`), from the V before. A label is
+    doubted where the discriminant contradicts it: margin_j is how far the logit of its class is above the others.
+    Small networks give the coefficients:
 
-    - one sees counts, traces and the effective rank of M, and gives rho, s, lambda and the sharpness h for the task;
-    - one sees the same and the counts of a class, and gives k_c and o_c;
-    - one sees how the current rows judge an example, and gives its weight w. Its inputs are the probability p of its
-      class, 1 - p, the margin, and logarithms of counts;
-    - one sees how the discriminant judges a prototype, and gives the trust q in its label, 1 in the mean over all mass.
-      Its inputs are the margin, also in units of its spread, the share of margins above 0, and the logarithms of mass
-      and count.
+    - one gives rho, s, lambda, the sharpness h, the doubt e >= 0 and the distance f of the task. It sees the number of
+      examples and of classes, the scatter within and between classes, the effective rank of M, and of the examples of
+      late chunks, before they were read: how many were guessed right, how many were ruled out (p < 0.05), the mean p;
+    - one sees the same and the counts of a class, and gives k_c and o_c.
 
-    The last layer of every network starts at zero. Then k = o = rho = 0, w = q = h = 1, lambda = 0.03 and U is the
-    nearest class mean, 15 m_c: the head starts as a logistic regression on prototypes. The rows stay in the span of
-    what was read. The inputs of the networks do not change if the features are rotated, and do not depend on the number
-    of a class or of a step. Reading a chunk costs the same once all prototypes are taken, and less before. Two states
-    can be united (`united`): sums are added, prototypes united, and V is the mean, weighted by how many examples of the
-    class each state has read.
+    The last layer of both starts at zero. Then k = o = rho = e = 0, q = h = 1, lambda = 0.03 and U is the nearest class
+    mean, 15 m_c: the head starts as a logistic regression on prototypes. The rows stay in the span of what was read.
+    The inputs of the networks do not change if the features are rotated, and do not depend on the number of a class or
+    of a step. Reading a chunk costs the same once all prototypes are taken, and less before. Two states can be united
+    (`united`): sums are added, prototypes united, and V is the mean, weighted by how many examples of the class each
+    state has read.
 
     Features must be float32 and have unit length. Gradients run through the sums and through the steps of the last
     chunk, not through prototypes and earlier steps.
 
     Args:
-        hidden: width of the hidden layers of the first two networks.
+        hidden: width of the hidden layers.
 
     Example:
         >>> import torch
@@ -120,15 +119,15 @@ class ClassRows(nn.Module):
         return sharpness.unsqueeze(-1) * rows, (sharpness * bias).masked_fill(kept["count"] == 0, UNSEEN)
 
     def _discriminant(self, kept: Kept) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """U (B, C, d), a (B, C), lambda (B,), h (B, 1), and doubt and threshold (B, 2)."""
+        """U (B, C, d), a (B, C), lambda (B,), h (B, 1), and e, f (B, 2)."""
         count, total, common = kept["count"], kept["total"], _common(kept)
         seen, number = count > 0, count.sum(1, keepdim=True).clamp_min(LEAST)
         scatter = kept["moment"] - total.mT @ _means(kept)
         task = _of_task(kept)
         rho, doubt, *logs = (GAIN * self.of_task(task)).unbind(-1)
         bounded = ((log / most).tanh() * most for log, most in zip(logs, MOST_LOGS, strict=True))
-        scale, penalty, sharpness, against = (log.exp() for log in bounded)  # (B,) each
-        doubts = torch.stack([clamp_with_gradient(doubt, low=0), AGAINST * against], -1)
+        scale, penalty, sharpness, distance = (log.exp() for log in bounded)  # (B,) each
+        doubts = torch.stack([clamp_with_gradient(doubt, low=0), DISTANCE * distance], -1)
         share = count.clamp_min(LEAST) * seen.sum(1, keepdim=True).clamp_min(1) / number
         single = torch.stack([count.log1p() - 2, share.log().clamp(-4, 4)], -1)
         by_class = torch.cat([task.unsqueeze(1).expand(-1, count.shape[1], -1), single], -1)
@@ -171,9 +170,9 @@ def united(one: Kept, other: Kept) -> Kept:
 
 
 def _trust(logits: Tensor, said: Tensor, doubts: Tensor) -> Tensor:  # (B, N, C), (B, N, C), (B, 2) -> (B, N, 1)
-    """q, less where the discriminant contradicts a label."""
-    doubt, against = doubts.unsqueeze(-1).unbind(1)  # (B, 1) each
-    return (-doubt * (-against - _right(logits, said)[1]).sigmoid()).exp().unsqueeze(-1)
+    """q, from e and f: less where the discriminant contradicts a label."""
+    doubt, distance = doubts.unsqueeze(-1).unbind(1)  # (B, 1) each
+    return (-doubt * (-distance - _right(logits, said)[1]).sigmoid()).exp().unsqueeze(-1)
 
 
 def _right(logits: Tensor, said: Tensor) -> tuple[Tensor, Tensor]:  # (B, n, C) each -> (B, n) each
@@ -215,11 +214,11 @@ def _solve(scatter: Tensor, factor: Tensor, rows: Tensor) -> Tensor:  # (B, d, d
     return torch.linalg.solve(eye + clamp_with_gradient(factor, low=0).view(-1, 1, 1) * scatter, rows.mT).mT
 
 
-def _of_task(kept: Kept) -> Tensor:  # (B, 6)
+def _of_task(kept: Kept) -> Tensor:  # (B, 9)
     """The task's inputs to the networks, each scaled to about 1.
 
     Number of examples, number of classes, degrees of freedom, scatter within classes, scatter between classes,
-    effective rank.
+    effective rank; of the latest guesses, those that were right, their mean probability, those that were ruled out.
     """
     count, moment = kept["count"], kept["moment"]
     number, classes = count.sum(1), (count > 0).sum(1)
