@@ -32,7 +32,7 @@ class ClassRows(nn.Module):
     (`heads.prototypes`), the fitted rows V and biases v, and how well the rows guessed each chunk before it was read.
     Let g be the mean of all examples and S = M - sum_c t_c t_c' / n_c the scatter within classes. Then
 
-        m_c  = (t_c + k_c g) / (n_c + k_c)                       class mean, pulled towards the common mean
+        m_c  = t_c / n_c                                         class mean
         U_c  = s (I + rho S)^-1 m_c                              rows of the discriminant
         a_c  = o_c - U_c m_c / 2                                 its biases; -1e4 for a class without an example
         q_j  = exp(-e sigmoid(-f - margin_j))                    trust in the label of prototype z_j, of mass u_j
@@ -47,9 +47,9 @@ class ClassRows(nn.Module):
     - one gives rho, s, lambda, the sharpness h, the doubt e >= 0 and the distance f of the task. It sees the number of
       examples and of classes, the scatter within and between classes, the effective rank of M, and of the examples of
       late chunks, before they were read: how many were guessed right, how many were ruled out (p < 0.05), the mean p;
-    - one sees the same and the counts of a class, and gives k_c and o_c.
+    - one sees the same, the counts of a class and how far m_c is from g, and gives o_c.
 
-    The last layer of both starts at zero. Then k = o = rho = e = 0, q = h = 1, lambda = 0.03 and U is the nearest class
+    The last layer of both starts at zero. Then o = rho = e = 0, q = h = 1, lambda = 0.03 and U is the nearest class
     mean, 15 m_c: the head starts as a logistic regression on prototypes. The rows stay in the span of what was read.
     The inputs of the networks do not change if the features are rotated, and do not depend on the number of a class or
     of a step. Reading a chunk costs the same once all prototypes are taken, and less before. Two states can be united
@@ -76,7 +76,7 @@ class ClassRows(nn.Module):
 
     def __init__(self, hidden: int = 16) -> None:
         super().__init__()
-        self.of_task, self.of_class = _network(9, hidden, outputs=6), _network(11, hidden)
+        self.of_task, self.of_class = _network(9, hidden, 6), _network(12, hidden, 1)
 
     @staticmethod
     def initial(num_tasks: int, num_classes: int, width: int, device=None) -> Kept:
@@ -120,21 +120,13 @@ class ClassRows(nn.Module):
 
     def _discriminant(self, kept: Kept) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """U (B, C, d), a (B, C), lambda (B,), h (B, 1), and e, f (B, 2)."""
-        count, total, common = kept["count"], kept["total"], _common(kept)
-        seen, number = count > 0, count.sum(1, keepdim=True).clamp_min(LEAST)
-        scatter = kept["moment"] - total.mT @ _means(kept)
-        task = _of_task(kept)
+        means, seen, task = _means(kept), kept["count"] > 0, _of_task(kept)
+        scatter = kept["moment"] - kept["total"].mT @ means
         rho, doubt, *logs = (GAIN * self.of_task(task)).unbind(-1)
         bounded = ((log / most).tanh() * most for log, most in zip(logs, MOST_LOGS, strict=True))
         scale, penalty, sharpness, distance = (log.exp() for log in bounded)  # (B,) each
         doubts = torch.stack([clamp_with_gradient(doubt, low=0), DISTANCE * distance], -1)
-        share = count.clamp_min(LEAST) * seen.sum(1, keepdim=True).clamp_min(1) / number
-        single = torch.stack([count.log1p() - 2, share.log().clamp(-4, 4)], -1)
-        by_class = torch.cat([task.unsqueeze(1).expand(-1, count.shape[1], -1), single], -1)
-        drawn, offset = (GAIN * self.of_class(by_class)).unbind(-1)
-        drawn = clamp_with_gradient(drawn, low=0).unsqueeze(-1)
-        means = (total + drawn * common) / (count.unsqueeze(-1) + drawn).clamp_min(LEAST)
-        means = means.masked_fill(~seen.unsqueeze(-1), 0.0)
+        offset = GAIN * self.of_class(_of_class(kept, task)).squeeze(-1)
         rows = SCALE * scale.view(-1, 1, 1) * _solve(scatter, rho, means)
         bias = offset - 0.5 * (rows * means).sum(-1)
         return rows, bias.masked_fill(~seen, UNSEEN), PENALTY * penalty, sharpness.unsqueeze(-1), doubts
@@ -233,8 +225,16 @@ def _of_task(kept: Kept) -> Tensor:  # (B, 9)
     return torch.stack([*sizes, *parts, *guessed], -1)
 
 
-def _network(inputs: int, hidden: int, num_layers: int = 1, outputs: int = 2) -> nn.Sequential:
+def _of_class(kept: Kept, task: Tensor) -> Tensor:  # (B, 9) -> (B, C, 12)
+    """The inputs of each class: those of the task, its count, its share of all, how far it is from the common mean."""
+    count = kept["count"]
+    seen, number = count > 0, count.sum(1, keepdim=True).clamp_min(LEAST)
+    share = count.clamp_min(LEAST) * seen.sum(1, keepdim=True).clamp_min(1) / number
+    away = (_means(kept) - _common(kept)).square().sum(-1)
+    single = torch.stack([count.log1p() - 2, share.log().clamp(-4, 4), 2 * away - 1], -1)
+    return torch.cat([task.unsqueeze(1).expand(-1, count.shape[1], -1), single], -1)
+
+
+def _network(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
     """A small network whose outputs are all 0 at the start."""
-    widths = [inputs] + num_layers * [hidden]
-    layers = [f(*w) for w in zip(widths, widths[1:], strict=False) for f in (nn.Linear, lambda *_: nn.GELU())]
-    return nn.Sequential(*layers, zero_linear(hidden, outputs))
+    return nn.Sequential(nn.Linear(inputs, hidden), nn.GELU(), zero_linear(hidden, outputs))

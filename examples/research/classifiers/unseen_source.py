@@ -12,6 +12,7 @@ DATA is that of `meta_train_intents`. Two measurements are made:
 The corpora share no text, but both have weather and music.
 """
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -28,17 +29,24 @@ from examples.research.classifiers.intent_tasks import Corpus, draw_task, load_c
 from examples.research.classifiers.meta_train_intents import DATA, ENCODER, WORK, head_accuracies, training_tasks
 from examples.research.classifiers.row_report import COUNTS, draw, print_table, rows_of
 from examples.research.classifiers.row_training import logits_of, states, train_head
-from examples.research.common.files import replacing
+from examples.research.common.files import replacing, write_json
 from examples.research.common.plots import finish, panels, save
 from examples.research.common.rows import chosen, interval, print_rows, write_rows
 from hf_iai import IAIConfig
 from hf_iai.commands.classify import installed_encoder
-from hf_iai.evaluation.classifiers import logistic_regression, nearest_class_mean
+from hf_iai.evaluation.calibration import expected_calibration_error
+from hf_iai.evaluation.classifiers import logistic_probabilities, nearest_class_mean
+from hf_iai.evaluation.random_features import kernel_discriminant, random_ridge
 from hf_iai.heads import ClassRows
 
 SHOTS, QUERIES = (1, 5, 20, 50), 20  # examples of each class
 WAYS = {"10 intents": (10, 60), "all intents": (None, 10)}  # and the number of tasks, of a stream of 20 chunks
-BASELINES = {"nearest_class_mean": nearest_class_mean, "logistic_regression": logistic_regression}
+BASELINES = {
+    "nearest_class_mean": nearest_class_mean,
+    "kernel_discriminant": kernel_discriminant,
+    "random_ridge": random_ridge,
+}
+Measured = tuple[float, float | None]  # accuracy and expected calibration error, in percent
 
 
 def new_reader(name: str):
@@ -70,23 +78,41 @@ def draw_shots(rng: np.random.Generator, corpus: Corpus, shots: int) -> tuple[np
 
 
 @torch.no_grad()
-def accuracy_of_head(head: ClassRows, corpus: Corpus, task: tuple[np.ndarray, ...]) -> float:
+def of_head(head: ClassRows, corpus: Corpus, task: tuple[np.ndarray, ...]) -> Measured:
     tasks = stack([corpus], [task])
     *_, kept = states(head, tasks)
-    return 100 * (logits_of(head, kept, tasks.queries).argmax(-1) == tasks.targets).float().mean().item()
+    return measured(logits_of(head, kept, tasks.queries)[0].softmax(-1).numpy(), task[-1])
 
 
-def accuracies(heads: list[ClassRows], corpus: Corpus, shots: int, num_draws: int) -> dict[str, np.ndarray]:
-    """method -> accuracies (draws,); that of the state is the mean over training seeds."""
-    found = {method: [] for method in ("iai", *BASELINES)}
+def of_baselines(corpus: Corpus, task: tuple[np.ndarray, ...]) -> dict[str, Measured]:
+    rows, said, asked, targets = task
+    x, queries = corpus.features[rows].numpy(), corpus.features[asked].numpy()
+    found = {m: (100 * float((predict(x, said, queries) == targets).mean()), None) for m, predict in BASELINES.items()}
+    return found | {"logistic_regression": measured(logistic_probabilities(x, said, queries)[1], targets)}
+
+
+def measured(probabilities: np.ndarray, targets: np.ndarray) -> Measured:  # (Q, C), (Q,)
+    """Accuracy and expected calibration error, in percent."""
+    accuracy = (probabilities.argmax(1) == targets).mean()
+    return 100 * float(accuracy), 100 * expected_calibration_error(probabilities, targets)
+
+
+def with_shots(heads: list[ClassRows], corpus: Corpus, shots: int, num_draws: int, work: Path) -> dict[str, np.ndarray]:
+    """method -> accuracy and calibration error (draws, 2); that of the state is the mean over training seeds.
+
+    The baselines of each draw are kept on disk.
+    """
+    file, found = work / f"shots-{corpus.name}-{shots}.json", {"iai": []}
+    baselines = json.loads(file.read_text()) if file.exists() else []
     for number in tqdm(range(num_draws), f"{corpus.name}, {shots} shots"):
         task = draw_shots(np.random.default_rng([2025, shots, number]), corpus, shots)
-        found["iai"].append(np.mean([accuracy_of_head(head, corpus, task) for head in heads]))
-        rows, said, asked, targets = task
-        for method, predict in BASELINES.items():
-            answers = predict(corpus.features[rows].numpy(), said, corpus.features[asked].numpy())
-            found[method].append(100 * (answers == targets).mean())
-    return {method: np.array(values) for method, values in found.items()}
+        if number == len(baselines):
+            write_json([*baselines, of_baselines(corpus, task)], file, indent=None)
+            baselines = json.loads(file.read_text())
+        for method, values in baselines[number].items():
+            found.setdefault(method, []).append(values)
+        found["iai"].append(np.mean([of_head(head, corpus, task) for head in heads], 0))
+    return {method: np.array(values, float) for method, values in found.items()}
 
 
 def streams(heads: list[ClassRows], corpus: Corpus, work: Path) -> list[dict]:
@@ -109,7 +135,7 @@ def main(num_draws: int = 3, num_seeds: int = 3, data: Path = DATA, encoder: str
     for corpus, other in zip(corpora, reversed(corpora), strict=True):
         heads = [trained_head(name, other, seed, work) for seed in range(num_seeds)]
         of_streams += streams(heads, corpus, work)
-        of_shots += shots_rows(heads, corpus, num_draws)
+        of_shots += shots_rows(heads, corpus, num_draws, work)
     write_rows(of_streams, work / "unseen_source.json", command)
     print_table(of_streams)
     draw(of_streams, list(dict.fromkeys(row["setting"] for row in of_streams)), work / "unseen_source.png")
@@ -118,15 +144,18 @@ def main(num_draws: int = 3, num_seeds: int = 3, data: Path = DATA, encoder: str
     draw_picture(of_shots, work / "all_way.png")
 
 
-def shots_rows(heads: list[ClassRows], corpus: Corpus, num_draws: int) -> list[dict]:
+def shots_rows(heads: list[ClassRows], corpus: Corpus, num_draws: int, work: Path) -> list[dict]:
     rows = []
     for shots in SHOTS:
         with threadpool_limits(1):  # fits are small: more threads wait for each other
-            found = accuracies(heads, corpus, shots, num_draws)
+            found = with_shots(heads, corpus, shots, num_draws, work)
         for method, values in found.items():
-            gain = (found["iai"] - values)[:, None]
+            accuracy, error = values.T  # (draws,)
+            gain = (found["iai"][:, 0] - accuracy)[:, None]
             rows.append({"corpus": corpus.name, "intents": len(corpus.rows), "shots": shots, "method": method})
-            rows[-1] |= {"accuracy": values.mean(), "deviation": values.std(ddof=1)} | interval(gain, "gain")
+            rows[-1] |= {"accuracy": accuracy.mean(), "deviation": accuracy.std(ddof=1)} | interval(gain, "gain")
+            if not np.isnan(error).any():
+                rows[-1] |= {"calibration_error": error.mean()}
     return rows
 
 
@@ -134,7 +163,7 @@ def draw_picture(rows: list[dict], path: Path) -> None:
     sizes = {row["corpus"]: row["intents"] for row in rows}
     figure, found = panels([f"{name}, all {size} intents" for name, size in sizes.items()], size=(4.5, 3.5))
     for axes, name in zip(found, sizes, strict=True):
-        for method in ("iai", *BASELINES):
+        for method in ("iai", *BASELINES, "logistic_regression"):
             cells = chosen(rows, corpus=name, method=method)
             at, mean, deviation = ([r[key] for r in cells] for key in ("shots", "accuracy", "deviation"))
             axes.errorbar(at, mean, deviation, marker=".", label=method)
