@@ -28,29 +28,6 @@ def disturbed(module: nn.Module, scale: float = 0.3) -> nn.Module:
     return module
 
 
-def sums_of_classes(head: ClassRows, num_classes: int = 3, unseen: int = 1) -> dict[str, torch.Tensor]:
-    torch.manual_seed(0)
-    features = nn.functional.normalize(torch.randn(1, 12, WIDTH) + 1, dim=-1)
-    kept = head.initial(1, num_classes + unseen, WIDTH)
-    return head(kept, features, torch.arange(12)[None] % num_classes)
-
-
-def test_a_margin_counts_where_both_classes_were_read():
-    head = disturbed(ClassRows())
-    kept = sums_of_classes(head)  # classes 0 to 2 were read, class 3 was not
-    x = torch.randn(1, 2, WIDTH)
-    y = nn.functional.one_hot(
-        torch.tensor([[0, 3]]), 4
-    ).float()  # an example of a class that was read, and of the other
-    margin = head._judge(kept, x, y)[..., 2]  # (1, n)
-    assert margin[0, 0] != 0 and margin[0, 1] == 0
-    rows, bias = head.rows(kept)
-    logits = (x @ rows.mT + bias.unsqueeze(1))[0, 0]
-    assert margin[0, 0].item() == pytest.approx(((logits[0] - logits[1:3].max()).clamp(-20, 20) / 10).item(), rel=1e-4)
-    alone = {name: t[:, :1] if name != "moment" else t for name, t in kept.items()}  # one class has no other
-    assert head._judge(alone, x[:, :1], y[:, :1, :1])[0, 0, 2] == 0
-
-
 def of_network(network: nn.Module, inputs: np.ndarray) -> np.ndarray:
     return network(torch.tensor(inputs, dtype=torch.float32)).detach().double().numpy()
 
@@ -84,11 +61,11 @@ class ClassRowsByHand:
         rows, bias = np.zeros_like(self.total), np.full(len(seen), -1e4)
         for c in range(len(seen)):
             share = np.clip(np.log(max(self.count[c], 1e-6) * max(seen.sum(), 1) / max(n, 1e-6)), -4, 4)
-            inputs = np.concatenate([task, [np.log1p(self.count[c]) - 2, share]])
-            drawn, offset = 3 * of_network(self.head.of_class, inputs)
+            mean = self.total[c] / max(self.count[c], 1e-6)
+            inputs = [*task, np.log1p(self.count[c]) - 2, share, 2 * (mean - common) @ (mean - common) - 1]
+            offset = 3 * of_network(self.head.of_class, inputs)[0]
             if not seen[c]:
                 continue
-            mean = (self.total[c] + max(drawn, 0) * common) / (self.count[c] + max(drawn, 0))
             row = 15 * np.exp(log_scale) * np.linalg.solve(np.eye(WIDTH) + max(rho, 0) * scatter, mean)
             rows[c] = np.exp(log_sharpness) * (row + self.fitted[c, :-1])
             bias[c] = np.exp(log_sharpness) * (offset - row @ mean / 2 + self.fitted[c, -1])

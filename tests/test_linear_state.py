@@ -118,10 +118,10 @@ def test_untrained_it_is_a_logistic_regression_from_the_nearest_class_mean():
 
     means = torch.stack([features([r["text"] for r in ROWS if r["label"] == name]).mean(0) for name in VERBS])
     x, y = features([r["text"] for r in ROWS]), torch.tensor([list(VERBS).index(r["label"]) for r in ROWS])
-    fitted = torch.zeros_like(means, requires_grad=True)
+    fitted = torch.zeros(len(means), means.shape[1] + 1, requires_grad=True)
 
     def scores(x):
-        return x @ (15 * means + fitted).T - 7.5 * means.square().sum(1)
+        return x @ (15 * means + fitted[:, :-1]).T - 7.5 * means.square().sum(1) + fitted[:, -1]
 
     def loss():
         optimizer.zero_grad()

@@ -58,7 +58,7 @@ def assert_same(one: TaskState, other: TaskState, atol=1e-4):
 
 @LIKELIHOODS
 def test_merged_states_are_one_that_read_all(likelihood):
-    model = make_model(likelihood, trained=likelihood == "gaussian")  # weights of examples depend on the order
+    model = make_model(likelihood, trained=likelihood == "gaussian")
     one, two = (model.adapt(chunks(likelihood, part)) for part in (slice(0, 28), slice(28, 60)))
     merged, read = TaskState.merge([one, two]), model.adapt(chunks(likelihood))
     sums = ("count", "total", "moment") if likelihood == "softmax" else read.tensors  # the fit depends on the order
@@ -79,7 +79,8 @@ def test_untrained_classes_start_from_nearest_class_means():
     assert state.label_names == tuple(names)
     means = [features(X)[torch.tensor([y == name for y in TARGETS["softmax"]])].mean(0) for name in names]
     expected = 15 * (features(QUERIES) @ torch.stack(means).T - torch.stack(means).square().sum(1) / 2)
-    expected = expected + features(QUERIES) @ state.tensors["fitted"][0].T
+    fitted = state.tensors["fitted"][0]
+    expected = expected + features(QUERIES) @ fitted[:, :-1].T + fitted[:, -1]
     torch.testing.assert_close(logits(model, state), expected, atol=1e-3, rtol=1e-4)
     read = torch.tensor([list(names).index(y) for y in TARGETS["softmax"]])
     assert (logits(model, state, X).argmax(1) == read).float().mean() > 0.75

@@ -15,11 +15,13 @@ class LinearState(SlotState):
 
     A classifier with C classes keeps, in float32:
 
-        count (B, C)                     weighted number of examples of each class
-        total, fitted (B, C, d)          sum of their features; what a fit to the prototypes adds to the row
+        count (B, C)                     number of examples of each class
+        total (B, C, d)                  sum of their features
+        moment (B, d, d)                 sum of x x' over all examples
         prototype (B, C, 16, d)          weighted points that stand for the examples of a class
         mass (B, C, 16)                  their weights
-        moment (B, d, d)                 sum of x x' over all examples
+        fitted (B, C, d + 1)             what a fit to the prototypes adds to rows and biases
+        guessed (B, 4)                   how well late chunks were guessed before they were read
 
     A regression with o outputs keeps, in float64:
 

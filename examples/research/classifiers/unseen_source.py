@@ -115,13 +115,17 @@ def with_shots(heads: list[ClassRows], corpus: Corpus, shots: int, num_draws: in
     return {method: np.array(values, float) for method, values in found.items()}
 
 
+def stream_tasks(corpus: Corpus, ways: int | None, num: int) -> list[tuple[Corpus, tuple[np.ndarray, ...]]]:
+    rng, labels = np.random.default_rng([2026, num]), list(corpus.rows)
+    chosen = [list(rng.choice(labels, ways, replace=False)) if ways else labels for _ in range(num)]
+    return [(corpus, draw_task(rng, corpus, of_task)) for of_task in chosen]
+
+
 def streams(heads: list[ClassRows], corpus: Corpus, work: Path) -> list[dict]:
     """Accuracy after 1 to 20 chunks, mean over training seeds, next to the refitted classifiers."""
     rows = []
     for name, (ways, num) in WAYS.items():
-        rng, labels = np.random.default_rng([2026, num]), list(corpus.rows)
-        chosen = [list(rng.choice(labels, ways, replace=False)) if ways else labels for _ in range(num)]
-        drawn = [(corpus, draw_task(rng, corpus, of_task)) for of_task in chosen]
+        drawn = stream_tasks(corpus, ways, num)
         baselines = baseline_accuracies(drawn, COUNTS, work / f"unseen-{corpus.name}-{ways}.json")
         found = {"iai": np.mean([head_accuracies(head, drawn) for head in heads], 0)}
         rows += rows_of(f"{corpus.name}, {name}", found | {m: np.array(rows) for m, rows in baselines.items()})
