@@ -3,7 +3,7 @@
     pip install setfit
     python -m examples.research.classifiers.setfit_intents --data DATA      # 40 minutes on one core
 
-Writes work/intents/setfit.json. The first tasks of `unseen_source`, and its readers. SetFit has its own default settings
+Writes work/intents/setfit.json. The first tasks of `unseen_source`, and its readers. SetFit has its default settings
 but for the 20 pairs of each kind for a text, as in its paper. Seconds are those of one thread, from texts to a
 classifier. Finished tasks are kept in work/intents/setfit, so a killed run goes on.
 """
