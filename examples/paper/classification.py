@@ -40,6 +40,7 @@ WIDTH, WAYS, QUERIES = 64, 10, 5  # of projected images; classes of a task, quer
 TRAINED, COUNTS = 10, (1, 2, 3, 5, 7, 10, 20, 50)  # most chunks in training, counts that are measured
 STEPS, BATCH, FIRST_RATE = {"cpu": 150, "gpu": 2000}, 4, 30.0
 MNIST, OMNIGLOT = "mnist_12k/mnist_12k_3k.npz", "omniglot_small1/omniglot_small1_28x28.npz"
+BASELINES = ("nearest_class_mean", "nearest_neighbours", "logistic_regression", "sgd_rows", "adam_rows")
 REFINED = ("observations, with sums", *(f"gradients, {head}" for head in HEADS))
 VALUE, SCALE, COUNTED = "accuracy, %", "linear", "chunks"
 Logits = Iterator[Tensor]  # (B, Q, C) after each chunk
@@ -158,11 +159,12 @@ def loss_of(logits: Tensor, tasks: Tasks) -> Tensor:
 
 def baseline_accuracies(tasks: Tasks, counts: list[int]) -> Iterator[tuple[str, np.ndarray]]:  # (B, counts) each
     """Accuracy of classifiers fitted to all data so far, and of one fitted to the last chunk alone."""
-    methods = CLASSIFIERS | {"logistic regression, the last chunk alone": logistic_regression}
+    methods = {name: CLASSIFIERS[name] for name in BASELINES}
+    methods["logistic regression, the last chunk alone"] = logistic_regression
     for name, predict in methods.items():
         found = []
         for x, y, queries, targets in zip(*(t.cpu().numpy() for t in tasks[:4]), strict=True):
-            first = {n: CHUNK * (n - 1) if name not in CLASSIFIERS else 0 for n in counts}
+            first = {n: CHUNK * (n - 1) if name not in BASELINES else 0 for n in counts}
             fits = [predict(x[first[n] : CHUNK * n], y[first[n] : CHUNK * n], queries) for n in counts]
             found.append([(answers == targets).mean() for answers in fits])
         yield name.replace("_", " "), np.array(found)
