@@ -86,6 +86,11 @@ class Member:
         return apart and self.values.get("signal", "observations") == "observations"
 
     @property
+    def fits(self) -> bool:
+        """Whether a chunk goes on with a fit, whose result depends a little on what was read before."""
+        return self.kind.name == "classification"
+
+    @property
     def has_order(self) -> bool:
         """Whether the order of the chunks counts before anything is learned."""
         return not (self.merges or self.kind.refines) or {"num_kept_tokens", "read_behind"} & self.values.keys()

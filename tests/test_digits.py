@@ -74,7 +74,7 @@ def test_the_curve_of_vectors_starts_between_its_two_parts():
 
 
 def test_the_published_adapter_reads_digits_better_than_the_nearest_class_mean():
-    episodes = digit_episodes(8, 200, 300, seed=5)
+    episodes = digit_episodes(16, 200, 300, seed=5)
     curve = evaluate_curve(load_published(), episodes, (1, 5, 10), ("nearest_class_mean",), show_progress=False)
     gains = [curve.difference(("iai", n), ("nearest_class_mean", n)) for n in (1, 5, 10)]
     assert all(gain["low"] > 0 for gain in gains), gains
