@@ -216,9 +216,8 @@ def test_states_that_were_read_apart_merge(member):
         return
     merged, read = TaskState.merge(apart), model.adapt(stream)
     if member.fits:
-        merged, read = (
-            replace(s, tensors={n: s.tensors[n] for n in ("count", "total", "moment")}) for s in (merged, read)
-        )
+        sums = ("count", "total", "moment")
+        merged, read = (replace(s, tensors={name: s.tensors[name] for name in sums}) for s in (merged, read))
     assert_states_close(merged, read, member.rounding)
 
 
@@ -228,7 +227,7 @@ def test_order_is_only_learned(member):
     forward, backward = (member.answer(model, chunks, queries) for chunks in (stream, stream[::-1]))
     if member.kind.refines and forward.dim() == 3:  # later tokens stand behind what the first ones are thought to be
         forward, backward = forward[:, 0], backward[:, 0]
-    assert_close(backward, forward, 0.01 if member.fits else member.rounding)
+    assert_close(backward, forward, 0.05 if member.fits else member.rounding)
 
 
 # ---------------------------------------------------------------- reading and answering
