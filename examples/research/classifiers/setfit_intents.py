@@ -20,10 +20,10 @@ from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from examples.research.classifiers.intent_tasks import Corpus, embed, load_corpora, read_texts, stack
+from examples.research.classifiers.intent_tasks import Corpus, embed, load_corpora, read_texts
 from examples.research.classifiers.meta_train_intents import DATA, ENCODER, WORK
-from examples.research.classifiers.row_training import CHUNK, logits_of, states
-from examples.research.classifiers.unseen_source import WAYS, new_reader, stream_tasks, trained_head
+from examples.research.classifiers.row_training import CHUNK
+from examples.research.classifiers.unseen_source import WAYS, new_reader, of_head, stream_tasks, trained_head
 from examples.research.common.files import write_json
 from examples.research.common.rows import interval, print_rows, write_rows
 from hf_iai.commands.classify import installed_encoder
@@ -42,14 +42,9 @@ def by_setfit(encoder: str, texts: list[str], said: np.ndarray, asked: list[str]
     return np.array(model.predict(asked, show_progress_bar=False))
 
 
-@torch.no_grad()
 def by_heads(heads: list[ClassRows], corpus: Corpus, task: tuple[np.ndarray, ...]) -> float:
     """Mean accuracy."""
-    found, tasks = [], stack([corpus], [task])
-    for head in heads:
-        *_, kept = states(head, tasks)
-        found.append((logits_of(head, kept, tasks.queries).argmax(-1) == tasks.targets).float().mean().item())
-    return float(np.mean(found))
+    return float(np.mean([of_head(head, corpus, task)[0] for head in heads])) / 100
 
 
 def measure(corpus: Corpus, texts: list[str], task: tuple, heads: list[ClassRows], model, tokenizer, encoder: str):
