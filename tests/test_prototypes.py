@@ -9,19 +9,17 @@ from hf_iai.heads.prototypes import absorb, unite
 CLASSES, PLACES, WIDTH = 3, 4, 5
 
 
-def read(x, labels, weights=None, before=None):
+def read(x, labels):
     """Points and masses of one task, chunks of 6 examples."""
-    points, mass = before or (torch.zeros(1, CLASSES, PLACES, WIDTH), torch.zeros(1, CLASSES, PLACES))
-    weights = torch.ones(len(x)) if weights is None else weights
-    for parts in zip(x[None].split(6, 1), labels[None].split(6, 1), weights[None].split(6, 1), strict=True):
+    points, mass = torch.zeros(1, CLASSES, PLACES, WIDTH), torch.zeros(1, CLASSES, PLACES)
+    for parts in zip(x[None].split(6, 1), labels[None].split(6, 1), strict=True):
         points, mass = absorb(points, mass, *parts)
     return points, mass
 
 
 def drawn(num, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    x, labels = torch.randn(num, WIDTH, generator=generator), torch.randint(CLASSES, (num,), generator=generator)
-    return x, labels, torch.rand(num, generator=generator) + 0.5
+    return torch.randn(num, WIDTH, generator=generator), torch.randint(CLASSES, (num,), generator=generator)
 
 
 def by_hand(x, labels, weights):
@@ -43,24 +41,27 @@ def by_hand(x, labels, weights):
     return found
 
 
-@pytest.mark.parametrize("num", [5, 12, 60])
-def test_prototypes_are_their_formula(num):
-    x, labels, weights = drawn(num)
-    points, mass = read(x, labels, weights)
-    for c, expected in by_hand(x, labels, weights).items():
+def assert_are(points, mass, expected):
+    for c, pairs in expected.items():
         taken = mass[0, c] > 0
         found = sorted(torch.cat([mass[0, c, :, None], points[0, c]], 1)[taken].tolist())
-        np.testing.assert_allclose(found, sorted([m, *p] for p, m in expected), rtol=1e-4, atol=1e-4)
-        of_class = labels == c
-        torch.testing.assert_close(mass[0, c].sum(), weights[of_class].sum())
-        torch.testing.assert_close(mass[0, c] @ points[0, c], weights[of_class] @ x[of_class], atol=1e-4, rtol=1e-4)
+        np.testing.assert_allclose(found, sorted([m, *p] for p, m in pairs), rtol=1e-4, atol=1e-4)
 
 
-def test_an_example_of_weight_0_changes_nothing():
-    x, labels, weights = drawn(40)
-    points, mass = read(x, labels, weights)
+@pytest.mark.parametrize("num", [5, 12, 60])
+def test_prototypes_are_their_formula(num):
+    x, labels = drawn(num)
+    points, mass = read(x, labels)
+    assert_are(points, mass, by_hand(x, labels, torch.ones(num)))
+    for c in range(CLASSES):
+        torch.testing.assert_close(mass[0, c].sum(), (labels == c).sum().float())
+        torch.testing.assert_close(mass[0, c] @ points[0, c], x[labels == c].sum(0), atol=1e-4, rtol=1e-4)
+
+
+def test_padding_changes_nothing():
+    points, mass = read(*drawn(40))
     points[0, 0, 1] = points[0, 0, 2]  # two that could become one for nothing
-    again = absorb(points, mass, torch.full((1, 2, WIDTH), 7.0), torch.tensor([[0, -100]]), torch.zeros(1, 2))
+    again = absorb(points, mass, torch.full((1, 2, WIDTH), 7.0), torch.tensor([[-100, -100]]))
     assert torch.equal(again[0], points) and torch.equal(again[1], mass)
 
 
@@ -76,8 +77,7 @@ def test_tasks_of_a_batch_do_not_mix():
 
 def test_united_prototypes_are_those_of_reading_one_set_after_the_other():
     one, other = read(*drawn(9, 1)), read(*drawn(30, 2))
-    points, mass = unite(one, other)
     places = torch.arange(CLASSES).repeat_interleave(PLACES)
-    expected = read(other[0].flatten(0, 2), places, other[1].flatten(), one)
-    torch.testing.assert_close(points, expected[0])
-    torch.testing.assert_close(mass, expected[1])
+    points, masses = (torch.cat([a.flatten(0, 2), b.flatten(0, 2)]) for a, b in zip(one, other, strict=True))
+    taken = masses > 0
+    assert_are(*unite(one, other), by_hand(points[taken], places.repeat(2)[taken], masses[taken]))

@@ -100,7 +100,7 @@ class ClassRows(nn.Module):
         real = labels >= 0
         x = features.float().masked_fill(~real.unsqueeze(-1), 0.0)
         y = nn.functional.one_hot(labels.clamp_min(0), kept["count"].shape[1]).float() * real.unsqueeze(-1)  # (B, n, C)
-        prototype, mass = absorb(kept["prototype"], kept["mass"], x, labels, real.float())
+        prototype, mass = absorb(kept["prototype"], kept["mass"], x, labels)
         read = {
             "count": kept["count"] + y.sum(1),
             "total": kept["total"] + y.mT @ x,

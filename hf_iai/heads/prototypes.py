@@ -11,7 +11,7 @@ LEAST = 1e-9  # masses are clamped to this before something is divided by them
 
 
 @torch.no_grad()
-def absorb(points: Tensor, mass: Tensor, x: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+def absorb(points: Tensor, mass: Tensor, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Add the examples of a chunk, in their order, each to the prototypes of its class.
 
     An example takes a free place. If there is none, the two points u, v of the class, the example among them, are
@@ -23,10 +23,9 @@ def absorb(points: Tensor, mass: Tensor, x: Tensor, labels: Tensor, weights: Ten
 
     Args:
         points: (B, C, P, d); they are not changed.
-        mass: (B, C, P), the weight of the examples that each point stands for, 0 for a free place; is not changed.
+        mass: (B, C, P), how many examples each point stands for, 0 for a free place; is not changed.
         x: (B, n, d).
         labels: class of each example, -100 for padding, (B, n).
-        weights: (B, n); an example of weight 0 changes nothing.
 
     Returns:
         The new points and masses.
@@ -34,20 +33,19 @@ def absorb(points: Tensor, mass: Tensor, x: Tensor, labels: Tensor, weights: Ten
     Example:
         >>> points, mass = torch.zeros(1, 1, 2, 1), torch.zeros(1, 1, 2)
         >>> x, labels = torch.tensor([[[1.0], [5.0], [2.0]]]), torch.zeros(1, 3, dtype=torch.long)
-        >>> points, mass = absorb(points, mass, x, labels, torch.ones(1, 3))
+        >>> points, mass = absorb(points, mass, x, labels)
         >>> points.flatten().tolist(), mass.flatten().tolist()
         ([1.5, 5.0], [2.0, 1.0])
 
     Source: Ward, Hierarchical Grouping to Optimize an Objective Function (1963), applied to a stream.
     """
     points, mass = points.clone(), mass.clone()
-    real = (labels >= 0) & (weights > 0)  # (B, n)
-    said = one_hot(labels.clamp_min(0), mass.shape[1]) * real.unsqueeze(-1)
+    said = one_hot(labels.clamp_min(0), mass.shape[1]) * (labels >= 0).unsqueeze(-1)  # (B, n, C)
     turn = said.cumsum(1).mul_(said).sum(-1)  # the k-th example of its class in this chunk; classes do not meet
     for k in range(1, int(turn.max()) + 1 if turn.numel() else 1):
         task, example = (turn == k).nonzero(as_tuple=True)  # at most one example of each class
         own = task, labels[task, example]
-        points[own], mass[own] = _with_one_more(points[own], mass[own], x[task, example], weights[task, example])
+        points[own], mass[own] = _with_one_more(points[own], mass[own], x[task, example], mass.new_ones(len(task)))
     return points, mass
 
 
