@@ -1,6 +1,6 @@
 """SetFit, which fine-tunes the encoder, next to the state: 10 intents of a corpus that training has not seen.
 
-    pip install setfit
+    pip install --no-deps setfit sentence-transformers evaluate
     python -m examples.research.classifiers.setfit_intents --data DATA      # 30 minutes on one core
 
 Writes work/intents/setfit.json. The first tasks of `unseen_source`, and its readers. SetFit has its default settings
