@@ -50,6 +50,31 @@ def test_steps_descend():
     assert loss(went_on) < losses[3]
 
 
+def test_steps_descend_where_the_prior_is_sure_and_wrong():
+    """There p (1 - p) is almost 0: Newton's method alone goes a thousand times too far."""
+    points = torch.eye(2).repeat(10, 1)[None]  # (1, 20, 2)
+    labels = torch.tensor([0, 1]).repeat(10)[None]
+    labels[0, 0] = 1
+    said, prior = torch.nn.functional.one_hot(labels, 2).float(), 15 * points
+    rows, losses = torch.zeros(1, 2, 2), []
+    for _ in range(8):
+        nats = -((prior + points @ rows.mT).log_softmax(-1) * said).sum()
+        losses.append((nats + 0.015 * rows.square().sum()).item())
+        rows = fit(rows, points, said, torch.ones(1, 20, 1), prior, points.mT @ points, torch.tensor([0.03]), 4)
+    assert all(after <= before * (1 + 1e-5) for before, after in zip(losses, losses[1:], strict=False))
+    assert losses[-1] < 5 < losses[0]
+    assert ((prior + points @ rows.mT).argmax(-1)[0] == torch.tensor([0, 1]).repeat(10)).all()
+
+
+def test_a_second_moment_that_rounding_made_indefinite():
+    points, said, mass, moment = problem()
+    points = points * torch.tensor([1.0, 1, 1, 0, 0, 0])
+    moment = 1e5 * (points * mass).mT @ points - torch.diag(torch.tensor([0.0, 0, 0, 0.3, 0.3, 0.3]))
+    prior = torch.zeros(1, NUM, CLASSES)
+    found = fit(torch.zeros(1, CLASSES, WIDTH), points, said, mass, prior, moment, torch.tensor([1e-3]), 4)
+    assert found.isfinite().all() and found.any()
+
+
 def test_the_gradient_at_the_minimum_points_where_the_minimum_goes():
     prior = torch.randn(1, NUM, CLASSES, generator=torch.Generator().manual_seed(3))
     towards = torch.randn(CLASSES, WIDTH, generator=torch.Generator().manual_seed(4))
