@@ -1,4 +1,4 @@
-"""What a linear model is computed from. This state works on the features of a text, after the encoder, not before the text."""
+"""What a linear model is computed from. This state works on features, after the encoder, not before the text."""
 
 from torch import nn
 

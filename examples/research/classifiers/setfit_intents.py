@@ -5,7 +5,8 @@
 
 Writes work/intents/setfit.json. The first tasks of `unseen_source`, and its readers. SetFit has its default settings
 but for the 20 pairs of each kind for a text, as in its paper. Seconds are those of one thread, from texts to a
-classifier; those of SetFit include that it loads the encoder and answers. Finished tasks are kept in work/intents/setfit, so a killed run goes on.
+classifier; those of SetFit include that it loads the encoder and answers. Finished tasks are kept in
+work/intents/setfit, so a killed run goes on.
 """
 
 import json
