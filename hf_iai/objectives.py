@@ -14,10 +14,11 @@ from torch.nn.functional import kl_div
 from .bases.base import Base
 from .cores import EpisodeBatch, State
 from .reader import Reader
+from .signals.one_pass import LossOfReading, losses_of_reading
 from .tensors import NO_LOSS, eval_mode
 
 KINDS = ("unrolled", "truncated", "greedy")
-SCORED = ("doubling", "last")
+SCORED = ("doubling", "last", "next")
 
 
 @dataclass
@@ -33,13 +34,15 @@ class Objective:
             with K.
         window: number of chunks with gradient, for `"truncated"`.
         scored_states: for `"unrolled"`. `"doubling"`: the states after the last 1, 2, 4, ..., K chunks. `"last"`: only
-            the state after all K chunks, for queries that may be about any chunk.
+            the state after all K chunks, for queries that may be about any chunk. `"next"`: every state on the chunk
+            after it, and the last one on the queries. A prefix+lora state reads that loss anyway, so a step costs no
+            more than reading, and memory does not grow with K. Slots are constants.
         kl_weight: weight of KL(teacher || student) under the last state. The teacher is the bare base; it sees as much
             of the real context as its window holds.
         draw: the source of randomness. The trainer makes one from (seed, step) for every step, so all ranks draw alike.
 
     Raises:
-        ValueError: for an unknown value, `"last"` without `"unrolled"`, or a window below 1.
+        ValueError: for an unknown value, `"last"` or `"next"` without `"unrolled"`, or a window below 1.
     """
 
     kind: str = "unrolled"
@@ -53,8 +56,8 @@ class Objective:
             raise ValueError(f"objective must be one of {list(KINDS)}, got {self.kind!r}")
         if self.scored_states not in SCORED:
             raise ValueError(f"scored_states must be one of {list(SCORED)}, got {self.scored_states!r}")
-        if self.scored_states == "last" and self.kind != "unrolled":
-            raise ValueError(f"scored_states='last' needs objective='unrolled', got {self.kind!r}")
+        if self.scored_states != "doubling" and self.kind != "unrolled":
+            raise ValueError(f"scored_states={self.scored_states!r} needs objective='unrolled', got {self.kind!r}")
         if self.window < 1:
             raise ValueError(f"window must be at least 1, got {self.window}")
 
@@ -68,13 +71,33 @@ def episode_loss(reader: Reader, objective: Objective, episode: EpisodeBatch, *,
         episode: B checked episodes.
         training: if False, queries are scored only after all chunks.
     """
-    states = _states(reader, objective, episode, training=training)
+    losses: list[LossOfReading] = []
+    if training and objective.scored_states == "next":
+        state, losses = _read_with_losses(reader, episode)
+        states = [state]
+    else:
+        states = _states(reader, objective, episode, training=training)
     outputs = reader.score(states, episode)
+    if losses:
+        total, num = sum(loss.total for loss in losses), sum(loss.num_tasks for loss in losses)
+        outputs.loss = (total + len(episode.ids) * outputs.loss) / (num + len(episode.ids))
     weight = objective.kl_weight if training and reader.task.has_teacher else 0.0
     if weight and episode.labels is not None and episode.chunks[0].shape[1]:
         loss = _teacher_loss(reader.base, outputs.logits, episode)
         outputs.loss = outputs.loss + weight * loss
     return outputs
+
+
+def _read_with_losses(reader: Reader, episode: EpisodeBatch) -> tuple[State, list[LossOfReading]]:
+    """The state after all chunks, and the loss of each of them before it was learned from."""
+    with losses_of_reading() as losses:
+        state = reader.read_on(reader.core.begin(reader.base, episode), episode.chunks)
+    if len(losses) < episode.chunks[0].shape[1]:
+        raise ValueError(
+            "scored_states='next' takes the loss of each chunk that is read behind slots and under fast weights: use "
+            "state_type='prefix+lora' and read_behind='state', or scored_states='doubling'"
+        )
+    return state, losses
 
 
 def _states(reader: Reader, objective: Objective, episode: EpisodeBatch, *, training: bool) -> list[State]:

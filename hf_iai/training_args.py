@@ -46,7 +46,7 @@ class IAITrainingArguments(TrainingArguments):
     halve_chunks: float = field(default=0.25, metadata={"help": "probability of a step with chunks of half length"})
     objective: str = field(default="unrolled", metadata={"help": "unrolled, truncated or greedy"})
     truncation_window: int = field(default=4, metadata={"help": "chunks with gradient, objective 'truncated'"})
-    scored_states: str = field(default="doubling", metadata={"help": "states with a loss: doubling or last"})
+    scored_states: str = field(default="doubling", metadata={"help": "states with a loss: doubling, last or next"})
     kl_weight: float = field(default=0.0, metadata={"help": "weight of the KL to the full-context bare base"})
     learning_rate: float = field(default=1e-3, metadata={"help": "peak learning rate, of everything but theta(0)"})
     state_learning_rate: float | None = field(default=None, metadata={"help": "of theta(0); None: learning_rate"})

@@ -277,6 +277,10 @@ def test_training_arguments(tmp_path):
             {"scored_states": "last", "objective": "greedy"},
             "scored_states='last' needs objective='unrolled'",
         ),
+        (
+            {"scored_states": "next", "objective": "truncated"},
+            "scored_states='next' needs objective='unrolled'",
+        ),
         ({"max_chunks": 4, "min_chunks": 4}, "halve_chunks=0.25 leaves the earlier halves out"),
         ({"chunk_size": 0}, "chunk_size must be at least 1"),
         ({"curriculum": 2.0}, "curriculum must lie in 0..1"),

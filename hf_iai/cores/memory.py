@@ -6,6 +6,7 @@ from ..bases.base import Base
 from ..config import IAIConfig
 from ..heads import bounded
 from ..registry import HEADS
+from ..signals.one_pass import record_loss
 from ..state import TaskState
 from .core import full_precision
 from .tokens import TokensCore
@@ -46,7 +47,10 @@ class MemoryCore(TokensCore):
         slots = None
         for number in range(self.config.write_steps):
             reading = self._read(base, state, theta, evidence)
-            slots = self._kept(state, reading, evidence["mask"]) if slots is None else slots
+            if slots is None:
+                slots = self._kept(state, reading, evidence["mask"])
+                if not self.read_apart:
+                    record_loss(reading)
             count = state.step * self.config.write_steps + number
             with full_precision(state.step):
                 theta, kept = self.head(theta, kept, reading.gradient, count, start)

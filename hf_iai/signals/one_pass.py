@@ -3,8 +3,9 @@
 Axes: B tasks, C tokens of a chunk, m slots, L layers, H key/value heads, D head width.
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,31 @@ from ..bases.prefixes import Prefix
 from ..tensors import NO_LOSS, recordable
 
 Tensors = dict[str, Tensor]
+_losses_of_reading: ContextVar[list["LossOfReading"] | None] = ContextVar("losses_of_reading", default=None)
+
+
+@dataclass
+class LossOfReading:
+    """The loss of a chunk of each task before it was learned from, summed over the tasks that have labels in it."""
+
+    total: Tensor  # (), differentiable
+    num_tasks: Tensor  # ()
+
+
+@contextmanager
+def losses_of_reading() -> Iterator[list[LossOfReading]]:
+    """A context in which the loss of every chunk that is read can be differentiated. Yields the list of these losses.
+
+    A chunk's loss, before it is learned from, is that of the next chunk under the state before. Its gradient with
+    respect to the fast weights is what the chunk is written by, so training costs no more than reading. Keys and values
+    are constants: nothing is learned through what the slots hold.
+    """
+    found: list[LossOfReading] = []
+    token = _losses_of_reading.set(found)
+    try:
+        yield found
+    finally:
+        _losses_of_reading.reset(token)
 
 
 @dataclass
@@ -29,6 +55,14 @@ class OnePass:
     loss: Tensor  # (B,) mean of -log p(label) over the labelled tokens, in nats; 0 without labels
     surprisal: Tensor  # (B, C) -log p(token | slots, tokens before it) in nats; 0 for the first token and padding
     gradient: Tensors  # of each task's loss with respect to `theta`
+    of_reading: LossOfReading | None = None  # inside `losses_of_reading`
+
+
+def record_loss(reading: OnePass) -> None:
+    """Add the loss of a pass to the list of `losses_of_reading`, if the pass was made inside."""
+    found = _losses_of_reading.get()
+    if found is not None and reading.of_reading is not None:
+        found.append(reading.of_reading)
 
 
 def read_in_one_pass(
@@ -38,6 +72,7 @@ def read_in_one_pass(
     chunk: tuple[Tensor, Tensor, Tensor],  # ids, mask and labels, (B, C) each
     *,
     attention: bool,
+    learned: Iterable[Tensor] = (),
 ) -> OnePass:
     """Read a chunk behind the slots of a state.
 
@@ -50,13 +85,16 @@ def read_in_one_pass(
         theta: the tensors to differentiate with respect to; none, for no gradient.
         chunk: token ids; 1 for real tokens; and token ids or -100 where no loss is taken.
         attention: whether to record what is attended to.
+        learned: other tensors that the loss can be differentiated with respect to inside `losses_of_reading`.
     """
     if theta:
         base.check_differentiable()
     ids, mask, labels = map(recordable, chunk)
     # A row that is all padding would attend to nothing, so it is read as text. It has no labels.
     seen = mask.masked_fill((mask == 0).all(1, keepdim=True), 1)
-    outer = torch.is_grad_enabled()
+    of_reading = torch.is_grad_enabled() and bool(theta) and _losses_of_reading.get() is not None
+    outer = torch.is_grad_enabled() and not of_reading
+    learned = [t for t in learned if t.requires_grad] if of_reading else []
     with torch.inference_mode(False), torch.set_grad_enabled(outer or bool(theta)):
         leaves = {
             n: t if outer and t.requires_grad else recordable(t).detach().requires_grad_() for n, t in theta.items()
@@ -68,13 +106,19 @@ def read_in_one_pass(
                 hidden, keys_values = base.read(prefix, base.embed(ids), seen, positions, record=ids.shape[1])
             losses = _losses(base, hidden, torch.where(labels == NO_LOSS, ids, labels))
         loss = _mean(losses, labels, mask)
-        gradient = _gradient(base, loss, leaves, keep=outer)
+        gradient, of_learned = _gradient(base, loss, leaves, learned, keep=outer)
     received = recording.check_complete(len(keys_values), base.config._attn_implementation) if attention else None
     keys, values = (torch.stack(t, 1).float() for t in zip(*keys_values, strict=True))
     real = mask[:, None, None, :, None] != 0
     keys, values = (t if outer else t.detach() for t in (base.rotate(keys, -positions), values))
     surprisal = losses.detach().masked_fill(without_first(mask, mask) <= 0, 0)
-    return OnePass(keys.where(real, 0), values.where(real, 0), received, loss.detach(), surprisal, gradient)
+    found = OnePass(keys.where(real, 0), values.where(real, 0), received, loss.detach(), surprisal, gradient)
+    if of_reading:
+        pairs = [*((theta[name], g) for name, g in gradient.items()), *zip(learned, of_learned, strict=True)]
+        found.of_reading = LossOfReading(
+            _with_gradient(loss.detach().sum(), pairs), _counted(labels, mask).any(1).sum()
+        )
+    return found
 
 
 def _losses(base: Base, hidden: Tensor, targets: Tensor) -> Tensor:  # (B, C, d), (B, C) -> (B, C)
@@ -86,13 +130,27 @@ def _losses(base: Base, hidden: Tensor, targets: Tensor) -> Tensor:  # (B, C, d)
 
 
 def _mean(losses: Tensor, labels: Tensor, mask: Tensor) -> Tensor:  # (B, C) each -> (B,)
-    counted = without_first(labels.masked_fill(mask == 0, NO_LOSS), mask) != NO_LOSS
+    counted = _counted(labels, mask)
     return losses.where(counted, 0).sum(1) / counted.sum(1).clamp_min(1)
 
 
-def _gradient(base: Base, loss: Tensor, theta: Tensors, *, keep: bool) -> Tensors:  # (B,)
+def _counted(labels: Tensor, mask: Tensor) -> Tensor:  # (B, C) each -> (B, C)
+    return without_first(labels.masked_fill(mask == 0, NO_LOSS), mask) != NO_LOSS
+
+
+def _gradient(
+    base: Base, loss: Tensor, theta: Tensors, learned: list[Tensor], *, keep: bool
+) -> tuple[Tensors, list[Tensor | None]]:
+    """The gradient of the summed loss (B,) with respect to `theta`, and to each of `learned` that it depends on."""
     if not theta:
-        return {}
+        return {}, []
     with inner_backward(base.model):
-        found = torch.autograd.grad(loss.sum(), list(theta.values()), retain_graph=keep)
-    return dict(zip(theta, found, strict=True))
+        found = torch.autograd.grad(
+            loss.sum(), [*theta.values(), *learned], retain_graph=keep, allow_unused=bool(learned)
+        )
+    return dict(zip(theta, found, strict=False)), list(found[len(theta) :])
+
+
+def _with_gradient(value: Tensor, pairs: Iterable[tuple[Tensor, Tensor | None]]) -> Tensor:
+    """The value, whose gradient with respect to each tensor is the given one."""
+    return value + sum((g * (t - t.detach())).sum() for t, g in pairs if g is not None)

@@ -42,6 +42,7 @@ def train(
     lr: Annotated[float, typer.Option(help="Learning rate of rates and A.")] = 2e-3,
     start_lr: Annotated[float, typer.Option(help="Learning rate of the start.")] = 2e-3,
     values: Annotated[str, typer.Option(help="Fields of the configuration, as JSON.")] = "{}",
+    scored: Annotated[str, typer.Option(help="States with a loss; next reads max_chunks in each step.")] = "doubling",
     work: Path = WORK,
 ) -> None:
     """Train one memory."""
@@ -72,7 +73,9 @@ def train(
         state_learning_rate=start_lr,
         lr_scheduler_type="cosine",
         warmup_steps=10,
+        scored_states=scored,
         halve_chunks=0.0,
+        **({"min_chunks": max_chunks, "curriculum": 0.0} if scored == "next" else {}),
         save_steps=25,
     )
 
