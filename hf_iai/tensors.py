@@ -111,3 +111,8 @@ def eval_mode(*modules: nn.Module) -> Iterator[None]:
                     _frozen[part] = count - 1, training
                 else:
                     part.training = training
+
+
+def along(row: Tensor, other: Tensor) -> Tensor:  # (B,), (B, ...) -> (B, 1, ...)
+    """A number for each task, in a shape that goes with a tensor of the tasks."""
+    return row.view(-1, *[1] * (other.dim() - 1))

@@ -1,5 +1,8 @@
 """Memory with two speeds: slots for what was just said, and fast weights that each chunk's gradient moves."""
 
+from dataclasses import replace
+
+import torch
 from torch import Tensor
 
 from ..bases.base import Base
@@ -8,6 +11,7 @@ from ..heads import bounded
 from ..registry import HEADS
 from ..signals.one_pass import record_loss
 from ..state import TaskState
+from ..tensors import along
 from .core import full_precision
 from .tokens import TokensCore
 
@@ -18,7 +22,9 @@ class MemoryCore(TokensCore):
         slots(i+1)        = the tokens to keep of slots(i) and chunk(i)
         fast weights(i+1) = head(fast weights(i), d loss(chunk(i) | state(i)) / d fast weights(i))
 
-    With `write_steps` above 1 the chunk is read again for each further step, behind the same slots.
+    A state that has read nothing has no slots and no update, so the base answers as it is. The first chunk moves the
+    fast weights from where training lets them start. With `write_steps` above 1 the chunk is read again for each
+    further step, behind the same slots.
     """
 
     uses_labels = True
@@ -35,7 +41,14 @@ class MemoryCore(TokensCore):
 
     def _initial(self, base: Base, batch_size: int) -> dict[str, Tensor]:
         tensors = super()._initial(base, batch_size)
-        return tensors | self.head.initial(self._theta(tensors))
+        nothing = {name: torch.zeros_like(t) for name, t in self._theta(tensors).items()}
+        return tensors | nothing | self.head.initial(nothing)
+
+    def of_cache(self, base: Base, state: TaskState, *text) -> TaskState:
+        """The state of a text that is in a cache: its slots, and the fast weights where they start."""
+        found, batch = super().of_cache(base, state, *text), state.batch_size
+        start = {name: t.expand(batch, *t.shape) for name, t in self.state.start.items()}
+        return replace(found, tensors=found.tensors | start)
 
     def _theta(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """The fast weights."""
@@ -52,6 +65,7 @@ class MemoryCore(TokensCore):
                 if not self.read_apart:
                     record_loss(reading)
             count = state.step * self.config.write_steps + number
+            theta = {name: torch.where(along(count == 0, t), start[name], t) for name, t in theta.items()}
             with full_precision(state.step):
                 theta, kept = self.head(theta, kept, reading.gradient, count, start)
                 theta = bounded(theta, start)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ..registry import HEADS
+from ..tensors import along
 from .classical import SGD, Tensors
 from .guards import first_trust, trusted, updated_trust
 
@@ -49,7 +50,7 @@ class NormalizedStep(SGD):
         for name, g in gradient.items():
             square = g.detach().square()
             means = {f"row_{name}": square.mean(-1), f"column_{name}": square.mean(-2)}
-            means = {n: torch.lerp(kept[n], now, _like(share, now).expand_as(now)) for n, now in means.items()}
+            means = {n: torch.lerp(kept[n], now, along(share, now).expand_as(now)) for n, now in means.items()}
             u = _direction(g, *means.values())
             moved = theta[name] - self.rate(name) * u
             after[name] = trusted(theta[name], moved, start[name], less, trust["trust"])
@@ -61,7 +62,3 @@ def _direction(gradient: Tensor, row: Tensor, column: Tensor) -> Tensor:  # (B, 
     second = row.unsqueeze(-1) * column.unsqueeze(-2) / (row.mean(-1)[..., None, None] + TINY)
     u = gradient * (second + TINY).rsqrt()
     return u / u.square().mean((-1, -2), keepdim=True).sqrt().clamp_min(1)
-
-
-def _like(row: Tensor, other: Tensor) -> Tensor:  # (B,), (B, ...)
-    return row.view(-1, *[1] * (other.dim() - 1))
