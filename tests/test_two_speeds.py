@@ -113,6 +113,23 @@ def test_a_state_that_has_read_nothing_is_no_state():
         assert (found - model(input_ids=query).logits).abs().max() < 1e-5
 
 
+def test_a_trained_memory_that_has_read_nothing_is_no_state():
+    """The learned start of the fast weights comes in with the first chunk, and with a cache."""
+    model, query = memory(), ids(2, 9)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".start." in name:
+                parameter.normal_()
+    start = dict(model.base_model.core.state.start.items())
+    empty = model.initial_state()
+    torch.testing.assert_close(model(query, task_state=empty).logits, model(query).logits, rtol=0, atol=1e-6)
+    read = model.adapt(chunks(1, batch=1))
+    cached = model.state_of_cache(model.model(ids(1, SLOTS)).past_key_values)
+    for name, tensor in start.items():
+        moved = (read.tensors[name] - tensor).abs().max()
+        assert 0 < moved <= 0.1 and torch.equal(cached.tensors[name][0], tensor)
+
+
 def test_empty_slots_hold_zeros():
     """Padding has keys and values, too, which must not be stored."""
     model, text = memory(), ids(2, 6)
