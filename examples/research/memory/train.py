@@ -16,9 +16,12 @@ from typing import Annotated
 import torch
 import typer
 from peft import PeftModel, get_peft_model
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
-from examples.research.common.bases import SMOLLM2, BaseOption
+from examples.research.common.bases import SMOLLM2, SMOLLM2_FOLDER, BaseOption
+from examples.research.common.files import replacing
 from examples.research.common.training import train_adapter
 from examples.research.documents.adapt_to_documents import report
 from hf_iai import IAIConfig, episodes_from_documents
@@ -42,6 +45,7 @@ def train(
     start_lr: Annotated[float, typer.Option(help="Learning rate of the start.")] = 2e-3,
     values: Annotated[str, typer.Option(help="Fields of the configuration, as JSON.")] = "{}",
     scored: Annotated[str, typer.Option(help="States with a loss; next reads max_chunks in each step.")] = "doubling",
+    half: Annotated[bool, typer.Option("--half", help="Save the weights in float16.")] = False,
     work: Path = WORK,
 ) -> None:
     """Train one memory."""
@@ -49,6 +53,8 @@ def train(
     tokenizer = AutoTokenizer.from_pretrained(base)
     fields = {"state_type": "prefix+lora", "regime": "parametric", "num_state_tokens": size} | json.loads(values)
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), IAIConfig(task_type="CAUSAL_LM", **fields))
+    if Path(base) == SMOLLM2_FOLDER:  # the adapter is for the Hub's model, of which the folder is a dequantised copy
+        model.active_peft_config.base_model_name_or_path = SMOLLM2
     episodes = episodes_from_documents(
         library_documents("train", seed=1000 + seed),
         tokenizer,
@@ -76,6 +82,15 @@ def train(
         **({"min_chunks": max_chunks, "curriculum": 0.0} if scored == "next" else {}),
         save_steps=25,
     )
+    if half:
+        halve(work / str(seed) / "adapter" / SAFETENSORS_WEIGHTS_NAME)
+
+
+def halve(path: Path) -> None:
+    """Write the weights of a file in float16; PEFT loads them in float32."""
+    weights = {name: tensor.half() for name, tensor in load_file(path).items()}
+    with replacing(path) as temporary:
+        save_file(weights, temporary, metadata={"format": "pt"})
 
 
 @app.command()
