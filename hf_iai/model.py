@@ -51,7 +51,7 @@ class IAIModel(IAITuner):
     # ---------------------------------------------------------------- reading
 
     def initial_state(self, batch_size: int = 1) -> TaskState:
-        """theta(0) for `batch_size` tasks: the learned state before anything was read.
+        """theta(0) for `batch_size` tasks: the state before anything was read, learned or, for prefix+lora, empty.
 
         Raises:
             ValueError: in regime `"implicit"`, which has no task state.

@@ -35,8 +35,9 @@ class Objective:
         window: number of chunks with gradient, for `"truncated"`.
         scored_states: for `"unrolled"`. `"doubling"`: the states after the last 1, 2, 4, ..., K chunks. `"last"`: only
             the state after all K chunks, for queries that may be about any chunk. `"next"`: every state on the chunk
-            after it, and the last one on the queries. A prefix+lora state reads that loss anyway, so a step costs no
-            more than reading, and memory does not grow with K. Slots are constants.
+            after it, and the last one on the queries: (sum of the chunks' mean losses + number of queries x their
+            mean loss) / (chunks + queries). A prefix+lora state reads the former anyway, so a step costs little more
+            than reading, and no pass is kept until the end. Slots are constants.
         kl_weight: weight of KL(teacher || student) under the last state. The teacher is the bare base; it sees as much
             of the real context as its window holds.
         draw: the source of randomness. The trainer makes one from (seed, step) for every step, so all ranks draw alike.
@@ -90,13 +91,15 @@ def episode_loss(reader: Reader, objective: Objective, episode: EpisodeBatch, *,
 
 def _read_with_losses(reader: Reader, episode: EpisodeBatch) -> tuple[State, list[LossOfReading]]:
     """The state after all chunks, and the loss of each of them before it was learned from."""
-    with losses_of_reading() as losses:
-        state = reader.read_on(reader.core.begin(reader.base, episode), episode.chunks)
-    if len(losses) < episode.chunks[0].shape[1]:
+    if not reader.core.scores_reading:
         raise ValueError(
             "scored_states='next' takes the loss of each chunk that is read behind slots and under fast weights: use "
             "state_type='prefix+lora' and read_behind='state', or scored_states='doubling'"
         )
+    if episode.labels is None:
+        raise ValueError("scored_states='next' scores the queries too: give them labels")
+    with losses_of_reading() as losses:
+        state = reader.read_on(reader.core.begin(reader.base, episode), episode.chunks)
     return state, losses
 
 

@@ -17,6 +17,7 @@ from .heads import KEPT, followed_by, same_outputs, united
 from .heads.chosen import with_later
 from .label_names import Names, in_order, union, with_classes
 from .state_file import CONFIG, WEIGHTS, names_of, read_state_file, write_state_file
+from .tensors import along
 
 KEPT_BY = "kept by "  # then the rule by which slots hold tokens of chunks that were read apart
 
@@ -195,7 +196,8 @@ class TaskState:
         """The state of a text that was read already, from the keys and values that transformers kept of it.
 
         All tokens are kept if there are as many slots (`num_state_tokens`). Otherwise the slots hold those that the
-        model's `accumulation` chooses. The fast weights of a prefix+lora state stay those of theta(0).
+        model's `accumulation` chooses. The fast weights of a prefix+lora state are where training lets
+        them start.
 
         Args:
             cache: `past_key_values` of a forward pass of the model's base, over B texts of T tokens.
@@ -355,4 +357,4 @@ def _add_two(a: TaskState, b: TaskState) -> TaskState:
 
 
 def _times(tensor: Tensor, row: Tensor) -> Tensor:  # (B, ...), (B,)
-    return tensor * row.to(tensor.dtype).view(-1, *[1] * (tensor.dim() - 1))
+    return tensor * along(row.to(tensor.dtype), tensor)

@@ -51,8 +51,9 @@ def total(model, num_chunks: int) -> torch.Tensor:
     return sum(loss.total for loss in losses)
 
 
-def test_loss_is_that_of_reading_and_of_the_queries():
-    model, inputs = in_training_mode(make_model()), episode(3)
+@pytest.mark.parametrize("values", [{}, {"write_steps": 2}, {"regime": "explicit", "target_modules": "all-linear"}])
+def test_loss_is_that_of_reading_and_of_the_queries(values):
+    model, inputs = in_training_mode(make_model(**values)), episode(3)
     found = model(**inputs, objective=NEXT).loss
     model.eval()
     expected = []
@@ -93,6 +94,33 @@ def test_other_states_are_refused():
         in_training_mode(model)(**episode(2), objective=NEXT)
     with pytest.raises(ValueError, match="read_behind='state'"):
         in_training_mode(make_model(read_behind="start"))(**episode(2), objective=NEXT)
+
+
+def test_queries_without_labels_are_refused():
+    inputs = episode(2)
+    del inputs["labels"]
+    with pytest.raises(ValueError, match="give them labels"):
+        in_training_mode(make_model())(**inputs, objective=NEXT)
+
+
+def test_lora_of_the_reader_learns_from_reading():
+    model = in_training_mode(make_model(regime="explicit", target_modules="all-linear", r=2))
+    total(model, 2).backward()
+    lora_b = {name: p.grad for name, p in model.named_parameters() if "lora_B" in name}
+    assert lora_b and all(grad is not None and grad.abs().max() > 0 for grad in lora_b.values())
+
+
+def test_chunks_of_padding_do_not_count():
+    model, inputs = in_training_mode(make_model()), episode(3)
+    mask = torch.ones_like(inputs["chunk_input_ids"])
+    mask[1, 0] = 0  # the second task has two chunks
+    found = model(**inputs, chunk_attention_mask=mask, objective=NEXT).loss
+    losses = [
+        model(**{n: t[[task]] for n, t in inputs.items() if n[:5] != "chunk"}, objective=NEXT,
+              chunk_input_ids=inputs["chunk_input_ids"][[task], task:]).loss * (4 - task)
+        for task in range(2)
+    ]  # fmt: skip
+    assert float(found.detach()) == pytest.approx(float(sum(losses).detach()) / 7, abs=1e-5)
 
 
 def test_outside_of_training_the_queries_alone_are_scored():

@@ -20,7 +20,7 @@ from ..predictions.prediction import Prediction
 from ..registry import STATES
 from ..state import Identity, TaskState
 from ..states import SlotState
-from ..tensors import NO_LOSS, as_precise
+from ..tensors import NO_LOSS, along, as_precise
 
 State = TaskState | Prediction
 Evidence = dict[str, Tensor]
@@ -68,9 +68,10 @@ class Core(nn.Module, ABC):
 
     Attributes:
         uses_labels: whether the labels of a chunk of text are used. Observations do not use them.
+        scores_reading: whether a chunk is read under the state, so that its loss is one of a query.
     """
 
-    uses_labels = False
+    uses_labels = scores_reading = False
 
     def __init__(self, config: IAIConfig) -> None:
         super().__init__()
@@ -158,7 +159,7 @@ class StateCore(Core):
         num_tokens = evidence["mask"].sum(1)  # (B,)
         read = num_tokens > 0
         tensors = {
-            name: torch.where(read.view(-1, *[1] * (t.dim() - 1)), t, state.tensors[name])
+            name: torch.where(along(read, t), t, state.tensors[name])
             for name, t in self._next(base, state, evidence).items()
         }
         return replace(state, tensors=tensors, step=state.step + read, num_tokens=state.num_tokens + num_tokens)

@@ -35,19 +35,23 @@ class MemoryCore(TokensCore):
             config.initial_rate = HEADS[config.head].first_rate(self.state)
         self.head = HEADS[config.head].make(self.state, config)
 
+    @property
+    def scores_reading(self) -> bool:
+        return not self.read_apart
+
     def usual_chunk_size(self, longest: int) -> int:
         """As many tokens as there are slots: every chunk is a step of the fast weights, so short ones are better."""
         return min(longest, self.state.num_slots_in_front)
 
     def _initial(self, base: Base, batch_size: int) -> dict[str, Tensor]:
         tensors = super()._initial(base, batch_size)
-        nothing = {name: torch.zeros_like(t) for name, t in self._theta(tensors).items()}
-        return tensors | nothing | self.head.initial(nothing)
+        start = self._theta(tensors)
+        return tensors | {name: torch.zeros_like(t) for name, t in start.items()} | self.head.initial(start)
 
     def of_cache(self, base: Base, state: TaskState, *text) -> TaskState:
         """The state of a text that is in a cache: its slots, and the fast weights where they start."""
         found, batch = super().of_cache(base, state, *text), state.batch_size
-        start = {name: t.expand(batch, *t.shape) for name, t in self.state.start.items()}
+        start = {name: t.detach().expand(batch, *t.shape).clone() for name, t in self.state.start.items()}
         return replace(found, tensors=found.tensors | start)
 
     def _theta(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -62,8 +66,7 @@ class MemoryCore(TokensCore):
             reading = self._read(base, state, theta, evidence)
             if slots is None:
                 slots = self._kept(state, reading, evidence["mask"])
-                if not self.read_apart:
-                    record_loss(reading)
+                record_loss(reading)
             count = state.step * self.config.write_steps + number
             theta = {name: torch.where(along(count == 0, t), start[name], t) for name, t in theta.items()}
             with full_precision(state.step):

@@ -65,7 +65,7 @@ class TokensCore(StateCore):
                 theta,
                 chunk,
                 attention=self.config.accumulation == "attention",
-                learned=[*self.parameters(), *base.model.parameters()],
+                learned=lambda: (*self.parameters(), *base.model.parameters()),
             )
 
     def _kept(self, state: TaskState, reading: OnePass, mask: Tensor) -> dict[str, Tensor]:  # (B, C)

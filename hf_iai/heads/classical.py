@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..config import IAIConfig
 from ..registry import HEADS, STATES, Part
-from ..tensors import clamp_with_gradient
+from ..tensors import along, clamp_with_gradient
 
 # Rates are learned as logarithms. The factor lets them train well at the learning rate of the weight matrices.
 LOG_SCALE = 10.0
@@ -151,7 +151,7 @@ class PathAware(MetaSGD):
         moved, _ = super().forward(theta, kept, gradient, step, start)
         after, old = {}, {}
         for name, t in moved.items():
-            due = ((step + 1) % self.window == 0).view(-1, *[1] * (t.dim() - 1))
+            due = along((step + 1) % self.window == 0, t)
             before = kept[f"old_{name}"]
             after[name] = torch.where(due, t.lerp(before, self.share(name).expand_as(t)), t)
             old[f"old_{name}"] = torch.where(due, after[name], before)

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ..tensors import along
 from .classical import Tensors
 
 MOST_GROWTH, SMALLEST = 10.0, 0.1  # a tensor may grow to ten times its start, and a start below 0.1 counts as 0.1
@@ -80,6 +81,6 @@ def trusted(theta: Tensor, after: Tensor, start: Tensor, less: Tensor, trust: Te
         less: factor on theta - theta(0), (B,).
         trust: factor on the step, (B,).
     """
-    less, trust = (t.view(-1, *[1] * (theta.dim() - 1)) for t in (less, trust))
+    less, trust = (along(t, theta) for t in (less, trust))
     guarded = start + less * (theta - start) + trust * (after - theta)
     return torch.where((less == 1) & (trust == 1), after, guarded)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..config import IAIConfig
 from ..registry import HEADS
-from ..tensors import zero_linear
+from ..tensors import along, zero_linear
 from .classical import GradientHead, Tensors
 from .guards import first_trust, rms, trusted, updated_trust
 from .step_settings import LearnedStepSettings
@@ -100,7 +100,7 @@ class LearnedStep(GradientHead):
         length = torch.stack([g.detach().flatten(1).square().sum(1) for g in gradient.values()]).sum(0).sqrt()  # (B,)
         scale, mean = self.clipped(kept["gradient_length"], length)
         after, kept_after = {}, {"gradient_length": mean, **trust}
-        gradient = {name: g * scale.view(-1, *[1] * (g.dim() - 1)) for name, g in gradient.items()}
+        gradient = {name: g * along(scale, g) for name, g in gradient.items()}
         for name, t in theta.items():
             averages = self.accumulated({kind: kept[f"{kind}_{name}"] for kind in KEPT_KINDS}, gradient[name])
             stepped = self.stepped(self.kinds[name], t, averages, gradient[name], step)
@@ -149,7 +149,7 @@ class LearnedStep(GradientHead):
         theta_after = theta - rate * self._precondition(kind, averages) * gradient
         size = settings.step_size * (settings.log_scale * self._of_kind(self.log_step, kind)).exp()
         size = size * rms(theta.detach()).clamp_min(settings.smallest_rms)
-        moving = gradient.detach().flatten(1).any(1).view(-1, *[1] * (theta.dim() - 1))
+        moving = along(gradient.detach().flatten(1).any(1), theta)
         return theta_after - moving * size * self._direction(features(theta, averages, gradient), step)
 
     @staticmethod
@@ -181,7 +181,7 @@ def without_bias(averages: Tensors, count: Tensor, decays: dict[str, float | tup
     """Correct running averages for their start at zero, as Adam does, after `count` (B,) gradients."""
     scaled = {}
     for kind, t in averages.items():
-        seen = 1 - _decay(decays[kind], t) ** count.view(-1, *[1] * (t.dim() - 1))
+        seen = 1 - _decay(decays[kind], t) ** along(count, t)
         scaled[kind] = t / seen
     return scaled
 

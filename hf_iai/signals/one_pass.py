@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..bases.base import LOGITS_AT_ONCE, Base
-from ..bases.compat import AttentionReceived, inner_backward, key_value_shape
+from ..bases.compat import AttentionReceived, check_unsharded, inner_backward, key_value_shape
 from ..bases.places import positions_of, without_first
 from ..bases.prefixes import Prefix
 from ..tensors import NO_LOSS, recordable
@@ -34,8 +34,8 @@ def losses_of_reading() -> Iterator[list[LossOfReading]]:
     """A context in which the loss of every chunk that is read can be differentiated. Yields the list of these losses.
 
     A chunk's loss, before it is learned from, is that of the next chunk under the state before. Its gradient with
-    respect to the fast weights is what the chunk is written by, so training costs no more than reading. Keys and values
-    are constants: nothing is learned through what the slots hold.
+    respect to the fast weights is what the chunk is written by, so training costs no more than reading, and no pass is
+    kept until the end. Keys and values are constants: nothing is learned through what the slots hold.
     """
     found: list[LossOfReading] = []
     token = _losses_of_reading.set(found)
@@ -72,7 +72,7 @@ def read_in_one_pass(
     chunk: tuple[Tensor, Tensor, Tensor],  # ids, mask and labels, (B, C) each
     *,
     attention: bool,
-    learned: Iterable[Tensor] = (),
+    learned: Callable[[], Iterable[Tensor]] = tuple,
 ) -> OnePass:
     """Read a chunk behind the slots of a state.
 
@@ -85,16 +85,21 @@ def read_in_one_pass(
         theta: the tensors to differentiate with respect to; none, for no gradient.
         chunk: token ids; 1 for real tokens; and token ids or -100 where no loss is taken.
         attention: whether to record what is attended to.
-        learned: other tensors that the loss can be differentiated with respect to inside `losses_of_reading`.
+        learned: gives other tensors that the loss can be differentiated with respect to inside `losses_of_reading`.
+
+    Raises:
+        ValueError: if the base cannot be differentiated, or FSDP shards it inside `losses_of_reading`.
     """
     if theta:
         base.check_differentiable()
     ids, mask, labels = map(recordable, chunk)
     # A row that is all padding would attend to nothing, so it is read as text. It has no labels.
     seen = mask.masked_fill((mask == 0).all(1, keepdim=True), 1)
-    of_reading = torch.is_grad_enabled() and bool(theta) and _losses_of_reading.get() is not None
+    of_reading = bool(theta) and _losses_of_reading.get() is not None
     outer = torch.is_grad_enabled() and not of_reading
-    learned = [t for t in learned if t.requires_grad] if of_reading else []
+    if of_reading:
+        check_unsharded(base.model, "scored_states='next'")
+    others = [t for t in learned() if t.requires_grad] if of_reading else []
     with torch.inference_mode(False), torch.set_grad_enabled(outer or bool(theta)):
         leaves = {
             n: t if outer and t.requires_grad else recordable(t).detach().requires_grad_() for n, t in theta.items()
@@ -106,7 +111,7 @@ def read_in_one_pass(
                 hidden, keys_values = base.read(prefix, base.embed(ids), seen, positions, record=ids.shape[1])
             losses = _losses(base, hidden, torch.where(labels == NO_LOSS, ids, labels))
         loss = _mean(losses, labels, mask)
-        gradient, of_learned = _gradient(base, loss, leaves, learned, keep=outer)
+        gradient, of_others = _gradient(base, loss, leaves, others, keep=outer)
     received = recording.check_complete(len(keys_values), base.config._attn_implementation) if attention else None
     keys, values = (torch.stack(t, 1).float() for t in zip(*keys_values, strict=True))
     real = mask[:, None, None, :, None] != 0
@@ -114,7 +119,7 @@ def read_in_one_pass(
     surprisal = losses.detach().masked_fill(without_first(mask, mask) <= 0, 0)
     found = OnePass(keys.where(real, 0), values.where(real, 0), received, loss.detach(), surprisal, gradient)
     if of_reading:
-        pairs = [*((theta[name], g) for name, g in gradient.items()), *zip(learned, of_learned, strict=True)]
+        pairs = [*((theta[name], g) for name, g in gradient.items()), *zip(others, of_others, strict=True)]
         found.of_reading = LossOfReading(
             _with_gradient(loss.detach().sum(), pairs), _counted(labels, mask).any(1).sum()
         )
@@ -139,14 +144,14 @@ def _counted(labels: Tensor, mask: Tensor) -> Tensor:  # (B, C) each -> (B, C)
 
 
 def _gradient(
-    base: Base, loss: Tensor, theta: Tensors, learned: list[Tensor], *, keep: bool
+    base: Base, loss: Tensor, theta: Tensors, others: list[Tensor], *, keep: bool
 ) -> tuple[Tensors, list[Tensor | None]]:
-    """The gradient of the summed loss (B,) with respect to `theta`, and to each of `learned` that it depends on."""
+    """The gradient of the summed loss (B,) with respect to `theta`, and to each of `others` that it depends on."""
     if not theta:
         return {}, []
     with inner_backward(base.model):
         found = torch.autograd.grad(
-            loss.sum(), [*theta.values(), *learned], retain_graph=keep, allow_unused=bool(learned)
+            loss.sum(), [*theta.values(), *others], retain_graph=keep, allow_unused=bool(others)
         )
     return dict(zip(theta, found, strict=False)), list(found[len(theta) :])
 

@@ -4,7 +4,7 @@
     python -m examples.research.memory.label_texts measure memory $B       # an hour on one core; so do the others:
     python -m examples.research.memory.label_texts report
 
-    memory    a prefix+lora state, untrained or an adapter's      lora      a plain LoRA takes a step on each chunk
+    memory    a prefix+lora state, untrained or an adapter's      lora      a plain LoRA, a step on each chunk
     fewer     the latest m tokens in context                      minilm    `adapters/minilm-linear`
     full      all examples in context
 
@@ -236,7 +236,7 @@ def measure(
     method: str,
     base: BaseOption = SMOLLM2,
     data: Annotated[Path, typer.Option(help="Folder of clinc105 and hwu64.")] = Path("../shared/data"),
-    slots: Annotated[int, typer.Option(help="m, slots of the memory, and tokens that fewer sees.")] = 256,
+    slots: Annotated[int, typer.Option(help="m, slots of an untrained memory, and tokens that fewer sees.")] = 256,
     adapter: Annotated[Path | None, typer.Option(help="A memory that was trained.")] = None,
     rate: Annotated[float, typer.Option(help="Rate of lora.")] = 1e-3,
     num: Annotated[int, typer.Option(help="How many of the 12 tasks, the two corpora in turn.")] = 12,
@@ -245,8 +245,17 @@ def measure(
     work: Path = WORK,
 ) -> None:
     """Measure one method."""
-    path, asked = work / f"{label or method}.json", [int(n) for n in counts.split(",")]
-    settings = {"base": base, "slots": slots, "adapter": adapter and str(adapter), "rate": rate, "counts": asked}
+    path, asked = work / f"{label or method}.json", sorted({int(n) for n in counts.split(",")})
+    if wrong := [n for n in asked if n % CHUNK or not 0 < n <= COUNTS[-1]]:
+        raise typer.BadParameter(f"--counts {wrong}: use multiples of {CHUNK} up to {COUNTS[-1]}")
+    settings = {
+        "method": method,
+        "base": base,
+        "slots": slots,
+        "adapter": adapter and str(adapter),
+        "rate": rate,
+        "counts": asked,
+    }
     done = {name: earlier(path, **settings).get(name, []) for name in ("accuracy", "corpus")}
     for corpus, examples, queries in tqdm(tasks(data)[len(done["corpus"]) : num], method, disable=None):
         reader = method_of(method, base, slots, adapter, rate)
@@ -256,7 +265,7 @@ def measure(
 
 
 @app.command()
-def report(method: str = "memory", work: Path = WORK, output: Path = WORK) -> None:
+def report(method: str = "memory", work: Path = WORK, output: Path = WORK.parent) -> None:
     """Accuracy of each method after each count, in percent, and the paired difference of `method` to it."""
     found = {path.stem: json.loads(path.read_text()) for path in sorted(work.glob("*.json"))}
     rows = [
@@ -272,6 +281,8 @@ def _line(values: dict, ours: dict | None = None) -> dict[str, str]:
     accuracy, counts = 100 * np.array(values["accuracy"]), values["recipe"]["counts"]
     if ours is None:
         return {f"{n}": f"{mean:.1f}" for n, mean in zip(counts, accuracy.mean(0), strict=True)}
+    if counts != ours["recipe"]["counts"]:
+        raise typer.BadParameter(f"counts {counts} and {ours['recipe']['counts']} cannot be paired: measure one anew")
     num = min(len(accuracy), len(ours["accuracy"]))
     paired = 100 * np.array(ours["accuracy"][:num]) - accuracy[:num]
     intervals = [bootstrap_mean(paired[:, [i]], np.arange(num)) for i in range(len(counts))]

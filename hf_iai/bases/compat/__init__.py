@@ -27,6 +27,7 @@ from .hooks import allow_no_layers, carry_cards
 from .labels import names_in_use
 from .passes import (
     check_double_backward,
+    check_unsharded,
     inner_backward,
     lora_enabled,
     math_attention,
@@ -49,6 +50,7 @@ __all__ = [
     "check_carries_nothing",
     "check_causal",
     "check_double_backward",
+    "check_unsharded",
     "check_supported",
     "default_target_modules",
     "embedding_scale",

@@ -77,8 +77,17 @@ def check_double_backward(model: nn.Module) -> None:
             f"second_order=True differentiates attention twice, which {attention!r} cannot: load the base with "
             "attn_implementation='sdpa', or set second_order=False"
         )
+    check_unsharded(model, "second_order=True")
+
+
+def check_unsharded(model: nn.Module, setting: str) -> None:
+    """Refuse models that FSDP shards, for a setting that takes gradients with respect to whole weights.
+
+    Raises:
+        ValueError: if the model is sharded.
+    """
     if _sharding(model):
-        raise ValueError("second_order=True cannot be sharded by FSDP: train with DDP, or set second_order=False")
+        raise ValueError(f"{setting} cannot be sharded by FSDP: train with DDP, or choose another setting")
 
 
 @contextmanager
