@@ -483,13 +483,16 @@ def members(tree: Path) -> Iterator[Member]:
 
 def _published(folder: Path) -> Iterator[Member]:
     for path in sorted(path.parent for path in folder.glob("*/adapter_config.json")):
-        base = json.loads((path / "adapter_config.json").read_text())["base_model_name_or_path"]
+        config = json.loads((path / "adapter_config.json").read_text())
+        base = config["base_model_name_or_path"]
         if base == "hf_iai:embedded":
             subject = EmbeddedText()
         elif base.startswith("hf_iai:vectors-"):
             subject = GivenVectors(width=int(base.removeprefix("hf_iai:vectors-")))
-        else:  # an encoder that may not be here: another one of its width
+        elif config["task_type"] == "SEQ_CLS":  # an encoder that may not be here: another one of its width
             subject = LabelledTexts(hidden_size=384, num_attention_heads=12)
+        else:  # a large base that may not be here
+            continue
         yield Member(f"published {path.name}", subject, adapter=path)
 
 
