@@ -173,11 +173,12 @@ def report(
     recipes = {path.stem: json.loads(path.read_text())["recipe"] for path in sorted(folder.glob("*.json"))}
     report = {"texts": {name: len(losses) for name, (losses, _) in found.items()}, "groups": sorted(set(groups))}
     report |= {"means": means, "differences": compared, "measured": recipes}
+    common = min(len(losses) for losses, _ in found.values())  # texts that all methods have read
     report["rows"] = [
-        {"method": name, "num_chunks": n, "loss": float(np.nanmean(losses[:, n]))}
+        {"method": name, "num_chunks": n, "loss": float(np.nanmean(losses[:common, n])), "texts": common}
         for name, (losses, _) in found.items()
         for n in (0, *COUNTS)
-        if n < losses.shape[1] and not np.isnan(losses[:, n]).all()
+        if n < losses.shape[1] and not np.isnan(losses[:common, n]).all()
     ]
     write_json(
         {"recipe": recipe(f"research.memory.curve report --text {text}"), **report}, output / f"memory_{text}.json"
