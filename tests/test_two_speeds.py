@@ -3,7 +3,9 @@
 Axes: B tasks, L layers, H key/value heads, m slots, C tokens of a chunk.
 """
 
+import asyncio
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from examples.research.memory import methods
 from examples.research.memory.attention_matching import attention_matching, compacted
-from hf_iai import IAIConfig, TaskState, chunk_text, export_to_peft
+from hf_iai import IAIConfig, TaskState, chunk_text, export_to_peft, published_adapter
 from hf_iai.bases.base import Base
 from hf_iai.bases.compat import AttentionReceived
 from hf_iai.bases.compat.attention import EVERY
@@ -444,6 +446,23 @@ def test_recent_tokens_hide_empty_slots_where_they_would_harm(monkeypatch, num_r
         seen = torch.cat([text[:, max(0, num_read - SLOTS) : num_read], query], 1)
         expected = model(input_ids=seen).logits[:, -6:]
     assert (model(input_ids=query, task_state=state).logits - expected).abs().max() < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not SMOLLM2.is_dir(), reason="make smollm2 makes the base")
+def test_the_published_memory_of_a_real_base():
+    """Empty it is the base; after four chunks of a file that nobody trained on it is ahead of the untrained memory."""
+    tokenizer, text = AutoTokenizer.from_pretrained(SMOLLM2), Path(asyncio.tasks.__file__).read_text()
+    *read, query = list(chunk_text(text, tokenizer, chunk_size=256))[:5]
+    load = partial(AutoModelForCausalLM.from_pretrained, SMOLLM2)
+    config = IAIConfig(task_type="CAUSAL_LM", state_type="prefix+lora", num_state_tokens=256)
+    untrained = get_peft_model(load(), config).eval()
+    trained = PeftModel.from_pretrained(load(), published_adapter("smollm2-memory")).eval()
+    with torch.no_grad():
+        empty = trained(**query, task_state=trained.initial_state()).loss
+        torch.testing.assert_close(empty, trained(**query).loss)
+        before, after = (float(m(**query, task_state=m.adapt(read)).loss) for m in (untrained, trained))
+    assert after < before < float(empty)
 
 
 @pytest.mark.slow
