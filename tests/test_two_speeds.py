@@ -17,13 +17,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from examples.research.memory import methods
 from examples.research.memory.attention_matching import attention_matching, compacted
-from hf_iai import IAIConfig, TaskState, chunk_text, export_to_peft, published_adapter
+from hf_iai import IAIConfig, TaskState, chunk_text, export_to_peft
 from hf_iai.bases.base import Base
 from hf_iai.bases.compat import AttentionReceived
 from hf_iai.bases.compat.attention import EVERY
 from hf_iai.heads import NormalizedStep
 from hf_iai.heads.chosen import choose_tokens, with_later
 from hf_iai.heads.kept import NEVER
+from hf_iai.hub.published import published_adapter
 
 SMOLLM2 = Path(__file__).parents[1] / ".bases" / "SmolLM2-135M-Instruct"
 FEW = {"state_r": 2, "state_target_modules": ["v_proj", "down_proj"]}
