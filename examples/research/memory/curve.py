@@ -3,7 +3,8 @@
     python -m examples.research.memory.curve measure memory --text windows     # half an hour on two cores
     python -m examples.research.memory.curve report --text windows
 
-`measure` adds a text at a time to `work/memory/TEXT/METHOD.json`, and goes on where it was stopped. Methods:
+`measure` adds a text at a time to `work/memory/TEXT/LABEL.json`, and goes on where it was stopped. `report` takes
+LABEL_seed0, LABEL_seed1, ... as the seeds of one method, and the mean of their losses. Methods:
 
     memory          a prefix+lora state, untrained        none           the chunk alone
     slots           its slots alone: H2O                  fewer          the latest m tokens
@@ -14,6 +15,7 @@
 
 import json
 import math
+import re
 from contextlib import nullcontext
 from enum import StrEnum
 from pathlib import Path
@@ -41,6 +43,7 @@ WORK = Path("work/memory")
 COUNTS = (1, 2, 4, 8, 16)
 BLOCKS = {"1": (1, 1), "2": (2, 2), "4": (4, 4), "8": (8, 8), "16": (16, 16), "9-16": (9, 16)}
 BLOCKS |= {"17-32": (17, 32), "33-64": (33, 64), "64": (64, 64)}
+SEED = re.compile(r"_seed\d+$")  # of a label
 EARLY, LATE = slice(9, 17), slice(33, 65)  # after so many chunks
 
 
@@ -131,10 +134,20 @@ def measure(
         write_json({"recipe": recipe(command, **settings), **done}, path, indent=None)
 
 
-def load(path: Path) -> tuple[np.ndarray, np.ndarray]:  # (N, n), (N,)
-    """The losses of a method and the groups of its texts."""
-    found = json.loads(path.read_text())
-    return np.array(found["losses"], dtype=float), np.array(found["groups"])
+def load(*paths: Path) -> tuple[np.ndarray, np.ndarray]:  # (N, n), (N,)
+    """The losses of a method, in the mean over its seeds, and the groups of the texts that all of them have read."""
+    found = [json.loads(path.read_text()) for path in paths]
+    num = min(len(seed["losses"]) for seed in found)
+    losses = np.mean([np.array(seed["losses"][:num], dtype=float) for seed in found], 0)
+    return losses, np.array(found[0]["groups"][:num])
+
+
+def files(folder: Path) -> dict[str, list[Path]]:
+    """Method -> its file, or a file for each of its seeds."""
+    found: dict[str, list[Path]] = {}
+    for path in sorted(folder.glob("*.json")):
+        found.setdefault(SEED.sub("", path.stem), []).append(path)
+    return found
 
 
 @app.command()
@@ -147,10 +160,12 @@ def report(
 ) -> None:
     """Print every method's loss, and the paired difference of `method` to the others, clustered by package or book."""
     folder = work / ("validation" if validation else "") / text
-    found = {path.stem: load(folder / path.name) for path in sorted(folder.glob("*.json"))}
+    paths = files(folder)
+    found = {name: load(*of_seeds) for name, of_seeds in paths.items()}
     (ours, groups), num_chunks = found[method], found[method][0].shape[1]
     blocks = blocks_of(num_chunks)
     means = {name: _means(losses, {"0": (0, 0)} | blocks) for name, (losses, _) in found.items()}
+    spread = {name: _spread(of_seeds, blocks) for name, of_seeds in paths.items() if len(of_seeds) > 1}
     compared = {
         name: differences(ours, losses, groups, blocks) for name, (losses, _) in found.items() if name != method
     }
@@ -158,6 +173,8 @@ def report(
     for name, of_blocks in means.items():
         num = str(len(found[name][0]))
         table.add_row(name, num, *("" if mean is None else f"{mean:.3f}" for mean in of_blocks.values()))
+    for name, of_blocks in spread.items():
+        table.add_row(f"{name}: deviation over seeds", "", "", *map("{:.3f}".format, of_blocks.values()))
     for name, of_blocks in compared.items():
         cells = ["" if of_blocks[at] is None else "{:+.3f} ({:+.3f}, {:+.3f})".format(*of_blocks[at]) for at in blocks]
         table.add_row(f"{method} - {name}", "", "", *cells)
@@ -170,9 +187,9 @@ def report(
         if late := of_blocks.get("33-64 less 9-16"):
             print("{} - {}: after 33-64 chunks less after 9-16: {:+.3f} ({:+.3f}, {:+.3f})".format(method, name, *late))
     draw(found, method, output / f"memory_{text}.png", str(text))
-    recipes = {path.stem: json.loads(path.read_text())["recipe"] for path in sorted(folder.glob("*.json"))}
+    recipes = {path.stem: json.loads(path.read_text())["recipe"] for of_seeds in paths.values() for path in of_seeds}
     report = {"texts": {name: len(losses) for name, (losses, _) in found.items()}, "groups": sorted(set(groups))}
-    report |= {"means": means, "differences": compared, "measured": recipes}
+    report |= {"means": means, "deviation over seeds": spread, "differences": compared, "measured": recipes}
     common = min(len(losses) for losses, _ in found.values())  # texts that all methods have read
     report["rows"] = [
         {"method": name, "num_chunks": n, "loss": float(np.nanmean(losses[:common, n])), "texts": common}
@@ -193,6 +210,13 @@ def blocks_of(num_chunks: int) -> dict[str, tuple[int, int]]:
 def _means(losses: np.ndarray, blocks: dict) -> dict[str, float | None]:
     found = {name: losses[:, first : last + 1] for name, (first, last) in blocks.items() if first < losses.shape[1]}
     return {name: None if np.isnan(part).all() else round(float(np.nanmean(part)), 4) for name, part in found.items()}
+
+
+def _spread(of_seeds: list[Path], blocks: dict) -> dict[str, float]:
+    """The standard deviation over seeds of the mean loss, on the texts that all of them have read."""
+    num = len(load(*of_seeds)[0])
+    means = [_means(load(path)[0][:num], blocks) for path in of_seeds]
+    return {name: round(float(np.std([mean[name] for mean in means], ddof=1)), 4) for name in blocks}
 
 
 def differences(ours: np.ndarray, losses: np.ndarray, groups: np.ndarray, blocks: dict) -> dict:

@@ -105,8 +105,7 @@ class Memory(LanguageModel):
         ids = pad_sequence([torch.cat([prompt, completion]) for completion in completions], True)  # (L, T)
         lengths = torch.tensor([len(prompt) + len(completion) for completion in completions])
         mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
-        keep = ids.shape[1] - len(prompt) + 1
-        logits = self.model(input_ids=ids, attention_mask=mask, task_state=self.state, logits_to_keep=keep).logits
+        logits = self.model(input_ids=ids, attention_mask=mask, task_state=self.state).logits[:, len(prompt) - 1 :]
         found = zip(logits, completions, strict=True)
         return torch.stack([_log_probability(row[: len(wanted)], wanted) for row, wanted in found])
 
@@ -126,7 +125,8 @@ class Plain(LanguageModel):
         place = torch.cat([torch.arange(start), *(start + torch.arange(len(part)) for part in completions)])
         sees = ((of[:, None] == of) | (of == 0)) & (place[:, None] >= place)  # (S, S)
         sees = torch.cat([sees.new_ones(len(ids), num_before), sees], 1)
-        bias = torch.zeros(sees.shape).masked_fill(~sees, torch.finfo(torch.float32).min)
+        least = torch.finfo(self.model.dtype).min
+        bias = torch.zeros(sees.shape, dtype=self.model.dtype).masked_fill(~sees, least)
         options = {"attention_mask": bias[None, None], "position_ids": place[None] + num_before}
         logits = self.model(input_ids=ids[None], past_key_values=self.cache, **options).logits[0]
         self.cache.crop(-len(ids))
@@ -172,7 +172,7 @@ class FineTuned(Plain):
 
 
 def _log_probability(logits: Tensor, wanted: Tensor) -> Tensor:  # (t, V), (t,) -> ()
-    return logits.log_softmax(-1).gather(1, wanted[:, None]).sum()
+    return logits.float().log_softmax(-1).gather(1, wanted[:, None]).sum()
 
 
 class Encoder:
@@ -192,11 +192,12 @@ class Encoder:
         return [names[i] for i in self.model(**inputs, task_state=self.state).logits.argmax(-1)]
 
 
-def method_of(name: str, base: str, slots: int, adapter: Path | None, rate: float) -> Method:
+def method_of(name: str, base: str, slots: int, adapter: Path | None, rate: float, dtype: str) -> Method:
     """A method that has read nothing."""
     if name == "minilm":
         return Encoder()
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(base).eval(), AutoTokenizer.from_pretrained(base)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, dtype)).eval()
+    tokenizer = AutoTokenizer.from_pretrained(base)
     if name == "memory":
         return Memory(model, tokenizer, slots, adapter)
     if name == "lora":
@@ -239,6 +240,7 @@ def measure(
     slots: Annotated[int, typer.Option(help="m, slots of an untrained memory, and tokens that fewer sees.")] = 256,
     adapter: Annotated[Path | None, typer.Option(help="A memory that was trained.")] = None,
     rate: Annotated[float, typer.Option(help="Rate of lora.")] = 1e-3,
+    dtype: Annotated[str, typer.Option(help="float32 where the CPU has no bfloat16 arithmetic.")] = "bfloat16",
     num: Annotated[int, typer.Option(help="How many of the 12 tasks, the two corpora in turn.")] = 12,
     counts: Annotated[str, typer.Option(help="Numbers of examples.")] = ",".join(map(str, COUNTS)),
     label: Annotated[str | None, typer.Option(help="Name of the result; by default that of the method.")] = None,
@@ -254,11 +256,12 @@ def measure(
         "slots": slots,
         "adapter": adapter and str(adapter),
         "rate": rate,
+        "dtype": dtype,
         "counts": asked,
     }
     done = {name: earlier(path, **settings).get(name, []) for name in ("accuracy", "corpus")}
     for corpus, examples, queries in tqdm(tasks(data)[len(done["corpus"]) : num], method, disable=None):
-        reader = method_of(method, base, slots, adapter, rate)
+        reader = method_of(method, base, slots, adapter, rate, dtype)
         done["accuracy"].append(accuracies(reader, examples, queries, asked))
         done["corpus"].append(corpus)
         write_json({"recipe": recipe(f"research.memory.label_texts measure {method}", **settings), **done}, path)

@@ -1,6 +1,6 @@
 """Facts told in ordinary sentences, and asked for after more and more chunks of other sentences.
 
-    python -m examples.research.memory.recall --base .bases/SmolLM2-135M-Instruct    # half an hour
+    python -m examples.research.memory.recall --base .bases/SmolLM2-135M-Instruct [--adapter FOLDER]   # half an hour
 
 Every stream begins with facts, such as "The name of the baker is Martin.", and goes on with the weather of invented
 places. Trades and names are drawn anew for each stream. A question is the beginning of a fact after an empty line; an
@@ -16,7 +16,7 @@ from typing import Annotated
 
 import torch
 import typer
-from peft import get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -41,6 +41,7 @@ STATES = {
     },
     "both": {"state_type": "prefix+lora"},
 }  # fmt: skip
+TRAINED, CONTEXT = "both, trained", "full context"
 
 
 def place(draw: random.Random) -> str:
@@ -75,40 +76,45 @@ def main(
     num_facts: int = 6,
     streams: int = 2,
     most: Annotated[int, typer.Option(help="Chunks after the facts, at most.")] = 64,
+    adapter: Annotated[Path | None, typer.Option(help="A memory that was trained, next to the untrained ones.")] = None,
     work: Path = Path("work/memory"),
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(base)
     counts = [n for n in COUNTS if n <= most]
-    methods = (*STATES, "full context")
+    methods = (*STATES, *([TRAINED] if adapter else []), CONTEXT)
     scores: dict[str, dict[int, list[int]]] = {name: {n: [] for n in counts} for name in methods}
     path, settings = work / "recall.json", {"base": base, "size": size, "num_facts": num_facts}
     before = earlier(path, **settings).get("right", {})  # goes on where it was stopped
     scores |= {name: {int(n): s for n, s in at.items()} for name, at in before.items()}
-    settings["streams"] = streams
+    settings |= {"streams": streams, "adapter": adapter and str(adapter)}
     for method in methods:
         done = len(scores[method][counts[0]])
-        model = reader(base, method, size) if done < streams else None
+        model = reader(base, method, size, adapter) if done < streams else None
         for seed in tqdm(range(done, streams), method, disable=None):
             told, later, facts = stream(seed, num_facts, 6 * size * (most + 1))
             ids = tokenizer(told + later, return_tensors="pt")["input_ids"]
             chunks, state = ids.split(size, 1)[: most + 1], None
             for number, chunk in enumerate(chunks):
-                if method in STATES:
+                if method != CONTEXT:
                     state = model.adapt([{"input_ids": chunk}], state=state)
-                fits = method in STATES or (number + 2) * size <= model.config.max_position_embeddings
+                fits = method != CONTEXT or (number + 2) * size <= model.config.max_position_embeddings
                 if number in counts and fits:
-                    before = () if method in STATES else chunks[: number + 1]
+                    before = chunks[: number + 1] if method == CONTEXT else ()
                     scores[method][number].append(right(partial(said, model, state, before), facts, tokenizer))
             write_rows(shares(scores, num_facts), path, "research.memory.recall", settings, right=scores)
     print_rows(shares(scores, num_facts))
 
 
-def reader(base: str, method: str, size: int):
-    """The bare base for full context, or an untrained adapter."""
+def reader(base: str, method: str, size: int, adapter: Path | None):
+    """The bare base for full context, or an adapter with `size` slots."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(base).eval()
-    if method not in STATES:
+    if method == CONTEXT:
         return model
+    if method == TRAINED:
+        config = PeftConfig.from_pretrained(adapter)
+        config.num_state_tokens = size  # slots have no weights of their own
+        return PeftModel.from_pretrained(model, adapter, config=config).eval()
     slots = {} if STATES[method]["state_type"] == "lora" else {"num_state_tokens": size}
     return get_peft_model(model, IAIConfig(task_type="CAUSAL_LM", **STATES[method], **slots)).eval()
 
