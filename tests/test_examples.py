@@ -14,11 +14,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import get_peft_model, get_peft_model_state_dict
+from safetensors.torch import load_file
+from tiny import make_base
 from transformers import AutoModelForSequenceClassification, BertConfig, ByT5Tokenizer
 
 from examples.research.common import bfloat16
 from examples.research.common.files import write_json
 from examples.research.common.provenance import earlier, recipe
+from examples.research.memory import curve, parts
+from hf_iai import IAIConfig
 
 ROOT = Path(__file__).parent.parent
 TO_COPY = sorted(path.stem for path in (ROOT / "examples").glob("*.py") if path.stem != "__init__")
@@ -192,3 +197,30 @@ def test_a_run_goes_on_only_with_the_settings_it_began_with(tmp_path):
     assert earlier(path, size=256, dtype="float32")["losses"] == [1.5]  # a setting that is newer than the file
     with pytest.raises(ValueError, match="was made with size=256, not 128"):
         earlier(path, size=128)
+
+
+def test_the_seeds_of_a_method_are_reported_as_one(tmp_path):
+    for name, losses in {"a_seed0": [[1.0, 2.0], [3.0, 4.0]], "a_seed1": [[3.0, 4.0]], "b": [[0.0, 0.0]]}.items():
+        write_json({"losses": losses, "groups": ["one", "two"][: len(losses)]}, tmp_path / f"{name}.json")
+    paths = curve.files(tmp_path)
+    assert {name: len(of_seeds) for name, of_seeds in paths.items()} == {"a": 2, "b": 1}
+    losses, groups = curve.load(*paths["a"])
+    assert losses.tolist() == [[2.0, 3.0]] and groups.tolist() == ["one"]
+
+
+def test_a_part_of_a_trained_memory_is_put_back(tmp_path):
+    base = make_base("llama")
+    base.save_pretrained(tmp_path / "base")
+    torch.manual_seed(0)
+    model = get_peft_model(base, IAIConfig(task_type="CAUSAL_LM", state_type="prefix+lora"))
+    before = {name: t.clone() for name, t in get_peft_model_state_dict(model).items()}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.5
+    model.save_pretrained(tmp_path / "adapter")
+    parts.main(tmp_path / "adapter", "down,log_rate", str(tmp_path / "base"), work=tmp_path)
+    mended = load_file(tmp_path / "without_down_log_rate" / "adapter_model.safetensors")
+    for name, t in before.items():
+        put_back = ".down." in name or ".log_rate." in name
+        assert torch.equal(mended[name], t if put_back else t + 0.5), name
