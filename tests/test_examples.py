@@ -200,12 +200,17 @@ def test_a_run_goes_on_only_with_the_settings_it_began_with(tmp_path):
 
 
 def test_the_seeds_of_a_method_are_reported_as_one(tmp_path):
-    for name, losses in {"a_seed0": [[1.0, 2.0], [3.0, 4.0]], "a_seed1": [[3.0, 4.0]], "b": [[0.0, 0.0]]}.items():
+    for name, losses in {"a_seed0": [[1.0, 2.0], [3.0, 4.0]], "a_seed1": [[3.0, 4.0]], "b": [[0.0]]}.items():
         write_json({"losses": losses, "groups": ["one", "two"][: len(losses)]}, tmp_path / f"{name}.json")
     paths = curve.files(tmp_path)
     assert {name: len(of_seeds) for name, of_seeds in paths.items()} == {"a": 2, "b": 1}
     losses, groups = curve.load(*paths["a"])
     assert losses.tolist() == [[2.0, 3.0]] and groups.tolist() == ["one"]
+    shutil.copy(tmp_path / "a_seed0.json", tmp_path / "a.json")
+    with pytest.raises(ValueError, match="has a.json and a_seed1.json"):
+        curve.files(tmp_path)
+    with pytest.raises(ValueError, match="a.json, b.json have read different texts"):
+        curve.load(tmp_path / "a.json", tmp_path / "b.json")
 
 
 def test_a_part_of_a_trained_memory_is_put_back(tmp_path):
@@ -220,7 +225,7 @@ def test_a_part_of_a_trained_memory_is_put_back(tmp_path):
                 parameter += 0.5
     model.save_pretrained(tmp_path / "adapter")
     parts.main(tmp_path / "adapter", "down,log_rate", str(tmp_path / "base"), work=tmp_path)
-    mended = load_file(tmp_path / "without_down_log_rate" / "adapter_model.safetensors")
+    mended = load_file(tmp_path / "0" / "without_down_log_rate" / "adapter_model.safetensors")
     for name, t in before.items():
         put_back = ".down." in name or ".log_rate." in name
         assert torch.equal(mended[name], t if put_back else t + 0.5), name

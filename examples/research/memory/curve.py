@@ -138,8 +138,11 @@ def load(*paths: Path) -> tuple[np.ndarray, np.ndarray]:  # (N, n), (N,)
     """The losses of a method, in the mean over its seeds, and the groups of the texts that all of them have read."""
     found = [json.loads(path.read_text()) for path in paths]
     num = min(len(seed["losses"]) for seed in found)
-    losses = np.mean([np.array(seed["losses"][:num], dtype=float) for seed in found], 0)
-    return losses, np.array(found[0]["groups"][:num])
+    losses, groups = [np.array(seed["losses"][:num], float) for seed in found], [seed["groups"][:num] for seed in found]
+    if any(part.shape != losses[0].shape or of != groups[0] for part, of in zip(losses, groups, strict=True)):
+        names = ", ".join(path.name for path in paths)
+        raise ValueError(f"{names} have read different texts: measure them anew, or rename what is no seed")
+    return np.mean(losses, 0), np.array(groups[0])
 
 
 def files(folder: Path) -> dict[str, list[Path]]:
@@ -147,59 +150,76 @@ def files(folder: Path) -> dict[str, list[Path]]:
     found: dict[str, list[Path]] = {}
     for path in sorted(folder.glob("*.json")):
         found.setdefault(SEED.sub("", path.stem), []).append(path)
+    for name, paths in found.items():
+        if len(paths) > 1 and folder / f"{name}.json" in paths:
+            raise ValueError(f"{folder} has {name}.json and {paths[-1].name}: rename or remove one of them")
     return found
 
 
 @app.command()
 def report(
     text: Annotated[Kind, typer.Option(help="What was read.")] = Kind.windows,
-    method: Annotated[str, typer.Option(help="The method that is compared with all others.")] = "memory",
+    method: Annotated[list[str], typer.Option(help="A method that is compared with all others.")] = ["memory"],  # noqa: B006
     validation: Annotated[bool, typer.Option(help="Of the packages for choosing settings.")] = False,
     work: Path = WORK,
     output: Annotated[Path, typer.Option(help="Folder for memory_TEXT.json and .png.")] = WORK,
 ) -> None:
-    """Print every method's loss, and the paired difference of `method` to the others, clustered by package or book."""
+    """Print every method's loss, and the paired differences of `method` to the others, clustered by package or book."""
     folder = work / ("validation" if validation else "") / text
     paths = files(folder)
     found = {name: load(*of_seeds) for name, of_seeds in paths.items()}
-    (ours, groups), num_chunks = found[method], found[method][0].shape[1]
-    blocks = blocks_of(num_chunks)
+    blocks = blocks_of(max(losses.shape[1] for losses, _ in found.values()))
     means = {name: _means(losses, {"0": (0, 0)} | blocks) for name, (losses, _) in found.items()}
     spread = {name: _spread(of_seeds, blocks) for name, of_seeds in paths.items() if len(of_seeds) > 1}
     compared = {
-        name: differences(ours, losses, groups, blocks) for name, (losses, _) in found.items() if name != method
+        ours: {name: differences(*found[ours], losses, blocks) for name, (losses, _) in found.items() if name != ours}
+        for ours in method
     }
-    table = Table("nats per token, after chunks", "texts", "0", *blocks, title=str(text))
-    for name, of_blocks in means.items():
-        num = str(len(found[name][0]))
-        table.add_row(name, num, *("" if mean is None else f"{mean:.3f}" for mean in of_blocks.values()))
-    for name, of_blocks in spread.items():
-        table.add_row(f"{name}: deviation over seeds", "", "", *map("{:.3f}".format, of_blocks.values()))
-    for name, of_blocks in compared.items():
-        cells = ["" if of_blocks[at] is None else "{:+.3f} ({:+.3f}, {:+.3f})".format(*of_blocks[at]) for at in blocks]
-        table.add_row(f"{method} - {name}", "", "", *cells)
-    Console(width=240).print(table)
-    for name, of_blocks in compared.items():
-        if of_blocks["slope"] is not None:
-            print(
-                "slope of {} - {} on log2(chunks): {:+.4f} ({:+.4f}, {:+.4f})".format(method, name, *of_blocks["slope"])
-            )
-        if late := of_blocks.get("33-64 less 9-16"):
-            print("{} - {}: after 33-64 chunks less after 9-16: {:+.3f} ({:+.3f}, {:+.3f})".format(method, name, *late))
-    draw(found, method, output / f"memory_{text}.png", str(text))
+    _show(text, {name: len(losses) for name, (losses, _) in found.items()}, blocks, means, spread, compared)
+    draw(found, method[-1], output / f"memory_{text}.png", str(text))
     recipes = {path.stem: json.loads(path.read_text())["recipe"] for of_seeds in paths.values() for path in of_seeds}
-    report = {"texts": {name: len(losses) for name, (losses, _) in found.items()}, "groups": sorted(set(groups))}
+    report = {"texts": {name: len(losses) for name, (losses, _) in found.items()}}
+    report |= {"groups": sorted({group for _, groups in found.values() for group in groups})}
     report |= {"means": means, "deviation over seeds": spread, "differences": compared, "measured": recipes}
     common = min(len(losses) for losses, _ in found.values())  # texts that all methods have read
-    report["rows"] = [
-        {"method": name, "num_chunks": n, "loss": float(np.nanmean(losses[:common, n])), "texts": common}
-        for name, (losses, _) in found.items()
-        for n in (0, *COUNTS)
-        if n < losses.shape[1] and not np.isnan(losses[:common, n]).all()
-    ]
-    write_json(
-        {"recipe": recipe(f"research.memory.curve report --text {text}"), **report}, output / f"memory_{text}.json"
-    )
+    report["rows"] = [row for name, of_seeds in paths.items() for row in _rows(name, of_seeds, common)]
+    command = f"research.memory.curve report --text {text} {' '.join(f'--method {name}' for name in method)}"
+    write_json({"recipe": recipe(command), **report}, output / f"memory_{text}.json")
+
+
+def _rows(method: str, of_seeds: list[Path], num: int) -> list[dict]:
+    """The mean loss over the first `num` texts after each count that was asked, for each seed."""
+    rows = []
+    for seed, path in enumerate(of_seeds):
+        losses = load(path)[0][:num]
+        asked = [n for n in (0, *COUNTS) if n < losses.shape[1] and not np.isnan(losses[:, n]).all()]
+        of = {"seed": seed} if len(of_seeds) > 1 else {}
+        rows += [
+            {"method": method, **of, "num_chunks": n, "loss": float(np.nanmean(losses[:, n])), "texts": num}
+            for n in asked
+        ]
+    return rows
+
+
+def _show(text: Kind, num: dict, blocks: dict, means: dict, spread: dict, compared: dict) -> None:
+    """Print the table of all methods, and the slopes of the differences."""
+    table = Table("nats per token, after chunks", "texts", "0", *blocks, title=str(text))
+    for name, of_blocks in means.items():
+        cells = (of_blocks.get(at) for at in ("0", *blocks))
+        table.add_row(name, str(num[name]), *("" if mean is None else f"{mean:.3f}" for mean in cells))
+    for name, of_blocks in spread.items():
+        cells = (f"{of_blocks[at]:.3f}" if at in of_blocks else "" for at in blocks)
+        table.add_row(f"{name}: deviation over seeds", "", "", *cells)
+    pairs = [(f"{ours} - {name}", found) for ours, others in compared.items() for name, found in others.items()]
+    for pair, found in pairs:
+        cells = ("{:+.3f} ({:+.3f}, {:+.3f})".format(*found[at]) if found.get(at) else "" for at in blocks)
+        table.add_row(pair, "", "", *cells)
+    Console(width=240).print(table)
+    for pair, found in pairs:
+        if found["slope"] is not None:
+            print("slope of {} on log2(chunks): {:+.4f} ({:+.4f}, {:+.4f})".format(pair, *found["slope"]))
+        if late := found.get("33-64 less 9-16"):
+            print("{}: after 33-64 chunks less after 9-16: {:+.3f} ({:+.3f}, {:+.3f})".format(pair, *late))
 
 
 def blocks_of(num_chunks: int) -> dict[str, tuple[int, int]]:
@@ -216,14 +236,17 @@ def _spread(of_seeds: list[Path], blocks: dict) -> dict[str, float]:
     """The standard deviation over seeds of the mean loss, on the texts that all of them have read."""
     num = len(load(*of_seeds)[0])
     means = [_means(load(path)[0][:num], blocks) for path in of_seeds]
-    return {name: round(float(np.std([mean[name] for mean in means], ddof=1)), 4) for name in blocks}
+    asked = [name for name in blocks if means[0].get(name) is not None]
+    return {name: round(float(np.std([mean[name] for mean in means], ddof=1)), 4) for name in asked}
 
 
-def differences(ours: np.ndarray, losses: np.ndarray, groups: np.ndarray, blocks: dict) -> dict:
+def differences(ours: np.ndarray, groups: np.ndarray, losses: np.ndarray, blocks: dict) -> dict:
     """Paired, with intervals, over the texts and counts that both methods were measured at."""
     num, length = min(len(losses), len(ours)), min(losses.shape[1], ours.shape[1])
     paired, found = ours[:num, :length] - losses[:num, :length], {}
     for name, (first, last) in blocks.items():
+        if last >= length:
+            continue
         part = paired[:, first : last + 1]
         found[name] = None if np.isnan(part).all() else bootstrap_mean(part, groups[:num])
     if length > LATE.stop - 1:

@@ -35,7 +35,7 @@ def main(
             settings = {"size": size, "num": NUM, "chunks": CHUNKS[Kind.streams], "data": data, "work": folder}
             measure(method, text, base, **settings)
         (ours, groups), (fewer, _) = (load(folder / text / f"{method}.json") for method in ("memory", "fewer"))
-        found[name] = differences(ours, fewer, groups, blocks_of(ours.shape[1]))
+        found[name] = differences(ours, groups, fewer, blocks_of(ours.shape[1]))
         write_json({"recipe": recipe("research.memory.other_bases"), **found}, work / "small_bases.json")
 
 

@@ -2,9 +2,10 @@
 
     B="--base .bases/SmolLM2-135M-Instruct"
     python -m examples.research.memory.parts adapters/smollm2-memory start $B
-    python -m examples.research.memory.curve measure memory $B --adapter work/memory/parts/without_start --label start
+    python -m examples.research.memory.curve measure memory $B --adapter work/memory/parts/0/without_start --label start
 
 The parts: `start`, where the fast weights start; `down`, A; `log_rate`, the rates. Several are put together by commas.
+A start was trained together with its A: put back `start`, or `start,down`.
 """
 
 import shutil
@@ -37,7 +38,7 @@ def main(
     untrained = get_peft_model(AutoModelForCausalLM.from_pretrained(base), PeftConfig.from_pretrained(adapter))
     before, weights = get_peft_model_state_dict(untrained), load_file(adapter / SAFETENSORS_WEIGHTS_NAME)
     mended = {key: before[key].contiguous() if _part(key) in names else value for key, value in weights.items()}
-    folder = work / f"without_{'_'.join(names)}"
+    folder = work / str(seed) / f"without_{'_'.join(names)}"
     with replacing(folder / CONFIG_NAME) as temporary:
         shutil.copyfile(adapter / CONFIG_NAME, temporary)
     with replacing(folder / SAFETENSORS_WEIGHTS_NAME) as temporary:

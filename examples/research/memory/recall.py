@@ -41,7 +41,7 @@ STATES = {
     },
     "both": {"state_type": "prefix+lora"},
 }  # fmt: skip
-TRAINED, CONTEXT = "both, trained", "full context"
+CONTEXT = "full context"
 
 
 def place(draw: random.Random) -> str:
@@ -81,12 +81,12 @@ def main(
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(base)
     counts = [n for n in COUNTS if n <= most]
-    methods = (*STATES, *([TRAINED] if adapter else []), CONTEXT)
+    methods = (*STATES, *([f"both, {adapter}"] if adapter else []), CONTEXT)
     scores: dict[str, dict[int, list[int]]] = {name: {n: [] for n in counts} for name in methods}
-    path, settings = work / "recall.json", {"base": base, "size": size, "num_facts": num_facts}
+    path, settings = work / "recall.json", {"base": base, "size": size, "num_facts": num_facts, "most": most}
     before = earlier(path, **settings).get("right", {})  # goes on where it was stopped
-    scores |= {name: {int(n): s for n, s in at.items()} for name, at in before.items()}
-    settings |= {"streams": streams, "adapter": adapter and str(adapter)}
+    scores |= {name: {int(n): s for n, s in at.items()} for name, at in before.items() if name in methods}
+    settings["streams"] = streams
     for method in methods:
         done = len(scores[method][counts[0]])
         model = reader(base, method, size, adapter) if done < streams else None
@@ -111,7 +111,7 @@ def reader(base: str, method: str, size: int, adapter: Path | None):
     model = AutoModelForCausalLM.from_pretrained(base).eval()
     if method == CONTEXT:
         return model
-    if method == TRAINED:
+    if method not in STATES:
         config = PeftConfig.from_pretrained(adapter)
         config.num_state_tokens = size  # slots have no weights of their own
         return PeftModel.from_pretrained(model, adapter, config=config).eval()

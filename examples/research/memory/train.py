@@ -3,7 +3,7 @@
     B="--base hf_iai/embedded/base --size 128"
     python -m examples.research.memory.train train $B --seed 0        # 20 minutes on one core
     python -m examples.research.memory.train evaluate $B              # all seeds
-    python -m examples.research.memory.curve measure memory $B --adapter work/memory/trained/0/adapter --label trained
+    python -m examples.research.memory.curve measure memory $B --adapter work/memory/trained/0/adapter --label mine
 
 Trained on windows of installed packages that no measurement reads: 1 to 8 chunks to read, and the next one to predict,
 after the last 1, 2, 4 and 8 of them. A killed run goes on from its checkpoint.
