@@ -28,6 +28,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from examples.research.classifiers.intent_tasks import TOPICS, Corpus, evaluation_tasks, read_texts
+from examples.research.common import plots
 from examples.research.common.bases import SMOLLM2, BaseOption
 from examples.research.common.files import write_json
 from examples.research.common.provenance import earlier, recipe
@@ -271,7 +272,11 @@ def measure(
 
 
 @app.command()
-def report(method: str = "memory", work: Path = WORK, output: Path = WORK.parent) -> None:
+def report(
+    method: Annotated[str, typer.Option(help="The method that is compared with all others.")] = "memory",
+    work: Path = WORK,
+    output: Annotated[Path, typer.Option(help="Folder for memory_label_texts.json and .png.")] = WORK.parent,
+) -> None:
     """Accuracy of each method after each count, in percent, and the paired difference of `method` to it."""
     found = {path.stem: json.loads(path.read_text()) for path in sorted(work.glob("*.json"))}
     rows = [
@@ -280,7 +285,9 @@ def report(method: str = "memory", work: Path = WORK, output: Path = WORK.parent
     ]
     print_rows(rows)
     made = {name: values["recipe"] for name, values in found.items()}
-    write_rows(rows, output / "memory_label_texts.json", "research.memory.label_texts report", measured=made)
+    command = f"research.memory.label_texts report --method {method}"
+    write_rows(rows, output / "memory_label_texts.json", command, measured=made)
+    draw(found, output / "memory_label_texts.png")
 
 
 def _line(values: dict, ours: dict | None = None) -> dict[str, str]:
@@ -290,9 +297,20 @@ def _line(values: dict, ours: dict | None = None) -> dict[str, str]:
     if counts != ours["recipe"]["counts"]:
         raise typer.BadParameter(f"counts {counts} and {ours['recipe']['counts']} cannot be paired: measure one anew")
     num = min(len(accuracy), len(ours["accuracy"]))
-    paired = 100 * np.array(ours["accuracy"][:num]) - accuracy[:num]
+    paired = 100 * np.array(ours["accuracy"][:num]) - accuracy[:num]  # (N, counts)
     intervals = [bootstrap_mean(paired[:, [i]], np.arange(num)) for i in range(len(counts))]
     return {f"less it, {n}": "{:+.1f} ({:+.1f}, {:+.1f})".format(*i) for n, i in zip(counts, intervals, strict=True)}
+
+
+def draw(found: dict[str, dict], path: Path) -> None:
+    """Accuracy against examples read; the mean over the tasks."""
+    figure, (axes,) = plots.panels(["10 labels, which a language model chooses by their texts"], size=(6, 4.5))
+    for number, (name, values) in enumerate(found.items()):
+        counts, accuracy = values["recipe"]["counts"], 100 * np.array(values["accuracy"]).mean(0)
+        plots.draw_curve(axes, counts, accuracy, color=f"C{number}", marker="o", label=name)
+    plots.doubling_axis(axes, counts)
+    plots.finish(axes, xlabel="examples read", ylabel="accuracy, %")
+    plots.save(figure, path)
 
 
 if __name__ == "__main__":
