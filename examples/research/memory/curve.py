@@ -267,11 +267,11 @@ def slope(difference: np.ndarray, groups: np.ndarray) -> tuple[float, float, flo
 
 
 def draw(found: dict, method: str, path: Path, title: str) -> None:
-    """The difference to the latest m tokens after 1 to 16 chunks, and then over 17-32 and 33-64."""
+    """The difference to the latest m tokens after 1 to 16 chunks, then over 17-32 and 33-64; of texts that all read."""
     base, _ = found["fewer"] if "fewer" in found else found[method]
+    num = min(len(losses) for losses, _ in found.values())
     figure, (axes,) = plots.panels([f"{title}: loss less that of the latest tokens"], size=(7, 4.5))
     for number, (name, (losses, _)) in enumerate((n, f) for n, f in found.items() if n != "none"):
-        num = min(len(losses), len(base))
         difference = losses[:num] - base[:num]
         at = [n for n in (1, 2, 4, 8, 16, 32, 64) if n < difference.shape[1]]
         parts = [difference[:, n // 2 + 1 if n > 16 else n : n + 1] for n in at]
