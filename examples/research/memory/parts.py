@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
+from peft import get_peft_model, get_peft_model_state_dict
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, set_seed
 
 from examples.research.common.bases import SMOLLM2, BaseOption
 from examples.research.common.files import replacing
+from hf_iai import IAIConfig
 
 PARTS = ("start", "down", "log_rate")
 
@@ -35,7 +36,7 @@ def main(
     if wrong := set(names) - set(PARTS):
         raise typer.BadParameter(f"unknown parts {sorted(wrong)}; use {', '.join(PARTS)}")
     set_seed(seed)
-    untrained = get_peft_model(AutoModelForCausalLM.from_pretrained(base), PeftConfig.from_pretrained(adapter))
+    untrained = get_peft_model(AutoModelForCausalLM.from_pretrained(base), IAIConfig.from_pretrained(adapter))
     before, weights = get_peft_model_state_dict(untrained), load_file(adapter / SAFETENSORS_WEIGHTS_NAME)
     mended = {key: before[key].contiguous() if _part(key) in names else value for key, value in weights.items()}
     folder = work / str(seed) / f"without_{'_'.join(names)}"
