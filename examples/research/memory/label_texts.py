@@ -241,7 +241,7 @@ def measure(
     data: Annotated[Path, typer.Option(help="Folder of clinc105 and hwu64.")] = Path("../shared/data"),
     slots: Annotated[int, typer.Option(help="m, slots of an untrained memory, and tokens that fewer sees.")] = 256,
     adapter: Annotated[Path | None, typer.Option(help="A memory that was trained.")] = None,
-    rate: Annotated[float, typer.Option(help="Rate of lora.")] = 1e-3,
+    rate: Annotated[float, typer.Option(help="Rate of lora.")] = 3e-3,
     dtype: Annotated[str, typer.Option(help="Of the base; bfloat16 is slow where the CPU has none.")] = "float32",
     num: Annotated[int, typer.Option(help="How many of the 12 tasks, the two corpora in turn.")] = 12,
     counts: Annotated[str, typer.Option(help="Numbers of examples.")] = ",".join(map(str, COUNTS)),
