@@ -213,6 +213,20 @@ def test_the_seeds_of_a_method_are_reported_as_one(tmp_path):
         curve.load(tmp_path / "a.json", tmp_path / "b.json")
 
 
+def test_a_report_compares_methods_and_keeps_seeds(tmp_path):
+    groups, losses = ["one", "two"], {"a_seed0": 1.0, "a_seed1": 3.0, "fewer": 4.0}
+    for name, loss in losses.items():
+        found = {"recipe": {}, "losses": [[loss] * 17] * 2, "groups": groups}
+        write_json(found, tmp_path / "windows" / f"{name}.json")
+    curve.report(method=["a", "fewer"], work=tmp_path, output=tmp_path)
+    found = json.loads((tmp_path / "memory_windows.json").read_text())
+    assert found["means"]["a"]["9-16"] == 2 and found["deviation over seeds"]["a"]["16"] == round(2**0.5, 4)
+    assert found["differences"]["a"]["fewer"]["8"] == [-2, -2, -2] and found["differences"]["fewer"]["a"]["8"][0] == 2
+    after_4 = [(row["method"], row.get("seed"), row["loss"]) for row in found["rows"] if row["num_chunks"] == 4]
+    assert after_4 == [("a", 0, 1), ("a", 1, 3), ("fewer", None, 4)]
+    assert (tmp_path / "memory_windows.png").is_file()
+
+
 def test_a_part_of_a_trained_memory_is_put_back(tmp_path):
     base = make_base("llama")
     base.save_pretrained(tmp_path / "base")

@@ -259,10 +259,9 @@ def measure(
         "base": base,
         "slots": slots,
         "adapter": adapter and str(adapter),
-        "rate": rate,
         "dtype": dtype,
         "counts": asked,
-    }
+    } | ({"rate": rate} if method == "lora" else {})
     done = {name: earlier(path, **settings).get(name, []) for name in ("accuracy", "corpus")}
     for corpus, examples, queries in tqdm(tasks(data)[len(done["corpus"]) : num], method, disable=None):
         reader = method_of(method, base, slots, adapter, rate, dtype)

@@ -16,7 +16,7 @@ from typing import Annotated
 
 import torch
 import typer
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -99,8 +99,8 @@ def main(
                     state = model.adapt([{"input_ids": chunk}], state=state)
                 fits = method != CONTEXT or (number + 2) * size <= model.config.max_position_embeddings
                 if number in counts and fits:
-                    before = chunks[: number + 1] if method == CONTEXT else ()
-                    scores[method][number].append(right(partial(said, model, state, before), facts, tokenizer))
+                    shown = chunks[: number + 1] if method == CONTEXT else ()
+                    scores[method][number].append(right(partial(said, model, state, shown), facts, tokenizer))
             write_rows(shares(scores, num_facts), path, "research.memory.recall", settings, right=scores)
     print_rows(shares(scores, num_facts))
 
@@ -112,7 +112,7 @@ def reader(base: str, method: str, size: int, adapter: Path | None):
     if method == CONTEXT:
         return model
     if method not in STATES:
-        config = PeftConfig.from_pretrained(adapter)
+        config = IAIConfig.from_pretrained(adapter)
         config.num_state_tokens = size  # slots have no weights of their own
         return PeftModel.from_pretrained(model, adapter, config=config).eval()
     slots = {} if STATES[method]["state_type"] == "lora" else {"num_state_tokens": size}
