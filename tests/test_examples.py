@@ -20,9 +20,9 @@ from tiny import make_base
 from transformers import AutoModelForSequenceClassification, BertConfig, ByT5Tokenizer
 
 from examples.research.common import bfloat16
-from examples.research.common.files import write_json
+from examples.research.common.files import seeds_of_methods, write_json
 from examples.research.common.provenance import earlier, recipe
-from examples.research.memory import curve, parts
+from examples.research.memory import curve, label_texts, parts
 from hf_iai import IAIConfig
 
 ROOT = Path(__file__).parent.parent
@@ -202,15 +202,27 @@ def test_a_run_goes_on_only_with_the_settings_it_began_with(tmp_path):
 def test_the_seeds_of_a_method_are_reported_as_one(tmp_path):
     for name, losses in {"a_seed0": [[1.0, 2.0], [3.0, 4.0]], "a_seed1": [[3.0, 4.0]], "b": [[0.0]]}.items():
         write_json({"losses": losses, "groups": ["one", "two"][: len(losses)]}, tmp_path / f"{name}.json")
-    paths = curve.files(tmp_path)
+    paths = seeds_of_methods(tmp_path)
     assert {name: len(of_seeds) for name, of_seeds in paths.items()} == {"a": 2, "b": 1}
     losses, groups = curve.load(*paths["a"])
     assert losses.tolist() == [[2.0, 3.0]] and groups.tolist() == ["one"]
     shutil.copy(tmp_path / "a_seed0.json", tmp_path / "a.json")
     with pytest.raises(ValueError, match="has a.json and a_seed1.json"):
-        curve.files(tmp_path)
+        seeds_of_methods(tmp_path)
     with pytest.raises(ValueError, match="a.json, b.json have read different texts"):
         curve.load(tmp_path / "a.json", tmp_path / "b.json")
+
+
+def test_labelled_texts_are_reported_over_seeds(tmp_path):
+    made, work = {"recipe": {"counts": [20, 50]}}, tmp_path / "label_texts"
+    write_json(made | {"accuracy": [[0.5, 0.75], [0.5, 1.0], [0.0, 0.0]]}, work / "a_seed0.json")
+    write_json(made | {"accuracy": [[1.0, 0.75], [1.0, 1.0]]}, work / "a_seed1.json")
+    write_json(made | {"accuracy": [[1.0, 1.0]] * 3}, work / "memory.json")
+    label_texts.report("memory", work=work, output=tmp_path)
+    of_a, of_memory = json.loads((tmp_path / "memory_label_texts.json").read_text())["rows"]
+    assert (of_a["seeds"], of_a["tasks"], of_a["20"], of_a["50"]) == (2, 2, "75.0", "87.5")
+    assert of_a["deviation, 20"] == "35.4" and of_a["less it, 20"] == "+25.0 (+25.0, +25.0)"
+    assert of_memory["tasks"] == 3 and "deviation, 20" not in of_memory
 
 
 def test_a_report_compares_methods_and_keeps_seeds(tmp_path):

@@ -10,12 +10,12 @@ LABEL_seed0, LABEL_seed1, ... as the seeds of one method, and the mean of their 
     slots           its slots alone: H2O                  fewer          the latest m tokens
     recent          slots that hold the latest tokens     fewer_bytes    as many as fit the bytes of the saved memory
     full            all tokens, at 1, 2, 4, 8 and 16      adam, sgd      a plain LoRA that takes a step on each chunk
+    window          the latest tokens that fit the base, at those and at 64
     attention_matching    slots with fitted values and biases
 """
 
 import json
 import math
-import re
 from contextlib import nullcontext
 from enum import StrEnum
 from pathlib import Path
@@ -32,7 +32,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from examples.research.common import plots
 from examples.research.common.bases import SMOLLM2, BaseOption
 from examples.research.common.bfloat16 import ProductsInFloat32
-from examples.research.common.files import write_json
+from examples.research.common.files import seeds_of_methods, write_json
 from examples.research.common.provenance import earlier, recipe
 from examples.research.memory import methods, texts
 from examples.research.memory.attention_matching import attention_matching
@@ -43,7 +43,6 @@ WORK = Path("work/memory")
 COUNTS = (1, 2, 4, 8, 16)
 BLOCKS = {"1": (1, 1), "2": (2, 2), "4": (4, 4), "8": (8, 8), "16": (16, 16), "9-16": (9, 16)}
 BLOCKS |= {"17-32": (17, 32), "33-64": (33, 64), "64": (64, 64)}
-SEED = re.compile(r"_seed\d+$")  # of a label
 EARLY, LATE = slice(9, 17), slice(33, 65)  # after so many chunks
 
 
@@ -78,6 +77,9 @@ def method_of(name: str, base, slots: int, values: dict, *, rate: float, begin: 
         slots = methods.state_bytes(model)["all"] // methods.slot_bytes(base)
         model.unload()
         return methods.context(base, slots, (0, *COUNTS), begin=begin)
+    if name == "window":
+        num_tokens = base.config.max_position_embeddings - slots - int(begin)  # a chunk has as many tokens as slots
+        return methods.context(base, num_tokens, (0, *COUNTS, 64), begin=begin)
     if name == "none":
         return methods.context(base, 0, (0, *COUNTS), begin=begin)
     asked = None if every == 1 else {1, 2, *range(0, max(CHUNKS.values()), every)}
@@ -145,17 +147,6 @@ def load(*paths: Path) -> tuple[np.ndarray, np.ndarray]:  # (N, n), (N,)
     return np.mean(losses, 0), np.array(groups[0])
 
 
-def files(folder: Path) -> dict[str, list[Path]]:
-    """Method -> its file, or a file for each of its seeds."""
-    found: dict[str, list[Path]] = {}
-    for path in sorted(folder.glob("*.json")):
-        found.setdefault(SEED.sub("", path.stem), []).append(path)
-    for name, paths in found.items():
-        if len(paths) > 1 and folder / f"{name}.json" in paths:
-            raise ValueError(f"{folder} has {name}.json and {paths[-1].name}: rename or remove one of them")
-    return found
-
-
 @app.command()
 def report(
     text: Annotated[Kind, typer.Option(help="What was read.")] = Kind.windows,
@@ -166,7 +157,7 @@ def report(
 ) -> None:
     """Print every method's loss, and the paired differences of `method` to the others, clustered by package or book."""
     folder = work / ("validation" if validation else "") / text
-    paths = files(folder)
+    paths = seeds_of_methods(folder)
     found = {name: load(*of_seeds) for name, of_seeds in paths.items()}
     blocks = blocks_of(max(losses.shape[1] for losses, _ in found.values()))
     means = {name: _means(losses, {"0": (0, 0)} | blocks) for name, (losses, _) in found.items()}

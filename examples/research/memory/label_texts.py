@@ -10,7 +10,8 @@
 
 DATA holds `clinc105` and `hwu64`. The 12 tasks have 10 labels each, of the topics utility and travel, which no adapter
 was trained on. An example is "Text: wake me at six", "Intent: alarm set"; ten of them are a chunk. The answer is the
-label whose log-probability gains most over texts that say nothing. `measure` goes on where it was stopped.
+label whose log-probability gains most over texts that say nothing. `measure` goes on where it was stopped. `report`
+takes LABEL_seed0, LABEL_seed1, ... as the seeds of one method, and the mean of their accuracies.
 """
 
 import json
@@ -30,7 +31,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from examples.research.classifiers.intent_tasks import TOPICS, Corpus, evaluation_tasks, read_texts
 from examples.research.common import plots
 from examples.research.common.bases import SMOLLM2, BaseOption
-from examples.research.common.files import write_json
+from examples.research.common.files import seeds_of_methods, write_json
 from examples.research.common.provenance import earlier, recipe
 from examples.research.common.rows import print_rows, write_rows
 from hf_iai import IAIConfig, chunk_examples
@@ -92,7 +93,6 @@ class Memory(LanguageModel):
 
     def __init__(self, base, tokenizer, slots: int, adapter: Path | None) -> None:
         super().__init__(tokenizer)
-        torch.manual_seed(0)
         config = IAIConfig(task_type="CAUSAL_LM", state_type="prefix+lora", num_state_tokens=slots)
         self.model = get_peft_model(base, config) if adapter is None else PeftModel.from_pretrained(base, adapter)
         self.model.eval()
@@ -157,7 +157,6 @@ class FineTuned(Plain):
     """A plain LoRA that takes one step of AdamW on each chunk, on the labels' tokens."""
 
     def __init__(self, base, tokenizer, rate: float, rank: int = 8) -> None:
-        torch.manual_seed(0)
         config = LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=rank, target_modules="all-linear")
         super().__init__(get_peft_model(base, config), tokenizer)
         self.step = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], rate)
@@ -243,6 +242,7 @@ def measure(
     adapter: Annotated[Path | None, typer.Option(help="A memory that was trained.")] = None,
     rate: Annotated[float, typer.Option(help="Rate of lora.")] = 3e-3,
     dtype: Annotated[str, typer.Option(help="Of the base; bfloat16 is slow where the CPU has none.")] = "float32",
+    seed: Annotated[int, typer.Option(help="Draws A of a memory that is not trained, and the start of lora.")] = 0,
     num: Annotated[int, typer.Option(help="How many of the 12 tasks, the two corpora in turn.")] = 12,
     counts: Annotated[str, typer.Option(help="Numbers of examples.")] = ",".join(map(str, COUNTS)),
     label: Annotated[str | None, typer.Option(help="Name of the result; by default that of the method.")] = None,
@@ -256,6 +256,7 @@ def measure(
         raise typer.BadParameter(f"--counts {wrong}: use multiples of {CHUNK} up to {COUNTS[-1]}")
     settings = {
         "method": method,
+        "seed": seed,
         "base": base,
         "slots": slots,
         "adapter": adapter and str(adapter),
@@ -264,6 +265,7 @@ def measure(
     } | ({"rate": rate} if method == "lora" else {})
     done = {name: earlier(path, **settings).get(name, []) for name in ("accuracy", "corpus")}
     for corpus, examples, queries in tqdm(tasks(data)[len(done["corpus"]) : num], method, disable=None):
+        torch.manual_seed(seed)
         reader = method_of(method, base, slots, adapter, rate, dtype)
         done["accuracy"].append(accuracies(reader, examples, queries, asked))
         done["corpus"].append(corpus)
@@ -277,35 +279,59 @@ def report(
     output: Annotated[Path, typer.Option(help="Folder for memory_label_texts.json and .png.")] = WORK.parent,
 ) -> None:
     """Accuracy of each method after each count, in percent, and the paired difference of `method` to it."""
-    found = {path.stem: json.loads(path.read_text()) for path in sorted(work.glob("*.json"))}
+    paths = seeds_of_methods(work)
+    found = {name: [json.loads(path.read_text()) for path in of_seeds] for name, of_seeds in paths.items()}
     rows = [
-        {"method": name, "tasks": len(values["accuracy"]), **_line(values), **_line(values, found[method])}
-        for name, values in found.items()
+        {
+            "method": name,
+            "seeds": len(seeds),
+            "tasks": len(_accuracy(seeds)),
+            **_line(seeds),
+            **_line(seeds, found[method]),
+        }
+        for name, seeds in found.items()
     ]
     print_rows(rows)
-    made = {name: values["recipe"] for name, values in found.items()}
+    made = {path.stem: json.loads(path.read_text())["recipe"] for of_seeds in paths.values() for path in of_seeds}
     command = f"research.memory.label_texts report --method {method}"
     write_rows(rows, output / "memory_label_texts.json", command, measured=made)
     draw(found, output / "memory_label_texts.png")
 
 
-def _line(values: dict, ours: dict | None = None) -> dict[str, str]:
-    accuracy, counts = 100 * np.array(values["accuracy"]), values["recipe"]["counts"]
+def _accuracy(seeds: list[dict]) -> np.ndarray:  # (N, counts)
+    """In percent, the mean over seeds, on the tasks that all of them have read."""
+    num = min(len(values["accuracy"]) for values in seeds)
+    return 100 * np.mean([values["accuracy"][:num] for values in seeds], 0)
+
+
+def _counts(seeds: list[dict]) -> list[int]:
+    counts = seeds[0]["recipe"]["counts"]
+    if any(values["recipe"]["counts"] != counts for values in seeds):
+        raise typer.BadParameter(f"seeds were measured at {counts} and at others: measure them anew")
+    return counts
+
+
+def _line(seeds: list[dict], ours: list[dict] | None = None) -> dict[str, str]:
+    accuracy, counts = _accuracy(seeds), _counts(seeds)
     if ours is None:
-        return {f"{n}": f"{mean:.1f}" for n, mean in zip(counts, accuracy.mean(0), strict=True)}
-    if counts != ours["recipe"]["counts"]:
-        raise typer.BadParameter(f"counts {counts} and {ours['recipe']['counts']} cannot be paired: measure one anew")
-    num = min(len(accuracy), len(ours["accuracy"]))
-    paired = 100 * np.array(ours["accuracy"][:num]) - accuracy[:num]  # (N, counts)
+        line = {f"{n}": f"{mean:.1f}" for n, mean in zip(counts, accuracy.mean(0), strict=True)}
+        if len(seeds) < 2:
+            return line
+        deviations = np.std([_accuracy([values])[: len(accuracy)].mean(0) for values in seeds], 0, ddof=1)
+        return line | {f"deviation, {n}": f"{d:.1f}" for n, d in zip(counts, deviations, strict=True)}
+    if counts != _counts(ours):
+        raise typer.BadParameter(f"counts {counts} and {_counts(ours)} cannot be paired: measure one anew")
+    num = min(len(accuracy), len(_accuracy(ours)))
+    paired = _accuracy(ours)[:num] - accuracy[:num]  # (N, counts)
     intervals = [bootstrap_mean(paired[:, [i]], np.arange(num)) for i in range(len(counts))]
     return {f"less it, {n}": "{:+.1f} ({:+.1f}, {:+.1f})".format(*i) for n, i in zip(counts, intervals, strict=True)}
 
 
-def draw(found: dict[str, dict], path: Path) -> None:
-    """Accuracy against examples read; the mean over the tasks."""
+def draw(found: dict[str, list[dict]], path: Path) -> None:
+    """Accuracy against examples read; the mean over tasks and seeds."""
     figure, (axes,) = plots.panels(["10 labels, which a language model chooses by their texts"], size=(6, 4.5))
-    for number, (name, values) in enumerate(found.items()):
-        counts, accuracy = values["recipe"]["counts"], 100 * np.array(values["accuracy"]).mean(0)
+    for number, (name, seeds) in enumerate(found.items()):
+        counts, accuracy = _counts(seeds), _accuracy(seeds).mean(0)
         plots.draw_curve(axes, counts, accuracy, color=f"C{number}", marker="o", label=name)
     plots.doubling_axis(axes, counts)
     plots.finish(axes, xlabel="examples read", ylabel="accuracy, %")
