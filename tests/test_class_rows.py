@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_iai.heads import ClassRows
-from hf_iai.heads.class_rows import _trust, united
+from hf_iai.heads.class_rows import _trust, _wrong, united
 from hf_iai.label_names import with_classes
 
 TASKS, CLASSES, WIDTH, CHUNK = 3, 5, 12, 8
@@ -58,7 +58,7 @@ def test_starts_from_the_nearest_class_mean():
             mean = features[task, labels[task] == c].mean(0)
             torch.testing.assert_close(rows[task, c] / 15, mean, atol=1e-6, rtol=0)
             torch.testing.assert_close(bias[task, c] / 15, -mean.square().sum() / 2, atol=1e-6, rtol=0)
-    assert torch.equal(sharpness, torch.ones(TASKS, 1)) and torch.allclose(penalty, torch.full((TASKS,), 0.03))
+    assert torch.equal(sharpness, torch.ones(TASKS, 1)) and torch.allclose(penalty, torch.full((TASKS,), 0.01))
     assert torch.equal(doubts[:, 0], torch.zeros(TASKS))
     torch.testing.assert_close(head.rows(kept)[0], rows + kept["fitted"][..., :-1])
     torch.testing.assert_close(head.rows(kept)[1], bias + kept["fitted"][..., -1])
@@ -144,16 +144,27 @@ def test_a_contradicted_label_is_trusted_less():
 
 
 def test_guesses_are_those_of_the_rows_before():
-    head, (features, labels) = disturbed(), stream()
+    head, (features, labels) = disturbed(), stream(spread=1.5)
     half = 2 * CHUNK
     before = read(head, features[:, :half], labels[:, :half])
     after = head(before, features[:, half:], labels[:, half:])
     scores = logits(head, before, features[:, half:])
     p = scores.softmax(-1).gather(2, labels[:, half:].unsqueeze(-1)).squeeze(-1)
-    right = scores.argmax(-1) == labels[:, half:]
-    found = torch.stack([torch.full((TASKS,), CHUNK), right.sum(1), (p < 0.05).sum(1), p.sum(1)], -1)
+    rank = (scores > scores.gather(2, labels[:, half:].unsqueeze(-1))).sum(-1)  # of 0 to 4
+    assert {0, 1, 2, 3, 4} == set(rank.flatten().tolist())
+    found = torch.stack([torch.full((TASKS,), CHUNK), (rank == 0).sum(1), (rank > 2).sum(1), p.sum(1)], -1)
     torch.testing.assert_close(after["guessed"], before["guessed"] * 0.99**CHUNK + found, atol=1e-4, rtol=1e-4)
     assert not read(head, features[:, :CHUNK], labels[:, :CHUNK])["guessed"].any()  # nothing to guess from
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.2])
+def test_the_share_of_wrong_labels_is_estimated(share):
+    head, num_classes = ClassRows(), 10
+    features, labels = stream(classes=num_classes, num_chunks=50)
+    draw = torch.Generator().manual_seed(1)
+    wrong = torch.rand(labels.shape, generator=draw) < share
+    labels = (labels + wrong * torch.randint(1, num_classes, labels.shape, generator=draw)) % num_classes
+    assert abs(_wrong(read(head, features, labels, num_classes)).mean() - share) < 0.05
 
 
 def test_turning_the_features_turns_the_rows():

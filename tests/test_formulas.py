@@ -49,8 +49,15 @@ class ClassRowsByHand:
         rank = np.trace(self.moment) ** 2 / max((self.moment**2).sum(), 1e-9)
         sizes = [np.log1p(n) - 4, np.log(max(classes, 1)) - 2, np.log1p(max(n - classes, 0)) - 3]
         parts = [2 * within / max(n, 1), 2 * between / max(n, 1), np.log(max(rank, 1)) - 3]
-        known, right, ruled_out, p = self.guessed
-        return np.array([*sizes, *parts, *(np.array([2 * right - known, 2 * p - known, 5 * ruled_out]) / (known + 10))])
+        known, right, _, p = self.guessed
+        return np.array(
+            [*sizes, *parts, *(np.array([2 * right - known, 2 * p - known]) / (known + 10)), 5 * self.wrong()]
+        )
+
+    def wrong(self) -> float:
+        """The estimated share of wrong labels."""
+        known, _, low, _ = self.guessed
+        return min(2 * low / (known + 10), 1)
 
     def rows(self) -> tuple[np.ndarray, np.ndarray]:
         task, n, seen = self.task(), self.count.sum(), self.count > 0
@@ -75,8 +82,8 @@ class ClassRowsByHand:
         """lambda, e and f."""
         _, doubt, _, log_penalty, _, log_distance = 3 * of_network(self.head.of_task, self.task())
         return [
-            0.03 * np.exp(1.2 * np.tanh(log_penalty / 1.2)),
-            max(doubt, 0),
+            0.01 * np.exp(0.7 * np.tanh(log_penalty / 0.7)),
+            10 * self.wrong() * max(doubt, 0),
             3 * np.exp(1.1 * np.tanh(log_distance / 1.1)),
         ]
 
@@ -88,7 +95,9 @@ class ClassRowsByHand:
         for own, label in zip(logits, labels, strict=True):
             if seen[label] and np.delete(seen, label).any():
                 p = np.exp(own[label] - own.max()) / np.exp(own - own.max()).sum()
-                self.guessed += [1, own[label] > np.delete(own, label).max(), p < 0.05, p]
+                above = (own[seen] > own[label]).sum()  # classes
+                low = above / (seen.sum() - 1) > 0.5
+                self.guessed += [1, own[label] > np.delete(own, label).max(), low, p]
         said = np.eye(len(self.count))[labels]
         self.count, self.total = self.count + said.sum(0), self.total + said.T @ features
         self.moment = self.moment + features.T @ features

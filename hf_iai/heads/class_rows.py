@@ -11,16 +11,16 @@ from .logistic import fit
 from .prototypes import absorb, unite
 
 Kept = dict[str, Tensor]
-PROTOTYPES, FIT_STEPS = 16, 4  # of a class; of a chunk
-SCALE, PENALTY = 15.0, 0.03  # of the discriminant's rows and of the fitted rows before training, for unit features
+PROTOTYPES, FIT_STEPS = 32, 4  # of a class; of a chunk
+SCALE, PENALTY = 15.0, 0.01  # of the discriminant's rows and of the fitted rows before training, for unit features
 GAIN = 3.0  # factor on the small networks' outputs, which have to move by whole units within a few hundred steps
 UNSEEN = -1e4  # bias of a class without an example; fits into every half-precision type
 MOST_MARGIN, DISTANCE = 20.0, 3.0  # clamp of a margin; f before training
 # Bounds of the learned logarithms of s, lambda, h and f. A discriminant on a large scale explains all examples, and
 # leaves nothing to the fit.
-MOST_LOGS = (0.5, 1.2, 3.0, 1.1)
+MOST_LOGS = (0.5, 0.7, 3.0, 1.1)
 MEMORY = 0.99  # how much a guess counts after one more example
-RULED_OUT = 0.05  # probability
+DOUBT = 10.0  # e, for w = 1 and an output of 1
 LEAST = 1e-6  # counts are clamped to this before something is divided by them
 
 
@@ -28,7 +28,7 @@ class ClassRows(nn.Module):
     """A classifier head: it computes the rows W and biases b of a linear classifier from chunks of labelled features.
 
     The state holds sums over the examples: for every class the count n_c and the sum of features t_c, for all examples
-    together M = sum x x'. It also holds 16 prototypes of every class, weighted points that stand for its examples
+    together M = sum x x'. It also holds 32 prototypes of every class, weighted points that stand for its examples
     (`heads.prototypes`), the fitted rows V and biases v, and how well the rows guessed each chunk before it was read.
     Let g be the mean of all examples and S = M - sum_c t_c t_c' / n_c the scatter within classes. Then
 
@@ -44,12 +44,14 @@ class ClassRows(nn.Module):
     doubted where the discriminant contradicts it: margin_j is how far the logit of its class is above the others.
     Small networks give the coefficients:
 
-    - one gives rho, s, lambda, the sharpness h, the doubt e >= 0 and the distance f of the task. It sees the number of
-      examples and of classes, the scatter within and between classes, the effective rank of M, and of the examples of
-      late chunks, before they were read: how many were guessed right, how many were ruled out (p < 0.05), the mean p;
+    - one gives rho, s, lambda, the sharpness h, the distance f and, times 10 w, the doubt e >= 0 of the task. It sees
+      the number of examples and of classes, the scatter within and between classes, the effective rank of M, and of the
+      examples of late chunks, before they were read: how many were guessed right, the mean p, and the share w of wrong
+      labels, which is estimated as twice the share of labels in the lower half of the classes. A wrong label that was
+      drawn at random is there half of the time, a class that is hard to tell from a few others hardly ever;
     - one sees the same, the counts of a class and how far m_c is from g, and gives o_c.
 
-    The last layer of both starts at zero. Then o = rho = e = 0, q = h = 1, lambda = 0.03 and U is the nearest class
+    The last layer of both starts at zero. Then o = rho = e = 0, q = h = 1, lambda = 0.01 and U is the nearest class
     mean, 15 m_c: the head starts as a logistic regression on prototypes. The rows stay in the span of what was read.
     The inputs of the networks do not change if the features are rotated, and do not depend on the number of a class or
     of a step. Reading a chunk costs the same once all prototypes are taken, and less before. Two states can be united
@@ -125,7 +127,8 @@ class ClassRows(nn.Module):
         rho, doubt, *logs = (GAIN * self.of_task(task)).unbind(-1)
         bounded = ((log / most).tanh() * most for log, most in zip(logs, MOST_LOGS, strict=True))
         scale, penalty, sharpness, distance = (log.exp() for log in bounded)  # (B,) each
-        doubts = torch.stack([clamp_with_gradient(doubt, low=0), DISTANCE * distance], -1)
+        doubt = DOUBT * _wrong(kept) * clamp_with_gradient(doubt, low=0)
+        doubts = torch.stack([doubt, DISTANCE * distance], -1)
         offset = GAIN * self.of_class(_of_class(kept, task)).squeeze(-1)
         rows = SCALE * scale.view(-1, 1, 1) * _solve(scatter, rho, means)
         bias = offset - 0.5 * (rows * means).sum(-1)
@@ -143,12 +146,15 @@ class ClassRows(nn.Module):
 
     @torch.no_grad()
     def _guess(self, kept: Kept, x: Tensor, y: Tensor) -> Tensor:  # (B, n, d), (B, n, C) -> (B, 4)
-        """How many examples the current rows could judge, how many they have right and rule out, and the sum of p."""
+        """How many examples could be judged, are right, have a label in the lower half of the classes; the sum of p."""
         rows, bias = self.rows(kept)
         seen = (kept["count"] > 0).float().unsqueeze(1)  # (B, 1, C)
         known = (seen * y).sum(-1) * (seen * (1 - y)).amax(-1)  # its class and another one have been read
-        p, margin = _right(x @ rows.mT + bias.unsqueeze(1), y)
-        return torch.stack([known, known * (margin > 0), known * (p < RULED_OUT), known * p], -1).sum(1)
+        logits = x @ rows.mT + bias.unsqueeze(1)
+        p, margin = _right(logits, y)
+        above = (seen * (logits > (logits * y).sum(-1, keepdim=True))).sum(-1)  # (B, n) classes above its own
+        low = 2 * above > seen.sum(-1) - 1
+        return torch.stack([known, known * (margin > 0), known * low, known * p], -1).sum(1)
 
 
 def united(one: Kept, other: Kept) -> Kept:
@@ -159,6 +165,12 @@ def united(one: Kept, other: Kept) -> Kept:
     prototype, mass = unite(*parts)
     fitted = one["fitted"].lerp(other["fitted"], share.unsqueeze(-1))
     return added | {"fitted": fitted, "prototype": prototype, "mass": mass}
+
+
+def _wrong(kept: Kept) -> Tensor:  # (B,)
+    """w, the share of wrong labels among the latest examples, from how many were in the lower half of the classes."""
+    known, _, low, _ = kept["guessed"].unbind(-1)
+    return (2 * low / (known + 10)).clamp_max(1)
 
 
 def _trust(logits: Tensor, said: Tensor, doubts: Tensor) -> Tensor:  # (B, N, C), (B, N, C), (B, 2) -> (B, N, 1)
@@ -181,7 +193,7 @@ def _occupied(kept: Kept) -> tuple[Tensor, Tensor, Tensor]:
     mass, places = mass[:, :num].unsqueeze(-1), places[:, :num]
     points = kept["prototype"].flatten(1, 2)
     points = points.gather(1, places.unsqueeze(-1).expand(-1, -1, points.shape[-1]))
-    return points, nn.functional.one_hot(places // PROTOTYPES, kept["mass"].shape[1]).float(), mass
+    return points, nn.functional.one_hot(places // kept["mass"].shape[2], kept["mass"].shape[1]).float(), mass
 
 
 def _moment_with_one(kept: Kept) -> Tensor:  # (B, d + 1, d + 1)
@@ -210,7 +222,7 @@ def _of_task(kept: Kept) -> Tensor:  # (B, 9)
     """The task's inputs to the networks, each scaled to about 1.
 
     Number of examples, number of classes, degrees of freedom, scatter within classes, scatter between classes,
-    effective rank; of the latest guesses, those that were right, their mean probability, those that were ruled out.
+    effective rank; of the latest guesses, those that were right, their mean probability, and the share of wrong labels.
     """
     count, moment = kept["count"], kept["moment"]
     number, classes = count.sum(1), (count > 0).sum(1)
@@ -220,8 +232,8 @@ def _of_task(kept: Kept) -> Tensor:  # (B, 9)
     rank = trace.square() / moment.square().sum((1, 2)).clamp_min(1e-9)
     sizes = [number.log1p() - 4, classes.clamp_min(1).log() - 2, (number - classes).clamp_min(0).log1p() - 3]
     parts = [2 * within / number.clamp_min(1), 2 * between / number.clamp_min(1), rank.clamp_min(1).log() - 3]
-    known, right, ruled_out, p = kept["guessed"].unbind(-1)
-    guessed = [(2 * right - known) / (known + 10), (2 * p - known) / (known + 10), 5 * ruled_out / (known + 10)]
+    known, right, _, p = kept["guessed"].unbind(-1)
+    guessed = [(2 * right - known) / (known + 10), (2 * p - known) / (known + 10), 5 * _wrong(kept)]
     return torch.stack([*sizes, *parts, *guessed], -1)
 
 

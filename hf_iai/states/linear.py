@@ -18,8 +18,8 @@ class LinearState(SlotState):
         count (B, C)                     number of examples of each class
         total (B, C, d)                  sum of their features
         moment (B, d, d)                 sum of x x' over all examples
-        prototype (B, C, 16, d)          weighted points that stand for the examples of a class
-        mass (B, C, 16)                  their weights
+        prototype (B, C, 32, d)          weighted points that stand for the examples of a class
+        mass (B, C, 32)                  their weights
         fitted (B, C, d + 1)             what a fit to the prototypes adds to rows and biases
         guessed (B, 4)                   how well late chunks were guessed before they were read
 

@@ -92,7 +92,7 @@ def _padded(values: np.ndarray, length: int, value: int) -> np.ndarray:
 def train(
     split: int = 0,
     seed: int = 0,
-    steps: int = 150,
+    steps: int = 300,
     batch_size: int = 4,
     lr: float = 1e-2,
     data: Path = DATA,

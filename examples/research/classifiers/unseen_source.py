@@ -1,6 +1,6 @@
 """Intents of a corpus that training has not seen: the readers are trained on the other corpus.
 
-    python -m examples.research.classifiers.unseen_source --data DATA    # an hour on one core: two tables, two pictures
+    python -m examples.research.classifiers.unseen_source --data DATA    # two hours on one core
 
 DATA is that of `meta_train_intents`. Two measurements are made:
 
@@ -54,7 +54,7 @@ def new_reader(name: str):
     return get_peft_model(base, IAIConfig(task_type="SEQ_CLS", state_type="linear"))
 
 
-def trained_head(name: str, corpus: Corpus, seed: int, work: Path, steps: int = 150) -> ClassRows:
+def trained_head(name: str, corpus: Corpus, seed: int, work: Path, steps: int = 300) -> ClassRows:
     """Train on all labels of one corpus, in the same way as `meta_train_intents`; the head is kept in `work`."""
     torch.manual_seed(seed)
     head, rng = new_reader(name).base_model.core.head, np.random.default_rng(seed)
@@ -132,7 +132,7 @@ def streams(heads: list[ClassRows], corpus: Corpus, work: Path) -> list[dict]:
     return rows
 
 
-def main(num_draws: int = 3, num_seeds: int = 3, data: Path = DATA, encoder: str = ENCODER, work: Path = WORK) -> None:
+def main(num_draws: int = 10, num_seeds: int = 3, data: Path = DATA, encoder: str = ENCODER, work: Path = WORK) -> None:
     name, of_streams, of_shots = installed_encoder(encoder), [], []
     command = f"research.classifiers.unseen_source --num-draws {num_draws} --num-seeds {num_seeds}"
     corpora = load_corpora(data, work, new_reader(name), AutoTokenizer.from_pretrained(name))
