@@ -38,7 +38,7 @@ class ClassRowsByHand:
     def __init__(self, head: ClassRows, num_classes: int) -> None:
         self.head, self.count = head, np.zeros(num_classes)
         self.total, self.fitted = np.zeros((num_classes, WIDTH)), np.zeros((num_classes, WIDTH + 1))
-        self.moment, self.guessed = np.zeros((WIDTH, WIDTH)), np.zeros(4)
+        self.moment, self.guessed = np.zeros((WIDTH, WIDTH)), np.zeros(5)
 
     def task(self) -> np.ndarray:
         """Number of examples and classes, degrees of freedom, scatter within and between classes, rank, guesses."""
@@ -49,15 +49,14 @@ class ClassRowsByHand:
         rank = np.trace(self.moment) ** 2 / max((self.moment**2).sum(), 1e-9)
         sizes = [np.log1p(n) - 4, np.log(max(classes, 1)) - 2, np.log1p(max(n - classes, 0)) - 3]
         parts = [2 * within / max(n, 1), 2 * between / max(n, 1), np.log(max(rank, 1)) - 3]
-        known, right, _, p = self.guessed
-        return np.array(
-            [*sizes, *parts, *(np.array([2 * right - known, 2 * p - known]) / (known + 10)), 5 * self.wrong()]
-        )
+        known, right, p, low, _ = self.guessed
+        guessed = np.array([2 * right - known, 2 * p - known, 2 * low]) / (known + 10)
+        return np.array([*sizes, *parts, *guessed, 5 * self.wrong()])
 
     def wrong(self) -> float:
         """The estimated share of wrong labels."""
-        known, _, low, _ = self.guessed
-        return min(2 * low / (known + 10), 1)
+        known, _, _, low, expected = self.guessed
+        return np.clip((low - expected) / (known - expected + 10), 0, 1)
 
     def rows(self) -> tuple[np.ndarray, np.ndarray]:
         task, n, seen = self.task(), self.count.sum(), self.count > 0
@@ -94,10 +93,12 @@ class ClassRowsByHand:
         self.guessed *= 0.99 ** len(labels)
         for own, label in zip(logits, labels, strict=True):
             if seen[label] and np.delete(seen, label).any():
-                p = np.exp(own[label] - own.max()) / np.exp(own - own.max()).sum()
-                above = (own[seen] > own[label]).sum()  # classes
-                low = above / (seen.sum() - 1) > 0.5
-                self.guessed += [1, own[label] > np.delete(own, label).max(), low, p]
+                p = np.exp(own - own.max()) / np.exp(own - own.max()).sum()
+                num = seen.sum()
+                lower = [c for c in np.flatnonzero(seen) if (own[seen] > own[c]).sum() >= num - num // 2]
+                r = (num // 2) / (num - 1)
+                right = own[label] > np.delete(own, label).max()
+                self.guessed += [1, right, p[label], (label in lower) / r, p[lower].sum() / r]
         said = np.eye(len(self.count))[labels]
         self.count, self.total = self.count + said.sum(0), self.total + said.T @ features
         self.moment = self.moment + features.T @ features

@@ -20,7 +20,7 @@ MOST_MARGIN, DISTANCE = 20.0, 3.0  # clamp of a margin; f before training
 # leaves nothing to the fit.
 MOST_LOGS = (0.5, 0.7, 3.0, 1.1)
 MEMORY = 0.99  # how much a guess counts after one more example
-DOUBT = 10.0  # e, for w = 1 and an output of 1
+DOUBT, PRIOR = 10.0, 10  # e for w = 1 and an output, times GAIN, of 1; examples with right labels that w assumes
 LEAST = 1e-6  # counts are clamped to this before something is divided by them
 
 
@@ -41,14 +41,20 @@ class ClassRows(nn.Module):
 
     The discriminant is what is known after few examples. The fit is a logistic regression that starts from it: every
     chunk takes four steps of conjugate gradients on the prototypes (`heads.logistic`), from the V before. A label is
-    doubted where the discriminant contradicts it: margin_j is how far the logit of its class is above the others.
-    Small networks give the coefficients:
+    doubted where the discriminant contradicts it: margin_j is how far the logit of its class is above the others. How
+    much depends on the estimated share w of wrong labels. Rank the classes by their logits before an example is read.
+    A wrong label, any other class at random, is in the lower half with probability r = floor(C / 2) / (C - 1). Over N
+    examples, where each counts 0.99 times as much after one more,
+
+        L = sum [the label is in the lower half] / r,   E = sum p(the class is in the lower half) / r
+        w = (L - E) / (N - E + 10), clamped to 0 .. 1
+
+    So clean labels that are hard to guess count as wrong only as far as p does not expect it. Small networks give the
+    coefficients:
 
     - one gives rho, s, lambda, the sharpness h, the distance f and, times 10 w, the doubt e >= 0 of the task. It sees
-      the number of examples and of classes, the scatter within and between classes, the effective rank of M, and of the
-      examples of late chunks, before they were read: how many were guessed right, the mean p, and the share w of wrong
-      labels, which is estimated as twice the share of labels in the lower half of the classes. A wrong label that was
-      drawn at random is there half of the time, a class that is hard to tell from a few others hardly ever;
+      the number of examples and of classes, the scatter within and between classes, the effective rank of M, w, and of
+      the N examples how many were guessed right, how many labels were in the lower half, and the mean p;
     - one sees the same, the counts of a class and how far m_c is from g, and gives o_c.
 
     The last layer of both starts at zero. Then o = rho = e = 0, q = h = 1, lambda = 0.01 and U is the nearest class
@@ -78,7 +84,7 @@ class ClassRows(nn.Module):
 
     def __init__(self, hidden: int = 16) -> None:
         super().__init__()
-        self.of_task, self.of_class = _network(9, hidden, 6), _network(12, hidden, 1)
+        self.of_task, self.of_class = _network(10, hidden, 6), _network(13, hidden, 1)
 
     @staticmethod
     def initial(num_tasks: int, num_classes: int, width: int, device=None) -> Kept:
@@ -93,7 +99,7 @@ class ClassRows(nn.Module):
             "prototype": (num_classes, PROTOTYPES, width),
             "mass": (num_classes, PROTOTYPES),
             "moment": (width, width),
-            "guessed": (4,),
+            "guessed": (5,),
         }
         return {name: torch.zeros(num_tasks, *shape, device=device) for name, shape in shapes.items()}
 
@@ -145,16 +151,18 @@ class ClassRows(nn.Module):
         return torch.where(has_read.view(-1, 1, 1), fitted, kept["fitted"])
 
     @torch.no_grad()
-    def _guess(self, kept: Kept, x: Tensor, y: Tensor) -> Tensor:  # (B, n, d), (B, n, C) -> (B, 4)
-        """How many examples could be judged, are right, have a label in the lower half of the classes; the sum of p."""
+    def _guess(self, kept: Kept, x: Tensor, y: Tensor) -> Tensor:  # (B, n, d), (B, n, C) -> (B, 5)
+        """Sums over the examples that can be judged: 1, whether it is right, p, and for `_wrong` low / r, p_low / r."""
         rows, bias = self.rows(kept)
         seen = (kept["count"] > 0).float().unsqueeze(1)  # (B, 1, C)
         known = (seen * y).sum(-1) * (seen * (1 - y)).amax(-1)  # its class and another one have been read
         logits = x @ rows.mT + bias.unsqueeze(1)
         p, margin = _right(logits, y)
-        above = (seen * (logits > (logits * y).sum(-1, keepdim=True))).sum(-1)  # (B, n) classes above its own
-        low = 2 * above > seen.sum(-1) - 1
-        return torch.stack([known, known * (margin > 0), known * low, known * p], -1).sum(1)
+        num = seen.sum(-1, keepdim=True).clamp_min(2)  # (B, 1, 1) classes
+        in_lower = (logits.argsort(-1, descending=True).argsort(-1) >= num - num.div(2).floor()) * seen  # (B, n, C)
+        share = num.div(2).floor() / (num - 1)  # r
+        low, expected = ((in_lower * of).sum(-1) / share.squeeze(-1) for of in (y, logits.softmax(-1)))
+        return torch.stack([known, known * (margin > 0), known * p, known * low, known * expected], -1).sum(1)
 
 
 def united(one: Kept, other: Kept) -> Kept:
@@ -168,9 +176,9 @@ def united(one: Kept, other: Kept) -> Kept:
 
 
 def _wrong(kept: Kept) -> Tensor:  # (B,)
-    """w, the share of wrong labels among the latest examples, from how many were in the lower half of the classes."""
-    known, _, low, _ = kept["guessed"].unbind(-1)
-    return (2 * low / (known + 10)).clamp_max(1)
+    """w, the share of wrong labels among the latest examples."""
+    known, _, _, low, expected = kept["guessed"].unbind(-1)
+    return ((low - expected) / (known - expected + PRIOR)).clamp(0, 1)
 
 
 def _trust(logits: Tensor, said: Tensor, doubts: Tensor) -> Tensor:  # (B, N, C), (B, N, C), (B, 2) -> (B, N, 1)
@@ -218,11 +226,11 @@ def _solve(scatter: Tensor, factor: Tensor, rows: Tensor) -> Tensor:  # (B, d, d
     return torch.linalg.solve(eye + clamp_with_gradient(factor, low=0).view(-1, 1, 1) * scatter, rows.mT).mT
 
 
-def _of_task(kept: Kept) -> Tensor:  # (B, 9)
+def _of_task(kept: Kept) -> Tensor:  # (B, 10)
     """The task's inputs to the networks, each scaled to about 1.
 
     Number of examples, number of classes, degrees of freedom, scatter within classes, scatter between classes,
-    effective rank; of the latest guesses, those that were right, their mean probability, and the share of wrong labels.
+    effective rank; of the latest guesses, those that were right, their mean probability, labels in the lower half; w.
     """
     count, moment = kept["count"], kept["moment"]
     number, classes = count.sum(1), (count > 0).sum(1)
@@ -232,12 +240,12 @@ def _of_task(kept: Kept) -> Tensor:  # (B, 9)
     rank = trace.square() / moment.square().sum((1, 2)).clamp_min(1e-9)
     sizes = [number.log1p() - 4, classes.clamp_min(1).log() - 2, (number - classes).clamp_min(0).log1p() - 3]
     parts = [2 * within / number.clamp_min(1), 2 * between / number.clamp_min(1), rank.clamp_min(1).log() - 3]
-    known, right, _, p = kept["guessed"].unbind(-1)
-    guessed = [(2 * right - known) / (known + 10), (2 * p - known) / (known + 10), 5 * _wrong(kept)]
-    return torch.stack([*sizes, *parts, *guessed], -1)
+    known, right, p, low, _ = kept["guessed"].unbind(-1)
+    guessed = [(2 * right - known) / (known + PRIOR), (2 * p - known) / (known + PRIOR), 2 * low / (known + PRIOR)]
+    return torch.stack([*sizes, *parts, *guessed, 5 * _wrong(kept)], -1)
 
 
-def _of_class(kept: Kept, task: Tensor) -> Tensor:  # (B, 9) -> (B, C, 12)
+def _of_class(kept: Kept, task: Tensor) -> Tensor:  # (B, 10) -> (B, C, 13)
     """The inputs of each class: those of the task, its count, its share of all, how far it is from the common mean."""
     count = kept["count"]
     seen, number = count > 0, count.sum(1, keepdim=True).clamp_min(LEAST)

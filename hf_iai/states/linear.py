@@ -21,7 +21,7 @@ class LinearState(SlotState):
         prototype (B, C, 32, d)          weighted points that stand for the examples of a class
         mass (B, C, 32)                  their weights
         fitted (B, C, d + 1)             what a fit to the prototypes adds to rows and biases
-        guessed (B, 4)                   how well late chunks were guessed before they were read
+        guessed (B, 5)                   how well late chunks were guessed before they were read
 
     A regression with o outputs keeps, in float64:
 

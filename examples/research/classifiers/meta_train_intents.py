@@ -47,7 +47,7 @@ SETTINGS = {
     "10-way, 1:20": {"ways": 10, "imbalance": 20.0},
     "10-way, 5 of them new after chunk 5": {"ways": 10, "num_early": 100},
 }
-FEWEST_WAYS, CHUNK_SIZES = 3, (CHUNK, CHUNK, 50, 100)  # of training tasks
+FEWEST_WAYS, CHUNK_SIZES = 2, (CHUNK, CHUNK, 50, 100)  # of training tasks
 
 app = typer.Typer(help=__doc__)
 
@@ -58,7 +58,7 @@ app = typer.Typer(help=__doc__)
 def training_tasks(
     rng: np.random.Generator, corpora: list[Corpus], held_out: tuple[str, ...], num: int, most_chunks: int
 ) -> Tasks:
-    """Tasks of 3 to all labels of the training topics; some are unbalanced (up to 1:20), some mislabelled (up to 30%).
+    """Tasks of 2 to all labels of the training topics; some are unbalanced (up to 1:20), some mislabelled (up to 30%).
     Some are of varied sources (`varied`).
 
     Half of the batches are read in larger chunks, up to five times as many examples in a chunk.
