@@ -20,7 +20,8 @@ MOST_MARGIN, DISTANCE = 20.0, 3.0  # clamp of a margin; f before training
 # leaves nothing to the fit.
 MOST_LOGS = (0.5, 0.7, 3.0, 1.1)
 MEMORY = 0.99  # how much a guess counts after one more example
-DOUBT, PRIOR = 10.0, 10  # e for w = 1 and an output, times GAIN, of 1; examples with right labels that w assumes
+MOST_DOUBT, SURE = 6.0, 0.1  # bound of e; w from which on labels are doubted in full
+PRIOR = 10  # examples with right labels that w assumes
 LEAST = 1e-6  # counts are clamped to this before something is divided by them
 
 
@@ -52,7 +53,7 @@ class ClassRows(nn.Module):
     So clean labels that are hard to guess count as wrong only as far as p does not expect it. Small networks give the
     coefficients:
 
-    - one gives rho, s, lambda, the sharpness h, the distance f and, times 10 w, the doubt e >= 0 of the task. It sees
+    - one gives rho, s, lambda, the sharpness h, the distance f and, times min(1, 10 w), the doubt e from 0 to 6. It sees
       the number of examples and of classes, the scatter within and between classes, the effective rank of M, w, and of
       the N examples how many were guessed right, how many labels were in the lower half, and the mean p;
     - one sees the same, the counts of a class and how far m_c is from g, and gives o_c.
@@ -133,7 +134,8 @@ class ClassRows(nn.Module):
         rho, doubt, *logs = (GAIN * self.of_task(task)).unbind(-1)
         bounded = ((log / most).tanh() * most for log, most in zip(logs, MOST_LOGS, strict=True))
         scale, penalty, sharpness, distance = (log.exp() for log in bounded)  # (B,) each
-        doubt = DOUBT * _wrong(kept) * clamp_with_gradient(doubt, low=0)
+        doubt = MOST_DOUBT * (clamp_with_gradient(doubt, low=0) / MOST_DOUBT).tanh()
+        doubt = (_wrong(kept) / SURE).clamp_max(1) * doubt
         doubts = torch.stack([doubt, DISTANCE * distance], -1)
         offset = GAIN * self.of_class(_of_class(kept, task)).squeeze(-1)
         rows = SCALE * scale.view(-1, 1, 1) * _solve(scatter, rho, means)
