@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from peft import get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
 from tiny import make_base
@@ -223,6 +224,9 @@ def test_labelled_texts_are_reported_over_seeds(tmp_path):
     assert (of_a["seeds"], of_a["tasks"], of_a["20"], of_a["50"]) == (2, 2, "75.0", "87.5")
     assert of_a["deviation, 20"] == "35.4" and of_a["less it, 20"] == "+25.0 (+25.0, +25.0)"
     assert of_memory["tasks"] == 3 and "deviation, 20" not in of_memory
+    write_json({"recipe": {"counts": [20]}, "accuracy": [[1.0]]}, work / "a_seed1.json")
+    with pytest.raises(typer.BadParameter, match="seeds of one method have read 1 tasks together, at .*20, 50.*20"):
+        label_texts.report("memory", work=work, output=tmp_path)
 
 
 def test_a_report_compares_methods_and_keeps_seeds(tmp_path):

@@ -300,27 +300,22 @@ def report(
 
 def _accuracy(seeds: list[dict]) -> np.ndarray:  # (N, counts)
     """In percent, the mean over seeds, on the tasks that all of them have read."""
-    num = min(len(values["accuracy"]) for values in seeds)
+    num, counts = min(len(values["accuracy"]) for values in seeds), [values["recipe"]["counts"] for values in seeds]
+    if any(other != counts[0] for other in counts) or not num:
+        raise typer.BadParameter(f"seeds of one method have read {num} tasks together, at {counts}: measure them anew")
     return 100 * np.mean([values["accuracy"][:num] for values in seeds], 0)
 
 
-def _counts(seeds: list[dict]) -> list[int]:
-    counts = seeds[0]["recipe"]["counts"]
-    if any(values["recipe"]["counts"] != counts for values in seeds):
-        raise typer.BadParameter(f"seeds were measured at {counts} and at others: measure them anew")
-    return counts
-
-
 def _line(seeds: list[dict], ours: list[dict] | None = None) -> dict[str, str]:
-    accuracy, counts = _accuracy(seeds), _counts(seeds)
+    accuracy, counts = _accuracy(seeds), seeds[0]["recipe"]["counts"]
     if ours is None:
         line = {f"{n}": f"{mean:.1f}" for n, mean in zip(counts, accuracy.mean(0), strict=True)}
         if len(seeds) < 2:
             return line
         deviations = np.std([_accuracy([values])[: len(accuracy)].mean(0) for values in seeds], 0, ddof=1)
         return line | {f"deviation, {n}": f"{d:.1f}" for n, d in zip(counts, deviations, strict=True)}
-    if counts != _counts(ours):
-        raise typer.BadParameter(f"counts {counts} and {_counts(ours)} cannot be paired: measure one anew")
+    if counts != (others := ours[0]["recipe"]["counts"]):
+        raise typer.BadParameter(f"counts {counts} and {others} cannot be paired: measure one anew")
     num = min(len(accuracy), len(_accuracy(ours)))
     paired = _accuracy(ours)[:num] - accuracy[:num]  # (N, counts)
     intervals = [bootstrap_mean(paired[:, [i]], np.arange(num)) for i in range(len(counts))]
@@ -331,7 +326,7 @@ def draw(found: dict[str, list[dict]], path: Path) -> None:
     """Accuracy against examples read; the mean over tasks and seeds."""
     figure, (axes,) = plots.panels(["10 labels, which a language model chooses by their texts"], size=(6, 4.5))
     for number, (name, seeds) in enumerate(found.items()):
-        counts, accuracy = _counts(seeds), _accuracy(seeds).mean(0)
+        counts, accuracy = seeds[0]["recipe"]["counts"], _accuracy(seeds).mean(0)
         plots.draw_curve(axes, counts, accuracy, color=f"C{number}", marker="o", label=name)
     plots.doubling_axis(axes, counts)
     plots.finish(axes, xlabel="examples read", ylabel="accuracy, %")
