@@ -53,9 +53,9 @@ class ClassRows(nn.Module):
     So clean labels that are hard to guess count as wrong only as far as p does not expect it. Small networks give the
     coefficients:
 
-    - one gives rho, s, lambda, the sharpness h, the distance f and, times min(1, 10 w), the doubt e from 0 to 6. It sees
-      the number of examples and of classes, the scatter within and between classes, the effective rank of M, w, and of
-      the N examples how many were guessed right, how many labels were in the lower half, and the mean p;
+    - one gives rho, s, lambda, the sharpness h, the distance f and, times min(1, 10 w), the doubt e, from 0 to 6. It
+      sees the number of examples and of classes, the scatter within and between classes, the effective rank of M, w,
+      and of the N examples how many were guessed right, how many labels were in the lower half, and the mean p;
     - one sees the same, the counts of a class and how far m_c is from g, and gives o_c.
 
     The last layer of both starts at zero. Then o = rho = e = 0, q = h = 1, lambda = 0.01 and U is the nearest class
