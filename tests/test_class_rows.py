@@ -58,7 +58,7 @@ def test_starts_from_the_nearest_class_mean():
             mean = features[task, labels[task] == c].mean(0)
             torch.testing.assert_close(rows[task, c] / 15, mean, atol=1e-6, rtol=0)
             torch.testing.assert_close(bias[task, c] / 15, -mean.square().sum() / 2, atol=1e-6, rtol=0)
-    assert torch.equal(sharpness, torch.ones(TASKS, 1)) and torch.allclose(penalty, torch.full((TASKS,), 0.01))
+    assert torch.equal(sharpness, torch.ones(TASKS, 1)) and torch.allclose(penalty, torch.full((TASKS,), 3.84 / WIDTH))
     assert torch.equal(doubts[:, 0], torch.zeros(TASKS))
     torch.testing.assert_close(head.rows(kept)[0], rows + kept["fitted"][..., :-1])
     torch.testing.assert_close(head.rows(kept)[1], bias + kept["fitted"][..., -1])

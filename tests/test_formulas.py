@@ -81,7 +81,7 @@ class ClassRowsByHand:
         """lambda, e and f."""
         _, doubt, _, log_penalty, _, log_distance = 3 * of_network(self.head.of_task, self.task())
         return [
-            0.01 * np.exp(0.7 * np.tanh(log_penalty / 0.7)),
+            3.84 / WIDTH * np.exp(0.7 * np.tanh(log_penalty / 0.7)),
             min(10 * self.wrong(), 1) * 6 * np.tanh(max(doubt, 0) / 6),
             3 * np.exp(1.1 * np.tanh(log_distance / 1.1)),
         ]

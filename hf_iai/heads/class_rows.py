@@ -12,7 +12,8 @@ from .prototypes import absorb, unite
 
 Kept = dict[str, Tensor]
 PROTOTYPES, FIT_STEPS = 32, 4  # of a class; of a chunk
-SCALE, PENALTY = 15.0, 0.01  # of the discriminant's rows and of the fitted rows before training, for unit features
+SCALE = 15.0  # of the discriminant's rows before training
+PENALTY = 3.84  # lambda d before training: features of unit length have a mean square of 1 / d along each direction
 GAIN = 3.0  # factor on the small networks' outputs, which have to move by whole units within a few hundred steps
 UNSEEN = -1e4  # bias of a class without an example; fits into every half-precision type
 MOST_MARGIN, DISTANCE = 20.0, 3.0  # clamp of a margin; f before training
@@ -58,7 +59,7 @@ class ClassRows(nn.Module):
       and of the N examples how many were guessed right, how many labels were in the lower half, and the mean p;
     - one sees the same, the counts of a class and how far m_c is from g, and gives o_c.
 
-    The last layer of both starts at zero. Then o = rho = e = 0, q = h = 1, lambda = 0.01 and U is the nearest class
+    The last layer of both starts at zero. Then o = rho = e = 0, q = h = 1, lambda = 3.84 / d and U is the nearest class
     mean, 15 m_c: the head starts as a logistic regression on prototypes. The rows stay in the span of what was read.
     The inputs of the networks do not change if the features are rotated, and do not depend on the number of a class or
     of a step. Reading a chunk costs the same once all prototypes are taken, and less before. Two states can be united
@@ -140,7 +141,8 @@ class ClassRows(nn.Module):
         offset = GAIN * self.of_class(_of_class(kept, task)).squeeze(-1)
         rows = SCALE * scale.view(-1, 1, 1) * _solve(scatter, rho, means)
         bias = offset - 0.5 * (rows * means).sum(-1)
-        return rows, bias.masked_fill(~seen, UNSEEN), PENALTY * penalty, sharpness.unsqueeze(-1), doubts
+        penalty = PENALTY / means.shape[-1] * penalty
+        return rows, bias.masked_fill(~seen, UNSEEN), penalty, sharpness.unsqueeze(-1), doubts
 
     def _fit(self, kept: Kept, has_read: Tensor) -> Tensor:  # (B,) -> (B, C, d)
         """V after the steps of this chunk; tasks without an example in it keep theirs."""
