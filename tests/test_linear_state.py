@@ -125,14 +125,15 @@ def test_untrained_it_is_a_logistic_regression_from_the_nearest_class_mean():
 
     def loss():
         optimizer.zero_grad()
-        loss = torch.nn.functional.cross_entropy(scores(x), y, reduction="sum") + 0.015 * fitted.square().sum()
+        loss = torch.nn.functional.cross_entropy(scores(x), y, reduction="sum")
+        loss = loss + 3.84 / means.shape[1] / 2 * fitted.square().sum()
         loss.backward()
         return loss
 
     optimizer = torch.optim.LBFGS([fitted], max_iter=1000, tolerance_grad=1e-7, line_search_fn="strong_wolfe")
     optimizer.step(loss)
     queries = features([BYTES.decode(row, skip_special_tokens=True) for row in QUERIES["input_ids"]])
-    read = model.adapt(chunks())  # at most 16 examples of a class
+    read = model.adapt(chunks())  # at most 32 examples of a class
     for _ in range(30):  # to the minimum
         read = replace(
             read, tensors=read.tensors | {"fitted": model.core.head._fit(read.tensors, torch.tensor([True]))}
