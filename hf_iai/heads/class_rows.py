@@ -44,17 +44,17 @@ class ClassRows(nn.Module):
     The discriminant is what is known after few examples. The fit is a logistic regression that starts from it: every
     chunk takes four steps of conjugate gradients on the prototypes (`heads.logistic`), from the V before. A label is
     doubted where the discriminant contradicts it: margin_j is how far the logit of its class is above the others. How
-    much depends on the estimated share w of wrong labels. Rank the classes by their logits before an example is read.
-    A wrong label, any other class at random, is in the lower half with probability r = floor(C / 2) / (C - 1). Over N
-    examples, where each counts 0.99 times as much after one more,
+    much depends on the estimated share w of wrong labels. Rank the C classes read so far by their logits before an
+    example is read. If the right one is above, a wrong label, any other class at random, is in the lower half with
+    probability r = floor(C / 2) / (C - 1). Over N examples of classes read before, those before a chunk of n examples
+    times 0.99^n,
 
         L = sum [the label is in the lower half] / r,   E = sum p(the class is in the lower half) / r
         w = (L - E) / (N - E + 10), clamped to 0 .. 1
 
-    So clean labels that are hard to guess count as wrong only as far as p does not expect it. Small networks give the
-    coefficients:
+    So a clean label that is hard to guess raises w only if p was too sure. Small networks give the coefficients:
 
-    - one gives rho, s, lambda, the sharpness h, the distance f and, times min(1, 10 w), the doubt e, from 0 to 6. It
+    - one gives rho, s, lambda, the sharpness h, the distance f, and y for e = min(1, 10 w) 6 tanh(max(y, 0) / 6). It
       sees the number of examples and of classes, the scatter within and between classes, the effective rank of M, w,
       and of the N examples how many were guessed right, how many labels were in the lower half, and the mean p;
     - one sees the same, the counts of a class and how far m_c is from g, and gives o_c.

