@@ -173,6 +173,14 @@ def test_the_share_of_wrong_labels_is_estimated(num_classes, share):
     assert abs(_wrong(kept).mean() - share) < 0.07
 
 
+def test_a_class_of_32_examples_is_kept_whole():
+    features, labels = torch.nn.functional.normalize(torch.randn(1, 40, WIDTH), dim=-1), torch.zeros(1, 40).long()
+    head = ClassRows()
+    kept = head(head.initial(1, 1, WIDTH), features[:, :32], labels[:, :32])
+    torch.testing.assert_close(kept["prototype"][0, 0].sort(0).values, features[0, :32].sort(0).values)
+    assert head(kept, features[:, 32:], labels[:, 32:])["mass"].sum() == 40
+
+
 def test_labels_that_contradict_all_rows_count_as_wrong_and_no_more():
     kept = ClassRows.initial(1, 2, WIDTH)
     assert _wrong(kept) == 0

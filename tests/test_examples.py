@@ -214,6 +214,16 @@ def test_the_seeds_of_a_method_are_reported_as_one(tmp_path):
         curve.load(tmp_path / "a.json", tmp_path / "b.json")
 
 
+def test_the_whole_window_is_the_latest_tokens_that_fit():
+    base, ids, size = make_base("llama"), torch.randint(5, 60, (1, 17 * 4)), 4
+    base.config.max_position_embeddings = 32
+    settings = {"rate": 0.0, "begin": False, "every": 1}
+    window, full = (curve.method_of(name, base, size, {}, **settings)(ids, size) for name in ("window", "full"))
+    assert [window[n] for n in (0, 1, 2, 4)] == pytest.approx([full[n] for n in (0, 1, 2, 4)], abs=1e-4)
+    latest = curve.methods.context(base, 28, begin=False)(ids, size)
+    assert window[16] == pytest.approx(latest[16], abs=1e-5) and abs(window[16] - full[16]) > 1e-4
+
+
 def test_labelled_texts_are_reported_over_seeds(tmp_path):
     made, work = {"recipe": {"counts": [20, 50]}}, tmp_path / "label_texts"
     write_json(made | {"accuracy": [[0.5, 0.75], [0.5, 1.0], [0.0, 0.0]]}, work / "a_seed0.json")

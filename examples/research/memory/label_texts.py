@@ -292,7 +292,8 @@ def report(
         for name, seeds in found.items()
     ]
     print_rows(rows)
-    made = {path.stem: json.loads(path.read_text())["recipe"] for of_seeds in paths.values() for path in of_seeds}
+    pairs = (pair for name, seeds in found.items() for pair in zip(paths[name], seeds, strict=True))
+    made = {path.stem: values["recipe"] for path, values in pairs}
     command = f"research.memory.label_texts report --method {method}"
     write_rows(rows, output / "memory_label_texts.json", command, measured=made)
     draw(found, output / "memory_label_texts.png")
