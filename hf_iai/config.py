@@ -16,7 +16,7 @@ LARGEST = 10**6  # of any number in a configuration
 # Values of the fields that have no registry; and values that are planned, but not available in this version.
 CHOICES = {
     "regime": ("parametric", "explicit", "implicit"),
-    "accumulation": ("average", "recent", "attention", "surprisal", None),
+    "accumulation": ("average", "recent", "attention", "novelty", "surprisal", None),
     "read_behind": ("state", "start"),
     "pooling": ("mean", "cls"),
     "prediction": ("logits", "probabilities", "latent", None),
@@ -111,7 +111,8 @@ class IAIConfig(LoraConfig):
 
         accumulation: `"average"`: a running average of what was read out of the chunks. `"recent"`: exactly the last m
             tokens, as a control. For prefix and prefix+lora also, with the first token always kept, and the latest m /
-            2: `"attention"`: the tokens that received most attention, a choice for each layer and head; `"surprisal"`:
+            2: `"attention"`: the tokens that received most attention, a choice for each layer and head; `"novelty"`: a
+            quarter that nothing later repeats, such as facts told once, and the others by attention; `"surprisal"`:
             those after large surprises. None: `"attention"` for prefix+lora, else `"average"`.
         read_behind: what a chunk is read behind, if slots hold tokens. `"state"`: the current state, so that what is
             kept knows what came before. `"start"`: nothing, so that states can be merged.
@@ -192,7 +193,7 @@ class IAIConfig(LoraConfig):
     )
     accumulation: str | None = field(
         default=None,
-        metadata={"help": "what slots hold: average, recent, attention or surprisal; None: the state's default"},
+        metadata={"help": "what slots hold: average, recent, attention, novelty, surprisal; None: the state's default"},
     )
     read_behind: str = field(
         default="state", metadata={"help": "what a chunk is read behind: the current state, or start, for merging"}

@@ -202,7 +202,7 @@ class TaskState:
         Args:
             cache: `past_key_values` of a forward pass of the model's base, over B texts of T tokens.
             model: an IAI model whose slots hold tokens: state_type `"prefix+lora"`, or `"prefix"` with accumulation
-                `"attention"` or `"surprisal"`.
+                `"attention"`, `"novelty"` or `"surprisal"`.
             attention_mask: 1 for real tokens, 0 for padding, (B, T). None: there is no padding.
             attentions: of the same pass, with `output_attentions=True`; needed to choose by attention.
 

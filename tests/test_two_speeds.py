@@ -24,6 +24,7 @@ from hf_iai.bases.compat.attention import EVERY
 from hf_iai.heads import NormalizedStep
 from hf_iai.heads.chosen import choose_tokens, with_later
 from hf_iai.heads.kept import NEVER
+from hf_iai.heads.novelty import NEAR, unrepeated
 from hf_iai.hub.published import published_adapter
 
 SMOLLM2 = Path(__file__).parents[1] / ".bases" / "SmolLM2-135M-Instruct"
@@ -66,6 +67,7 @@ def test_unset_fields():
         ({"state_type": "prefix", "write_steps": 2}, "write_steps=2 has no meaning"),
         ({"state_type": "lora", "accumulation": "attention"}, "accumulation"),
         ({"read_behind": "nothing"}, "read_behind must be one of"),
+        ({"accumulation": "novelty", "read_behind": "start"}, "accumulation='novelty' .* needs read_behind='state'"),
     ],
 )
 def test_bad_values_are_named(values, message):
@@ -169,6 +171,52 @@ def test_each_head_keeps_its_own_tokens():
     ages = state.tensors["age"][0, :, :, :, 0].flatten(0, 1)  # (L * H, m)
     assert len({tuple(row.tolist()) for row in ages}) > 2
     assert (ages[:, 0] == 59).all() and all(set(range(4)) <= set(row.tolist()) for row in ages)
+
+
+def test_what_nothing_repeats_against_a_loop_over_tokens():
+    """Two layers and heads that hold different tokens, empty slots and padding among them."""
+    generator, num, least = torch.Generator().manual_seed(0), 5, 6
+    age = torch.arange(29, -1, -1).expand(2, 2, 2, 30).clone()
+    age[1, :, :, :4], age[0, 1, 0, 7], age[0, 1, 1, 8] = NEVER, 40, NEVER  # token 7 and 8 are not held by all heads
+    key = torch.randn(2, 2, 2, 30, 4, generator=generator)
+    found = unrepeated({"key": key, "age": age[..., None]}, num, least)[..., 0]
+    for task in range(2):
+        shared = [a for a in range(30) if all((age[task, h // 2, h % 2] == a).any() for h in range(4))]
+        repeated = dict.fromkeys(shared, 0.0)
+        for layer in range(2):
+            for head in range(2):
+                of_age = {int(a): k for a, k in zip(age[task, layer, head], key[task, layer, head], strict=True)}
+                mean = torch.stack([of_age[a] for a in shared]).mean(0)
+                for a in shared:
+                    far = [of_age[b] - mean for b in shared if b < a - least]
+                    most = max((float(torch.cosine_similarity(of_age[a] - mean, k, dim=0)) for k in far), default=-1)
+                    repeated[a] += most / 4
+        near = {a: [repeated[b] for b in shared if abs(a - b) <= NEAR] for a in shared}
+        old = sorted((a for a in shared if a >= least), key=lambda a: sum(near[a]) / len(near[a]))
+        for head in range(4):
+            assert set(age[task, head // 2, head % 2][found[task, head // 2, head % 2]].tolist()) == set(old[:num])
+
+
+def test_what_is_said_once_outlives_what_is_said_again_and_again():
+    """A sentence of four tokens at the start, then four others over and over, which get more attention."""
+    said = torch.tensor([0, 1, 2, 3, 4, *[5, 6, 7, 8] * 15])
+    text = tokens([0.0] * 5 + [9.0] * 60, list(range(64, -1, -1)))
+    text["key"] = text["value"] = torch.eye(9)[said].view(1, 1, 1, 65, 9)
+    kept = {
+        rule: set((64 - choose_tokens(text, 20, rule)["age"]).flatten().tolist()) for rule in ("attention", "novelty")
+    }
+    assert not {1, 2, 3, 4} & kept["attention"]
+    assert {0, 1, 2, 3, 4} <= kept["novelty"] and set(range(55, 65)) <= kept["novelty"]
+
+
+def test_all_heads_hold_what_nothing_repeats():
+    """A quarter of the slots and the first token, besides the latest half; the others differ between heads."""
+    generator = torch.Generator().manual_seed(0)
+    age = torch.arange(99, -1, -1).expand(1, 2, 3, 100)[..., None]
+    key, worth = (torch.rand(1, 2, 3, 100, n, generator=generator) for n in (4, 1))
+    kept = choose_tokens({"key": key, "value": key, "worth": worth, "age": age}, 16, "novelty")["age"]
+    old = [{age for age in row.tolist() if age >= 8} for row in kept[0, ..., 0].flatten(0, 1)]  # of each head
+    assert len(set.intersection(*old)) == 5 and len(set.union(*old)) > 8
 
 
 def test_worth_is_a_sum_behind_the_state_and_a_mean_behind_the_start():

@@ -17,7 +17,7 @@ from .core import Evidence, StateCore, full_precision
 
 
 class TokensCore(StateCore):
-    """`accumulation="attention"` or `"surprisal"` of a prefix: the slots hold tokens as the base read them.
+    """`accumulation="attention"`, `"novelty"` or `"surprisal"`: the slots hold tokens as the base read them.
 
     Every chunk is read behind the slots, so what is kept of it knows what came before (`read_behind="state"`), or
     behind nothing (`read_behind="start"`).
@@ -64,7 +64,7 @@ class TokensCore(StateCore):
                 lambda theta: self.state.under(base, seen | theta),
                 theta,
                 chunk,
-                attention=self.config.accumulation == "attention",
+                attention=self.config.accumulation in ("attention", "novelty"),
                 learned=lambda: (*self.parameters(), *base.model.parameters()),
             )
 

@@ -3,17 +3,20 @@
 Axes: B tasks, L layers, H key/value heads, T tokens, K slots, D head width.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from .kept import FORGETTING, NEVER
+from .novelty import unrepeated
 
 # The token axis of each is the last but one. Keys are at position 0. `age` is the number of real tokens after a token,
 # or `NEVER` for an empty slot. What `worth` means depends on the rule.
 CHOSEN = ("key", "value", "worth", "age")
 LATEST = 0.5  # share of the slots that always hold the latest tokens
+NOVEL = 0.25  # share that holds what nothing later repeats, with the rule "novelty"
 
 
 def by_attention(worth: Tensor, age: Tensor) -> Tensor:
@@ -43,6 +46,7 @@ RULES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "attention": by_attention,
     "surprisal": by_surprisal,
     "recent": by_age,
+    "novelty": by_attention,  # ranks those that are left
     "worth": by_worth,
 }
 
@@ -50,7 +54,8 @@ RULES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 def choose_tokens(tokens: dict[str, Tensor], num_slots: int, rule: str) -> dict[str, Tensor]:
     """Choose the K tokens to keep: the first one read, the latest K / 2, and those that the rule ranks highest.
 
-    Most models attend to the first token wherever else they have nothing to attend to, so it is never dropped.
+    Most models attend to the first token wherever else they have nothing to attend to, so it is never dropped. The rule
+    "novelty" keeps K / 4 tokens that nothing later repeats (`heads.novelty`) before it ranks the others by attention.
 
     Args:
         tokens: `key` and `value` (B, L, H, T, D), `worth` and `age` (B, L, H, T, 1), with T at least K.
@@ -71,7 +76,10 @@ def choose_tokens(tokens: dict[str, Tensor], num_slots: int, rule: str) -> dict[
     age, empty = tokens["age"], tokens["age"] == NEVER
     score = RULES[rule](tokens["worth"], age)
     oldest = age.masked_fill(empty, -1).amax(-2, keepdim=True)
-    score = score.masked_fill((age < LATEST * num_slots) | (age == oldest), torch.inf).masked_fill(empty, -torch.inf)
+    sure = (age < LATEST * num_slots) | (age == oldest)
+    if rule == "novelty":
+        sure = sure | unrepeated(tokens, int(NOVEL * num_slots), math.ceil(LATEST * num_slots))
+    score = score.masked_fill(sure, torch.inf).masked_fill(empty, -torch.inf)
     chosen = score.topk(num_slots, -2).indices  # (B, L, H, K, 1)
     oldest_first = age.take_along_dim(chosen, -2).argsort(dim=-2, descending=True, stable=True)
     chosen = chosen.take_along_dim(oldest_first, -2)

@@ -16,7 +16,8 @@ from ..signals import Reading, TokenPooling
 from .slots import SlotState, check_slots, first_slots
 from .token_slots import TokenSlots, check_token_slots
 
-TOKEN_RULES = ("attention", "surprisal")  # how `TokenSlots` choose; "recent" encodes the latest tokens anew instead
+# How `TokenSlots` choose; "recent" encodes the latest tokens anew instead.
+TOKEN_RULES = ("attention", "novelty", "surprisal")
 
 
 @STATES.register("prefix")

@@ -53,8 +53,8 @@ class PrefixLoraState(LoraState):
         check_token_slots(config)
         if config.accumulation == "average":
             raise ValueError(
-                "state_type='prefix+lora' keeps tokens, got accumulation='average': use 'attention', 'surprisal' or "
-                "'recent'"
+                "state_type='prefix+lora' keeps tokens, got accumulation='average': use 'attention', 'novelty', "
+                "'surprisal' or 'recent'"
             )
         if config.state_r < 1:
             raise ValueError(f"state_r must be at least 1, got {config.state_r}")

@@ -70,8 +70,13 @@ def check_token_slots(config: IAIConfig) -> None:
     """Check the fields of slots that hold single tokens.
 
     Raises:
-        ValueError: if there are too few slots.
+        ValueError: if there are too few slots, or chunks that are read apart cannot be compared.
     """
+    if config.accumulation == "novelty" and config.read_behind != "state":
+        raise ValueError(
+            f"accumulation='novelty' compares what was read at different times, so it needs read_behind='state', got "
+            f"{config.read_behind!r}: use accumulation='attention' for states that are to be merged"
+        )
     if config.num_state_tokens is not None and config.num_state_tokens < 2:
         raise ValueError(
             f"num_state_tokens must be at least 2 for slots that hold tokens, the first one read and the latest, got "
