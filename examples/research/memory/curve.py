@@ -94,7 +94,9 @@ def measure(
     size: Annotated[int, typer.Option(help="C, tokens of a chunk, and m, slots of the state.")] = 256,
     num: Annotated[int | None, typer.Option(help="How many texts; by default 48 windows, 16 streams.")] = None,
     chunks: Annotated[int | None, typer.Option(help="Chunks of each text; by default 17 or 65.")] = None,
-    values: Annotated[str, typer.Option(help="Fields of the memory's configuration, as JSON.")] = "{}",
+    values: Annotated[
+        str, typer.Option(help="Fields of the memory's configuration, as JSON; in place of an adapter's.")
+    ] = "{}",
     adapter: Annotated[Path | None, typer.Option(help="A memory that was trained.")] = None,
     rate: Annotated[float, typer.Option(help="Rate of adam and sgd.")] = 1e-3,
     begin: Annotated[bool, typer.Option(help="Whether baselines see a beginning token.")] = False,

@@ -5,6 +5,7 @@ token, NaN where a method was not asked. No method is scored on the first token 
 """
 
 from collections.abc import Callable, Collection, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -21,14 +22,15 @@ NOT_ASKED = float("nan")
 def memory(base, *, slots: int, seed: int = 0, adapter: Path | None = None, **values) -> tuple[Method, torch.nn.Module]:
     """A state that keeps the loss of each chunk, prefix+lora if `values` do not say otherwise; and its model.
 
-    With `adapter` it is the one that was trained, and `values` are not used.
+    With `adapter` it is the one that was trained, with `values` in place of its own.
     """
     torch.manual_seed(seed)
-    values = {"state_type": "prefix+lora", "num_state_tokens": slots} | values
     if adapter is None:
+        values = {"state_type": "prefix+lora", "num_state_tokens": slots} | values
         model = get_peft_model(base, IAIConfig(task_type="CAUSAL_LM", **values)).eval()
     else:
-        model = PeftModel.from_pretrained(base, adapter).eval()
+        config = replace(IAIConfig.from_pretrained(adapter), **values)
+        model = PeftModel.from_pretrained(base, adapter, config=config).eval()
 
     def read(ids: Tensor, size: int) -> list[float]:
         chunks = ({"input_ids": chunk} for chunk in ids.split(size, 1))

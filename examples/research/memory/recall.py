@@ -1,11 +1,12 @@
 """Facts told in ordinary sentences, and asked for after more and more chunks of other sentences.
 
     python -m examples.research.memory.recall --base .bases/SmolLM2-135M-Instruct [--adapter FOLDER]   # half an hour
+    python -m examples.research.memory.recall --before 5 --most 16 --work work/memory/later            # told later
 
-Every stream begins with facts, such as "The name of the baker is Martin.", and goes on with the weather of invented
-places. Trades and names are drawn anew for each stream. A question is the beginning of a fact after an empty line; an
-answer is right if the base, which picks the most likely token each time, continues it with the name. Writes
-`work/memory/recall.json`.
+Every stream tells facts, such as "The name of the baker is Martin.", and goes on with the weather of invented places;
+with `--before` it also begins with that. Trades and names are drawn anew for each stream. A question is the beginning
+of a fact after an empty line; an answer is right if the base, which picks the most likely token each time, continues
+it with the name. Writes `work/memory/recall.json`.
 """
 
 import random
@@ -40,7 +41,10 @@ STATES = {
         "state_type": "lora", "signal": "gradients", "head": "normalized", "state_target_modules": "all-linear"
     },
     "both": {"state_type": "prefix+lora"},
+    "slots alone, by novelty": {"state_type": "prefix", "accumulation": "novelty"},
+    "both, by novelty": {"state_type": "prefix+lora", "accumulation": "novelty"},
 }  # fmt: skip
+RULES_OF_ADAPTER = {"both": "attention", "both, by novelty": "novelty"}
 CONTEXT = "full context"
 
 
@@ -49,16 +53,23 @@ def place(draw: random.Random) -> str:
     return "".join(draw.choice("bdfgklmnprstvz") + draw.choice("aeiou") for _ in range(3)).capitalize()
 
 
-def stream(seed: int, num_facts: int, num_chars: int) -> tuple[str, str, list[tuple[str, str]]]:
-    """The text with the facts, as many characters of sentences after it, and the questions with their answers."""
+def stream(seed: int, num_facts: int, num_chars: int, num_before: int) -> tuple[str, str, str, list[tuple[str, str]]]:
+    """Sentences of so many characters, the facts, sentences after them; and the questions with their answers."""
     draw = random.Random(seed)
     people = zip(draw.sample(TRADES, num_facts), draw.sample(NAMES, num_facts), strict=True)
     facts = [(f"The name of the {trade} is", name) for trade, name in people]
     told = " ".join(f"{question} {name}." for question, name in facts)
-    later = []
-    while sum(map(len, later)) < num_chars:
-        later.append(f" In {place(draw)} there is {draw.choice(WEATHER)} {draw.choice(TIMES)}.")
-    return told, "".join(later), facts
+    later = weather(draw, num_chars)
+    before = weather(draw, num_before).strip()
+    return before, f" {told}" if before else told, later, facts
+
+
+def weather(draw: random.Random, num_chars: int) -> str:
+    """Sentences of at least so many characters."""
+    told = ""
+    while len(told) < num_chars:
+        told += f" In {place(draw)} there is {draw.choice(WEATHER)} {draw.choice(TIMES)}."
+    return told
 
 
 def right(generate: Callable[[Tensor], Tensor], facts: list[tuple[str, str]], tokenizer) -> int:
@@ -76,31 +87,36 @@ def main(
     num_facts: int = 6,
     streams: int = 2,
     most: Annotated[int, typer.Option(help="Chunks after the facts, at most.")] = 64,
+    before: Annotated[int, typer.Option(help="Chunks before the facts, about.")] = 0,
     adapter: Annotated[Path | None, typer.Option(help="A memory that was trained, next to the untrained ones.")] = None,
     work: Path = Path("work/memory"),
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(base)
     counts = [n for n in COUNTS if n <= most]
-    methods = (*STATES, *([f"both, {adapter}"] if adapter else []), CONTEXT)
+    methods = (*STATES, *(f"{both}, {adapter}" for both in RULES_OF_ADAPTER if adapter), CONTEXT)
     scores: dict[str, dict[int, list[int]]] = {name: {n: [] for n in counts} for name in methods}
-    path, settings = work / "recall.json", {"base": base, "size": size, "num_facts": num_facts, "most": most}
-    before = earlier(path, **settings).get("right", {})  # goes on where it was stopped
-    scores |= {name: {int(n): s for n, s in at.items()} for name, at in before.items() if name in methods}
+    path, settings = (
+        work / "recall.json",
+        {"base": base, "size": size, "num_facts": num_facts, "most": most, "before": before},
+    )
+    right_so_far = earlier(path, **settings).get("right", {})  # goes on where it was stopped
+    scores |= {name: {int(n): s for n, s in at.items()} for name, at in right_so_far.items() if name in methods}
     settings["streams"] = streams
     for method in methods:
         done = len(scores[method][counts[0]])
         model = reader(base, method, size, adapter) if done < streams else None
         for seed in tqdm(range(done, streams), method, disable=None):
-            told, later, facts = stream(seed, num_facts, 6 * size * (most + 1))
-            ids = tokenizer(told + later, return_tensors="pt")["input_ids"]
-            chunks, state = ids.split(size, 1)[: most + 1], None
+            start, told, later, facts = stream(seed, num_facts, 6 * size * (most + 1), 3 * size * before)
+            first = len(tokenizer(start + told)["input_ids"]) // size  # the chunk in which the last fact ends
+            ids = tokenizer(start + told + later, return_tensors="pt")["input_ids"]
+            chunks, state = ids.split(size, 1)[: first + most + 1], None
             for number, chunk in enumerate(chunks):
                 if method != CONTEXT:
                     state = model.adapt([{"input_ids": chunk}], state=state)
                 fits = method != CONTEXT or (number + 2) * size <= model.config.max_position_embeddings
-                if number in counts and fits:
+                if number - first in counts and fits:
                     shown = chunks[: number + 1] if method == CONTEXT else ()
-                    scores[method][number].append(right(partial(said, model, state, shown), facts, tokenizer))
+                    scores[method][number - first].append(right(partial(said, model, state, shown), facts, tokenizer))
             write_rows(shares(scores, num_facts), path, "research.memory.recall", settings, right=scores)
     print_rows(shares(scores, num_facts))
 
@@ -113,7 +129,8 @@ def reader(base: str, method: str, size: int, adapter: Path | None):
         return model
     if method not in STATES:
         config = IAIConfig.from_pretrained(adapter)
-        config.num_state_tokens = size  # slots have no weights of their own
+        config.num_state_tokens = size  # slots have no weights of their own, whatever they are chosen by
+        config.accumulation = RULES_OF_ADAPTER[method.removesuffix(f", {adapter}")]
         return PeftModel.from_pretrained(model, adapter, config=config).eval()
     slots = {} if STATES[method]["state_type"] == "lora" else {"num_state_tokens": size}
     return get_peft_model(model, IAIConfig(task_type="CAUSAL_LM", **STATES[method], **slots)).eval()
