@@ -181,7 +181,7 @@ def test_what_nothing_repeats_against_a_loop_over_tokens():
     key = torch.randn(2, 2, 2, 30, 4, generator=generator)
     found = unrepeated({"key": key, "age": age[..., None]}, num, least)[..., 0]
     for task in range(2):
-        shared = [a for a in range(30) if all((age[task, h // 2, h % 2] == a).any() for h in range(4))]
+        shared = [a for a in range(30) if all((age[task, h // 2, h % 2] == a).any() for h in range(4))][:-1]
         repeated = dict.fromkeys(shared, 0.0)
         for layer in range(2):
             for head in range(2):

@@ -46,7 +46,7 @@ RULES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "attention": by_attention,
     "surprisal": by_surprisal,
     "recent": by_age,
-    "novelty": by_attention,  # ranks those that are left
+    "novelty": by_attention,  # for the slots that are left
     "worth": by_worth,
 }
 

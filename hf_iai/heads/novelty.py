@@ -11,33 +11,37 @@ from .kept import NEVER
 NEAR = 4  # a token is kept for what it and the tokens within so many places say
 
 
+@torch.no_grad()
 def unrepeated(tokens: dict[str, Tensor], num: int, least_age: int) -> Tensor:  # -> (B, L, H, T, 1) bool
     """Find the tokens that say what nothing later repeats, the same ones in every layer and head.
 
         repeated(i) = mean over l, h of max_j cos(k_i - mean k, k_j - mean k),    age_j < age_i - least_age / 2
         score(i)    = -mean of repeated(j) over tokens j that are within 4 places of i
 
-    k_i is the key of token i in a layer and head, at position 0. So a fact that is told once stays, whatever is said
+    k_i is the key of token i in a layer and head, at position 0. Only tokens that all layers and heads hold are
+    compared and found, since a base can use a span only if all of its layers hold it; the first token is left out.
+    repeated(i) is -1 where no token comes far enough after i. So a fact that is told once stays, whatever is said
     between it and its question, as long as that repeats itself; and a sentence of a kind that comes again and again
-    goes. Tokens nearby do not count, since one fact of a list looks like the next. A base can use a span only if all of
-    its layers hold it, so only tokens that all of them still hold can be found.
+    goes. Tokens nearby do not count, since one fact of a list looks like the next. With few slots there is little to
+    compare with: this is meant for 64 slots and more.
 
     Args:
         tokens: `key` (B, L, H, T, D), `age` (B, L, H, T, 1); see `heads.chosen`.
         num: how many tokens to find for each task, at most.
-        least_age: younger tokens are not found.
+        least_age: younger tokens are not found, and half of it is the distance from which a token counts as far.
 
     Example:
         >>> import torch
-        >>> key = torch.eye(4)[[0, 1, 2, 1, 2, 1]].view(1, 1, 1, 6, 4)
-        >>> tokens = {"key": key, "age": torch.arange(5, -1, -1).view(1, 1, 1, 6, 1) * 10}
+        >>> key = torch.eye(5)[[4, 1, 0, 1, 2, 1, 2]].view(1, 1, 1, 7, 5)
+        >>> tokens = {"key": key, "age": torch.arange(6, -1, -1).view(1, 1, 1, 7, 1) * 10}
         >>> unrepeated(tokens, num=1, least_age=15).flatten().tolist()
-        [True, False, False, False, False, False]
+        [False, False, True, False, False, False, False]
 
     Source: ours; that redundant keys need not be kept is from R-KV, Cai et al., arXiv 2505.24133.
     """
     at, shared = _shared(tokens["age"])
     age = tokens["age"][:, 0, 0, :, 0]  # (B, T) of the first head
+    shared &= age != age.masked_fill(age == NEVER, -1).amax(1, keepdim=True)  # the first token is kept anyway
     score = -_repeated(tokens["key"], at, age, shared, least_age // 2)
     near = ((age[:, :, None] - age[:, None]).abs() <= NEAR) & shared[:, None]  # (B, T, T)
     score = (near * score[:, None]).sum(-1) / near.sum(-1).clamp_min(1)
@@ -65,5 +69,5 @@ def _repeated(key: Tensor, at: Tensor, age: Tensor, shared: Tensor, far: int) ->
         k = of_layer.take_along_dim(places[..., None], -2)  # (B, H, T, D)
         mean = (k * real).sum(-2, keepdim=True) / real.sum(-2, keepdim=True).clamp_min(1)
         k = torch.nn.functional.normalize(k - mean, dim=-1)
-        found = found + (k @ k.mT).masked_fill(~later[:, None], -1).amax(-1).mean(1)
+        found = found + (k @ k.mT).masked_fill_(~later[:, None], -1).amax(-1).mean(1)
     return found / key.shape[1]

@@ -45,7 +45,7 @@ def memory(base, *, slots: int, seed: int = 0, adapter: Path | None = None, **va
             state = model.adapt([{"input_ids": chunk}], state=state)
         return losses
 
-    return answer_and_read if values.get("read_behind") == "start" else read, model
+    return answer_and_read if model.active_peft_config.read_behind == "start" else read, model
 
 
 def state_bytes(model: torch.nn.Module) -> dict[str, int]:

@@ -1,6 +1,6 @@
 """Facts told in ordinary sentences, and asked for after more and more chunks of other sentences.
 
-    python -m examples.research.memory.recall --base .bases/SmolLM2-135M-Instruct [--adapter FOLDER]   # half an hour
+    python -m examples.research.memory.recall --base .bases/SmolLM2-135M-Instruct [--adapter FOLDER]   # an hour
     python -m examples.research.memory.recall --before 5 --most 16 --work work/memory/later            # told later
 
 Every stream tells facts, such as "The name of the baker is Martin.", and goes on with the weather of invented places;
@@ -11,6 +11,7 @@ it with the name. Writes `work/memory/recall.json`.
 
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -95,10 +96,8 @@ def main(
     counts = [n for n in COUNTS if n <= most]
     methods = (*STATES, *(f"{both}, {adapter}" for both in RULES_OF_ADAPTER if adapter), CONTEXT)
     scores: dict[str, dict[int, list[int]]] = {name: {n: [] for n in counts} for name in methods}
-    path, settings = (
-        work / "recall.json",
-        {"base": base, "size": size, "num_facts": num_facts, "most": most, "before": before},
-    )
+    path = work / "recall.json"
+    settings = {"base": base, "size": size, "num_facts": num_facts, "most": most, "before": before}
     right_so_far = earlier(path, **settings).get("right", {})  # goes on where it was stopped
     scores |= {name: {int(n): s for n, s in at.items()} for name, at in right_so_far.items() if name in methods}
     settings["streams"] = streams
@@ -106,8 +105,8 @@ def main(
         done = len(scores[method][counts[0]])
         model = reader(base, method, size, adapter) if done < streams else None
         for seed in tqdm(range(done, streams), method, disable=None):
-            start, told, later, facts = stream(seed, num_facts, 6 * size * (most + 1), 3 * size * before)
-            first = len(tokenizer(start + told)["input_ids"]) // size  # the chunk in which the last fact ends
+            start, told, later, facts = stream(seed, num_facts, 6 * size * (most + 1), 7 * size * before // 2)
+            first = (len(tokenizer(start + told)["input_ids"]) - 1) // size  # the chunk in which the last fact ends
             ids = tokenizer(start + told + later, return_tensors="pt")["input_ids"]
             chunks, state = ids.split(size, 1)[: first + most + 1], None
             for number, chunk in enumerate(chunks):
@@ -128,9 +127,9 @@ def reader(base: str, method: str, size: int, adapter: Path | None):
     if method == CONTEXT:
         return model
     if method not in STATES:
-        config = IAIConfig.from_pretrained(adapter)
-        config.num_state_tokens = size  # slots have no weights of their own, whatever they are chosen by
-        config.accumulation = RULES_OF_ADAPTER[method.removesuffix(f", {adapter}")]
+        rule = RULES_OF_ADAPTER[method.removesuffix(f", {adapter}")]
+        # Slots have no weights of their own, whatever they are chosen by.
+        config = replace(IAIConfig.from_pretrained(adapter), num_state_tokens=size, accumulation=rule)
         return PeftModel.from_pretrained(model, adapter, config=config).eval()
     slots = {} if STATES[method]["state_type"] == "lora" else {"num_state_tokens": size}
     return get_peft_model(model, IAIConfig(task_type="CAUSAL_LM", **STATES[method], **slots)).eval()
