@@ -260,15 +260,14 @@ def slope(difference: np.ndarray, groups: np.ndarray) -> tuple[float, float, flo
 
 
 def draw(found: dict, method: str, path: Path, title: str) -> None:
-    """The difference to the latest m tokens after 1 to 16 chunks, then over 17-32 and 33-64; of texts that all read."""
+    """The difference to the latest m tokens after 1, 2, 4, ... chunks; of texts that all methods have read."""
     base, _ = found["fewer"] if "fewer" in found else found[method]
     num = min(len(losses) for losses, _ in found.values())
     figure, (axes,) = plots.panels([f"{title}: loss less that of the latest tokens"], size=(7, 4.5))
     for number, (name, (losses, _)) in enumerate((n, f) for n, f in found.items() if n != "none"):
         difference = losses[:num] - base[:num]
         at = [n for n in (1, 2, 4, 8, 16, 32, 64) if n < difference.shape[1]]
-        parts = [difference[:, n // 2 + 1 if n > 16 else n : n + 1] for n in at]
-        points = [(n, np.nanmean(part)) for n, part in zip(at, parts, strict=True) if not np.isnan(part).all()]
+        points = [(n, difference[:, n].mean()) for n in at if not np.isnan(difference[:, n]).any()]
         plots.draw_curve(axes, *zip(*points, strict=True), color=f"C{number}", marker="o", label=name)
     plots.doubling_axis(axes, at)
     plots.finish(axes, xlabel="chunks read", ylabel="nats per token")
