@@ -204,7 +204,7 @@ class TaskState:
             model: an IAI model whose slots hold tokens: state_type `"prefix+lora"`, or `"prefix"` with accumulation
                 `"attention"`, `"novelty"` or `"surprisal"`.
             attention_mask: 1 for real tokens, 0 for padding, (B, T). None: there is no padding.
-            attentions: of the same pass, with `output_attentions=True`; needed to choose by attention.
+            attentions: of the same pass, with `output_attentions=True`; needed to choose by attention or novelty.
 
         Raises:
             ValueError: if the model's slots hold no tokens, the cache is empty, does not fit the base or forgets, or it

@@ -348,10 +348,11 @@ def test_a_whole_cache_is_the_full_context():
     assert (model(input_ids=query, task_state=state).logits - expected).abs().max() < 1e-4
 
 
-def test_a_compacted_cache_has_our_own_slots():
+@pytest.mark.parametrize("rule", ["attention", "novelty"])
+def test_a_compacted_cache_has_our_own_slots(rule):
     base, text = make_base("llama", "eager"), ids(2, 40)
     out = base(text, use_cache=True, output_attentions=True)
-    model = memory(num_state_tokens=8)
+    model = memory(num_state_tokens=8, accumulation=rule)
     found = TaskState.from_past_key_values(out.past_key_values, model, attentions=out.attentions)
     expected = model.adapt([{"input_ids": text}])
     for name in ("key", "value", "worth", "age"):
