@@ -115,7 +115,7 @@ class IAIConfig(LoraConfig):
             quarter that nothing later repeats, such as facts told once, and the others by attention; `"surprisal"`:
             those after large surprises. None: `"attention"` for prefix+lora, else `"average"`.
         read_behind: what a chunk is read behind, if slots hold tokens. `"state"`: the current state, so that what is
-            kept knows what came before. `"start"`: nothing, so that states can be merged.
+            kept knows what came before. `"start"`: nothing, so that states can be merged; not with `"novelty"`.
         write_steps: gradient steps per chunk of a prefix+lora state. Every one after the first reads the chunk again.
         correction: whether an average has learned weights and a learned correction; only with `accumulation="average"`.
         num_kept_tokens: K < m, how many slots of an averaged prefix hold single tokens unchanged: the latest tokens,

@@ -216,7 +216,7 @@ def test_all_heads_hold_what_nothing_repeats():
     age = torch.arange(99, -1, -1).expand(1, 2, 3, 100)[..., None]
     key, worth = (torch.rand(1, 2, 3, 100, n, generator=generator) for n in (4, 1))
     kept = choose_tokens({"key": key, "value": key, "worth": worth, "age": age}, 16, "novelty")["age"]
-    old = [{age for age in row.tolist() if age >= 8} for row in kept[0, ..., 0].flatten(0, 1)]  # of each head
+    old = [{a for a in row.tolist() if a >= 8} for row in kept[0, ..., 0].flatten(0, 1)]  # of each head
     assert len(set.intersection(*old)) == 5 and len(set.union(*old)) > 8
 
 

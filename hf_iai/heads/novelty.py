@@ -23,7 +23,7 @@ def unrepeated(tokens: dict[str, Tensor], num: int, least_age: int) -> Tensor:  
     repeated(i) is -1 where no token comes far enough after i. So a fact that is told once stays, whatever is said
     between it and its question, as long as that repeats itself; and a sentence of a kind that comes again and again
     goes. Tokens nearby do not count, since one fact of a list looks like the next. With few slots there is little to
-    compare with: this is meant for 64 slots and more.
+    compare with.
 
     Args:
         tokens: `key` (B, L, H, T, D), `age` (B, L, H, T, 1); see `heads.chosen`.
@@ -48,8 +48,9 @@ def unrepeated(tokens: dict[str, Tensor], num: int, least_age: int) -> Tensor:  
     score = score.masked_fill(~shared | (age < least_age), -torch.inf)
     best = score.topk(min(num, score.shape[1]), 1)
     found = torch.zeros_like(shared).scatter(1, best.indices, best.values > -torch.inf)  # (B, T)
-    places = torch.zeros_like(at).scatter_add(-1, at, found[:, None, None].expand_as(at).long())
-    return places.bool()[..., None]
+    # Tokens that are not shared may point at the place of another one, so the marks are added.
+    marks = torch.zeros_like(at).scatter_add(-1, at, found[:, None, None].expand_as(at).long())
+    return marks.bool()[..., None]
 
 
 def _shared(age: Tensor) -> tuple[Tensor, Tensor]:  # (B, L, H, T, 1) -> (B, L, H, T), (B, T)
@@ -64,10 +65,10 @@ def _shared(age: Tensor) -> tuple[Tensor, Tensor]:  # (B, L, H, T, 1) -> (B, L, 
 def _repeated(key: Tensor, at: Tensor, age: Tensor, shared: Tensor, far: int) -> Tensor:  # -> (B, T)
     """The cosine to the most similar token that came more than `far` tokens later, -1 to 1, in the mean over heads."""
     later = (age[:, None] < age[:, :, None] - far) & shared[:, None]  # (B, T, T)
-    real, found = shared[:, None, :, None], 0
+    real, total = shared[:, None, :, None], 0
     for of_layer, places in zip(key.unbind(1), at.unbind(1), strict=True):  # one layer at a time: T * T is large
         k = of_layer.take_along_dim(places[..., None], -2)  # (B, H, T, D)
         mean = (k * real).sum(-2, keepdim=True) / real.sum(-2, keepdim=True).clamp_min(1)
         k = torch.nn.functional.normalize(k - mean, dim=-1)
-        found = found + (k @ k.mT).masked_fill_(~later[:, None], -1).amax(-1).mean(1)
-    return found / key.shape[1]
+        total = total + (k @ k.mT).masked_fill_(~later[:, None], -1).amax(-1).mean(1)
+    return total / key.shape[1]

@@ -54,7 +54,8 @@ class PrefixState(SlotState):
             check_token_slots(config)
         elif config.read_behind != "state":
             raise ValueError(
-                f"read_behind={config.read_behind!r} needs accumulation in {TOKEN_RULES}, got {config.accumulation!r}"
+                f"read_behind={config.read_behind!r} needs accumulation='attention' or 'surprisal', got "
+                f"{config.accumulation!r}"
             )
         if not 0 <= config.num_kept_tokens < config.num_state_tokens:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Slots in front of a text that hold single tokens, a different choice for each layer and head.
+"""Slots in front of a text that hold single tokens, where each layer and head may hold other ones.
 
 Axes: B tasks, L layers, H key/value heads, m slots, D head width.
 """

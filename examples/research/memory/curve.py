@@ -185,7 +185,7 @@ def _rows(method: str, of_seeds: list[Path], num: int) -> list[dict]:
     rows = []
     for seed, path in enumerate(of_seeds):
         losses = load(path)[0][:num]
-        asked = [n for n in (0, *COUNTS) if n < losses.shape[1] and not np.isnan(losses[:, n]).all()]
+        asked = [n for n in (0, *COUNTS, 64) if n < losses.shape[1] and not np.isnan(losses[:, n]).all()]
         of = {"seed": seed} if len(of_seeds) > 1 else {}
         rows += [
             {"method": method, **of, "num_chunks": n, "loss": float(np.nanmean(losses[:, n])), "texts": num}

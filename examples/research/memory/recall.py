@@ -55,7 +55,7 @@ def place(draw: random.Random) -> str:
 
 
 def stream(seed: int, num_facts: int, num_chars: int, num_before: int) -> tuple[str, str, str, list[tuple[str, str]]]:
-    """Sentences of so many characters, the facts, sentences after them; and the questions with their answers."""
+    """`num_before` characters of sentences, the facts, `num_chars` of sentences; and the questions with answers."""
     draw = random.Random(seed)
     people = zip(draw.sample(TRADES, num_facts), draw.sample(NAMES, num_facts), strict=True)
     facts = [(f"The name of the {trade} is", name) for trade, name in people]
@@ -94,7 +94,7 @@ def main(
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(base)
     counts = [n for n in COUNTS if n <= most]
-    methods = (*STATES, *(f"{both}, {adapter}" for both in RULES_OF_ADAPTER if adapter), CONTEXT)
+    methods = (*STATES, *(f"{name}, {adapter}" for name in RULES_OF_ADAPTER if adapter), CONTEXT)
     scores: dict[str, dict[int, list[int]]] = {name: {n: [] for n in counts} for name in methods}
     path = work / "recall.json"
     settings = {"base": base, "size": size, "num_facts": num_facts, "most": most, "before": before}
