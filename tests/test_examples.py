@@ -23,6 +23,7 @@ from transformers import AutoModelForSequenceClassification, BertConfig, ByT5Tok
 from examples.research.common import bfloat16
 from examples.research.common.files import seeds_of_methods, write_json
 from examples.research.common.provenance import earlier, recipe
+from examples.research.common.rows import print_rows
 from examples.research.memory import curve, label_texts, parts
 from hf_iai import IAIConfig
 
@@ -58,6 +59,13 @@ def column(output: str, place: int) -> list[float]:
 
 def test_products_in_float32():
     assert doctest.testmod(bfloat16) == (0, 3)
+
+
+def test_a_printed_row_stays_under_its_own_names(capsys):
+    """Only methods with several seeds have a deviation."""
+    print_rows([{"method": "one", "gap": 0.5}, {"method": "two", "deviation": 0.25, "gap": 1.0}])
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    assert ["one", "0.5", ""] in cells and ["two", "1", "0.25"] in cells
 
 
 # ---------------------------------------------------------------- the scripts to copy

@@ -78,10 +78,12 @@ def print_curves(title: str, head: str, counts: Sequence, cells: Mapping[str, Ma
 
 
 def print_rows(rows: Sequence[dict]) -> None:
-    """All rows as they are, under the names of the first."""
-    table = Table(*rows[0])
+    """All rows as they are, under the names of all of them. A name that a row lacks stays empty."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    table = Table(*names)
     for row in rows:
-        table.add_row(*(f"{value:.5g}" if isinstance(value, float) else str(value) for value in row.values()))
+        cells = (row.get(name, "") for name in names)
+        table.add_row(*(f"{cell:.5g}" if isinstance(cell, float) else str(cell) for cell in cells))
     Console(width=WIDTH).print(table)
 
 
