@@ -63,7 +63,7 @@ class AttentionReceived(TorchFunctionMode):
         """
         if len(self.layers) != num_layers:
             raise ValueError(
-                f"saw the attention of {len(self.layers)} of {num_layers} layers, which choosing tokens needs, with "
+                f"slots saw the attention of {len(self.layers)} of {num_layers} layers, with "
                 f"attn_implementation={attention!r}: load the base with 'sdpa' or 'eager', or use accumulation='recent'"
             )
         return torch.stack(self.layers, 1)
